@@ -1,0 +1,131 @@
+"""Batches by number: a reader of rows with random access, read ahead by grain.
+
+Row i of step s is row s * batch_size + i of an endless sequence of epochs, whoever reads it. So a run resumes from the step
+alone, on any number of hosts, each of which reads its own `row_indices` of every batch.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Optional
+
+import grain
+import numpy as np
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.data.config import DataConfig
+from sparsejax.data.corpus import Corpus
+from sparsejax.data.packing import Plan, num_rows, pack, sequential_plan, shuffled_plan
+from sparsejax.data.store import TokenStore
+
+Arrays = dict[str, np.ndarray]
+ENDLESS = 2**40  # steps; row numbers stay far below 2**63
+
+
+class RowSource:
+    """Rows of `store`, by number. With a seed: epoch after epoch, each in an order of its own. Without: one pass, in order."""
+
+    def __init__(self, store: TokenStore, length: int, seed: Optional[int] = None):
+        self.store, self.length, self.seed = store, length, seed
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)  # two: a batch may end one epoch and begin the next
+
+    def _make_plan(self, epoch: int) -> Plan:
+        if self.seed is None:
+            return sequential_plan(self.store.offsets, self.store.domains, self.length)
+        return shuffled_plan(self.store.offsets, self.store.domains, self.length, self.seed, epoch)
+
+    def __len__(self) -> int:
+        """Rows per epoch."""
+        return num_rows(len(self.store.tokens), self.length)
+
+    def __getitem__(self, row: int) -> Arrays:
+        """One row: arrays [T] with the names of `Batch`'s fields. The epoch is `row // len(self)`."""
+        return {name: array[0] for name, array in self.rows(np.array([row])).items()}
+
+    def rows(self, numbers: np.ndarray) -> Arrays:
+        """The rows with these numbers [n], stacked: [n, T]. Without a seed, rows past the end are empty."""
+        if self.seed is None:
+            return pack(self._plan(0), self.store.tokens, numbers)
+        epochs, rows = np.divmod(numbers, len(self))
+        present = np.unique(epochs)
+        if len(present) == 1:
+            return pack(self._plan(int(present[0])), self.store.tokens, rows)
+        out: Arrays = {}
+        for epoch in present:
+            chosen = epochs == epoch
+            for name, array in pack(self._plan(int(epoch)), self.store.tokens, rows[chosen]).items():
+                out.setdefault(name, np.zeros((len(numbers), self.length), array.dtype))[chosen] = array
+        return out
+
+
+class _Steps:
+    """The batches of `source` as grain reads them: element s is the part of batch s that this host holds."""
+
+    def __init__(self, source: RowSource, batch_size: int, row_indices: Optional[Sequence[int]], steps: int):
+        self.source, self.batch_size, self.steps = source, batch_size, steps
+        self.indices = np.arange(batch_size) if row_indices is None else np.asarray(row_indices, np.int64)
+        if self.indices.size and not (0 <= self.indices.min() and self.indices.max() < batch_size):
+            raise ValueError(f"row_indices must be in [0, {batch_size}): {self.indices}")
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Arrays:
+        batch = self.source.rows(step * self.batch_size + self.indices)
+        return {**batch, "rows": self.indices.astype(np.int32)}
+
+
+def train_rows(corpus: Corpus, config: DataConfig, seed: int) -> RowSource:
+    """The rows of the training split, in the order that `seed` gives."""
+    return RowSource(corpus.train, config.sequence_length, seed)
+
+
+def batches(
+    source: RowSource,
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    row_indices: Optional[Sequence[int]] = None,
+    prefetch: int = DataConfig.prefetch,
+    workers: int = DataConfig.workers,
+) -> grain.DatasetIterator[Arrays]:
+    """The batches from `start_step` on, without end: dicts with the fields of `Batch`, [len(row_indices), T].
+
+    `row_indices`: the rows of the batch that this host reads, in this order; by default all. Reading ahead starts at once.
+    `close()` stops it; an iterator that is left open ends with the process.
+    """
+    return _read(_Steps(source, batch_size, row_indices, ENDLESS), start_step, prefetch, workers)
+
+
+def eval_batches(
+    corpus: Corpus,
+    config: DataConfig,
+    batch_size: int,
+    batches: Optional[int] = None,
+    row_indices: Optional[Sequence[int]] = None,
+) -> grain.DatasetIterator[Arrays]:
+    """The validation split in order, in windows that do not overlap: each target counts once. The last batch may have empty rows.
+
+    `batches`: how many of them, from the start; None: all. Raises `ConfigError` when the split is empty.
+    """
+    steps = num_eval_batches(corpus, config, batch_size, batches)
+    source = RowSource(corpus.validation, config.sequence_length)
+    return _read(_Steps(source, batch_size, row_indices, steps), 0, config.prefetch, config.workers)
+
+
+def num_eval_batches(corpus: Corpus, config: DataConfig, batch_size: int, batches: Optional[int] = None) -> int:
+    """How many batches `eval_batches` gives. Raises `ConfigError` when the validation split is empty."""
+    steps = num_rows(num_rows(len(corpus.validation.tokens), config.sequence_length), batch_size)
+    if steps == 0:
+        key, why = "data.name", f"{config.name!r} has no validation text"
+        if config.name == "text":
+            key, why = "data.validation_fraction", f"{config.validation_fraction} of each file leaves nothing to evaluate on"
+        raise ConfigError(key, why)
+    return steps if batches is None else min(batches, steps)
+
+
+def _read(steps: _Steps, start: int, prefetch: int, workers: int) -> grain.DatasetIterator[Arrays]:
+    options = grain.ReadOptions(num_threads=workers if prefetch else 0, prefetch_buffer_size=prefetch)
+    dataset = grain.MapDataset.source(steps).slice(slice(start, None)).to_iter_dataset(options)
+    iterator = iter(dataset)
+    iterator.start_prefetch()
+    return iterator
