@@ -1,0 +1,287 @@
+"""Checkpoints: the state of a run in `DIRECTORY/STEP/`, written in the background, restored onto any mesh.
+
+Orbax writes the arrays and renames the finished folder into place. Just before that, `checksums.json` with the size and CRC
+of every file is put into it: zarr detects a flipped bit in an array no better than a flipped bit anywhere, and a checkpoint
+that was copied, truncated or edited has to be told from a good one before a run continues from it.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from sparsejax.base.errors import RequestError, RunError
+
+State = TypeVar("State")
+log = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # what orbax appends to the name of a folder it is still writing
+SHOWN = 3  # names in an error message
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and all whose step is a multiple of `keep_every`.
+
+    Nothing is created or changed before the first `save`, so a finished run's folder can be read-only. In a job of several
+    processes each of them makes every call. An object is used by one thread.
+    """
+
+    def __init__(self, directory: str | os.PathLike, every: int, keep: int, keep_every: int | None = None):
+        self.directory = Path(directory).absolute()
+        self.every, self.keep, self.keep_every = every, keep, keep_every
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving = -1  # the step being written, or written last
+        self._damage: dict[int, str] = {}  # step -> what is wrong with it, '' for nothing; of those looked at
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is planned after step `step`."""
+        return step % self.every == 0
+
+    def steps(self) -> list[int]:
+        """The steps that have a finished checkpoint, good or damaged, ascending."""
+        return sorted(int(path.name) for path in self._folders() if path.name.isdecimal())
+
+    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> bool:
+        """Starts to write `state` (a pytree of arrays, free for donation on return) and `progress` (JSON values).
+
+        False when the step has its checkpoint already. Raises `RunError` when this or the previous one cannot be written.
+        """
+        self.wait()
+        manager = self._writer()
+        if step in manager.all_steps():
+            return False
+        self._saving = step
+        arrays = ocp.args.StandardSave(named_leaves(state))
+        with self._as_run_error():
+            manager.save(
+                step, args=ocp.args.Composite(state=arrays, progress=ocp.args.JsonSave(dict(progress))), force=True
+            )
+        self._damage[step] = ""
+        return True
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises `RunError` when the last checkpoint could not be."""
+        if self._manager is not None:
+            with self._as_run_error():
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """As `wait`, and ends the background threads. The object can be used again."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                with self._as_run_error():
+                    manager.wait_until_finished()
+            finally:
+                manager.close()
+
+    def latest_good(self) -> int | None:
+        """The newest step whose files are whole, None when there is no checkpoint at all; names those it passes over.
+
+        Raises `RunError` when every checkpoint is damaged: to start from scratch is for the user to decide.
+        """
+        newest = None
+        if jax.process_index() == 0:
+            newest = self._newest_whole()
+        if jax.process_count() > 1:
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
+            newest = None if newest == -1 else newest
+        if newest is None and self.steps():
+            raise RunError(f"no checkpoint in {self.directory} can be used: {self._describe_damage()}")
+        return newest
+
+    def restore(
+        self, abstract_state: State, step: int | None = None, partial: bool = False
+    ) -> tuple[State, dict[str, Any], int]:
+        """(state, progress, step) of checkpoint `step`, by default of the newest good one.
+
+        `abstract_state` has a `jax.ShapeDtypeStruct` with its sharding for every array, on any mesh. With `partial` it may
+        lack arrays that the checkpoint has (an evaluation wants no optimizer state). Raises `RequestError` when there is no
+        such checkpoint or its arrays are others, `RunError` when it is damaged.
+        """
+        if step is None:
+            step = self.latest_good()
+            if step is None:
+                raise RequestError(f"no checkpoint in {self.directory}")
+        elif step not in self.steps():
+            raise RequestError(
+                f"no checkpoint of step {step} in {self.directory}; there are: {_first(self.steps(), 20)}"
+            )
+        elif self._damage_of(step):
+            raise RunError(f"checkpoint {step} in {self.directory} is damaged: {self._damage_of(step)}")
+        folder = self.directory / str(step)
+        target = named_leaves(abstract_state)
+        with ocp.PyTreeCheckpointer() as reader, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_reader:
+            saved = reader.metadata(folder / "state").item_metadata.tree
+            _check_fit(step, saved, target, partial)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+            arrays = reader.restore(folder / "state", args=args)
+            progress = json_reader.restore(folder / "progress")
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in target])
+        return state, progress, step
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.directory.iterdir() if path.is_dir()] if self.directory.is_dir() else []
+
+    def _newest_whole(self) -> int | None:
+        for path in self._folders():
+            if path.name.endswith(UNFINISHED):
+                log.warning("checkpoint %s was never finished; it is not used", path.name.removesuffix(UNFINISHED))
+        for step in reversed(self.steps()):
+            if not self._damage_of(step):
+                return step
+            log.warning("checkpoint %d is damaged and not used: %s", step, self._damage_of(step))
+        return None
+
+    def _damage_of(self, step: int) -> str:
+        if step not in self._damage:
+            self._damage[step] = find_damage(self.directory / str(step))
+        return self._damage[step]
+
+    def _describe_damage(self) -> str:
+        return _first([f"{step}: {damage}" for step, damage in sorted(self._damage.items(), reverse=True) if damage])
+
+    def _writer(self) -> ocp.CheckpointManager:
+        """The manager that writes, made when it is first needed, with the damaged checkpoints out of its way."""
+        if self._manager is None:
+            if jax.process_index() == 0:
+                for step in [step for step, damage in self._damage.items() if damage]:
+                    self._set_aside(step)
+            _silence_repeated_errors()
+            kept = [policies.LatestN(self.keep)]
+            if self.keep_every:
+                kept.append(policies.EveryNSteps(self.keep_every))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            )
+            with self._as_run_error():
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, which would count among the kept ones and block its step, to `STEP.damaged`."""
+        damaged = self.directory / f"{step}.damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        (self.directory / str(step)).rename(damaged)
+        del self._damage[step]
+
+    def _seal(self) -> None:
+        """Called in the background when all files are written and the folder is about to be renamed."""
+        (folder,) = self.directory.glob(f"{self._saving}{UNFINISHED}*")
+        write_checksums(folder)
+
+    @contextlib.contextmanager
+    def _as_run_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            for path in self.directory.glob(f"{self._saving}{UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+            self._damage.pop(self._saving, None)
+            raise RunError(f"checkpoint {self._saving} could not be written: {_cause(error)}") from error
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by path, such as `params/blocks/0/moe/experts/w_in`, in the order of its flattening."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves
+    }
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the size and CRC-32 of every file below `folder` into its `checksums.json`."""
+    # Orbax writes its own bookkeeping at the top of the folder once more after this; nothing there is read back.
+    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+    sums = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
+    with (folder / CHECKSUMS).open("w") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with the files of a finished checkpoint: a clause that names the first bad file, '' for nothing."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        for name, want in sums.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != want["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {want['bytes']}"
+            if _crc32(path) != want["crc32"]:
+                return f"{name} has other contents than were written"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({_cause(error)})"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{CHECKSUMS} is garbled"
+    return "" if sums else f"{CHECKSUMS} is empty"
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _check_fit(step: int, saved: Mapping[str, Any], target: Mapping[str, Any], partial: bool) -> None:
+    """Raises `RequestError` when the arrays of checkpoint `step` are not those of the model."""
+    problems = [f"it lacks {name} {_form(leaf)}" for name, leaf in target.items() if name not in saved]
+    problems += [
+        f"{name} is {_form(saved[name])}, not {_form(leaf)}"
+        for name, leaf in target.items()
+        if name in saved and _form(saved[name]) != _form(leaf)
+    ]
+    if not partial:
+        problems += [f"its {name} {_form(leaf)} has no place" for name, leaf in saved.items() if name not in target]
+    if problems:
+        raise RequestError(f"checkpoint {step} is of another model: {_first(problems)}")
+
+
+def _form(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _first(items: list, count: int = SHOWN) -> str:
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return "; ".join(map(str, items[:count])) + more
+
+
+def _cause(error: BaseException) -> str:
+    """One line: the operating system's words when the error came from there, else the start of the message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's errors are ValueErrors
+        return os.strerror(int(code[1]))
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _silence_repeated_errors() -> None:
+    """Orbax logs the trace of every failed save several times over; the error itself is raised by us."""
+    logging.getLogger("absl").addFilter(_not_an_orbax_error)
+
+
+def _not_an_orbax_error(record: logging.LogRecord) -> bool:
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
