@@ -1,0 +1,119 @@
+"""What layers return beside their output, and the ratios drawn from it.
+
+A report holds *sums and integer counts* only, so that layers stack by `lax.scan`, microbatches, devices and steps add by `+`, and a
+ratio is taken once, at the very end. The ledger's law, for every layer and expert: `assigned = processed + dropped`.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsejax.base.structs import struct
+
+
+@struct
+class MoEReport:
+    """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums float32."""
+
+    assigned: Int[Array, "*R E"]  # pairs the router chose, before capacity
+    processed: Int[Array, "*R E"]  # pairs that sit in a slot
+    dropped_capacity: Int[Array, "*R E"]  # pairs that found their expert full
+    tokens: Int[Array, "*R"]  # unmasked tokens
+    masked: Int[Array, "*R"]  # padding: neither routed nor counted anywhere else
+    unserved: Int[Array, "*R"]  # unmasked tokens with no processed pair
+    slots: Int[Array, "*R"]  # slots the static shapes gave
+    probability_sum: Float[Array, "*R E"]  # Σ over tokens of the score, normalised over experts
+    entropy_sum: Float[Array, "*R"]  # Σ over tokens of that distribution's entropy, nats
+    z_sum: Float[Array, "*R"]  # Σ over tokens of logsumexp(logits)²
+    balance_sum: Float[Array, "*R"]  # Σ over units of E/k · Σ_e f_e P_e; a unit is what the balance scope names
+    balance_units: Float[Array, "*R"]  # the number of those units
+
+    @property
+    def dropped(self) -> Int[Array, "*R E"]:
+        """Dropped pairs, all causes."""
+        return self.dropped_capacity
+
+
+@struct
+class Report:
+    """What one block returns: a part for each kind of conditional computation in it, None where there is none."""
+
+    moe: Optional[MoEReport] = None
+
+
+Reports = Mapping[str, Report]
+"""By position of the block in the model; a position in the repeated pattern holds stacked reports."""
+
+
+def add(left: Any, right: Any) -> Any:
+    """Two pytrees of sums and counts of the same structure, added."""
+    return jax.tree.map(lambda a, b: a + b, left, right)
+
+
+def to_host(reports: Any) -> Any:
+    """Device reports as NumPy, integers widened to int64 so that a window of many steps cannot overflow."""
+    return jax.tree.map(lambda a: np.asarray(a).astype(np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64), reports)
+
+
+def summarize_moe(layers: Mapping[str, MoEReport], experts_per_token: Mapping[str, int], capacity_factor: Mapping[str, float]) -> dict[str, float]:
+    """The `moe/…` metrics: ratios per layer, then the plain mean over layers; dead experts are summed.
+
+    Args:
+      layers: one unstacked host report (`to_host`) per MoE layer, by name.
+      experts_per_token: k of each layer, for the floor of the balance.
+      capacity_factor: asked for, of each layer.
+    """
+    if not layers:
+        return {}
+    rows = [_layer_ratios(report, experts_per_token[name]) | {"moe/capacity_factor": capacity_factor[name]} for name, report in layers.items()]
+    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return means | {"moe/dead_experts": float(sum(row["moe/dead_experts"] for row in rows))}
+
+
+def _layer_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]:
+    load = np.asarray(report.assigned, np.float64)
+    mean = max(load.mean(), 1e-9)
+    assigned, tokens, slots = max(load.sum(), 1.0), max(float(report.tokens), 1.0), max(float(report.slots), 1.0)
+    num_experts = load.shape[-1]
+    return {
+        "moe/drop_fraction": float(report.dropped.sum() / assigned),
+        "moe/unserved_fraction": float(report.unserved / tokens),
+        "moe/load_max_over_mean": float(load.max() / mean),
+        "moe/load_cv": float(load.std() / mean),
+        "moe/dead_experts": float((load < 0.01 * mean).sum()),
+        "moe/router_entropy": float(report.entropy_sum / tokens / max(math.log(num_experts), 1e-9)),
+        "moe/router_z": float(report.z_sum / tokens),
+        "moe/slots_per_token": float(report.slots / tokens),
+        "moe/slot_utilisation": float(report.processed.sum() / slots),
+        "moe/balance_loss": float(report.balance_sum / max(float(report.balance_units), 1e-9)),
+        "moe/balance_floor": balance_floor(int(report.tokens), num_experts, experts_per_token),
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def balance_floor(tokens: int, num_experts: int, experts_per_token: int) -> float:
+    """Expected max/mean load when each of `tokens` tokens draws k distinct experts uniformly.
+
+    A load is Binomial(tokens, k/E); the loads sum to k·tokens, so their fluctuations are those of E centred normals with the mean
+    taken out. The expected maximum of E standard normals comes from its exact integral; below 30 expected pairs an expert, where
+    the normal limit is poor, the draws are simulated with a fixed seed.
+    """
+    if tokens == 0 or experts_per_token >= num_experts:
+        return 1.0
+    mean = tokens * experts_per_token / num_experts
+    if mean < 30:
+        rng, maxima = np.random.default_rng(0), []
+        for _ in range(max(4, min(64, 20_000_000 // (tokens * num_experts)))):
+            order = rng.random((tokens, num_experts)).argpartition(experts_per_token - 1, axis=-1)
+            maxima.append(np.bincount(order[:, :experts_per_token].ravel(), minlength=num_experts).max())
+        return float(np.mean(maxima) / mean)
+    z = np.linspace(-8.0, 8.0, 4001)
+    below = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in z]) ** num_experts
+    expected_max = z[-1] - np.trapezoid(below, z)
+    spread = math.sqrt(tokens * (experts_per_token / num_experts) * (1 - experts_per_token / num_experts) * num_experts / (num_experts - 1))
+    return float(1 + expected_max * spread / mean)

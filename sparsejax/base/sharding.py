@@ -1,0 +1,123 @@
+"""Mesh, logical-axis rules, and the few helpers that say where an array lives.
+
+The mesh always has the three axes `('data', 'expert', 'tensor')`, all explicit, and axes of length 1 stay: one device is the mesh
+1×1×1. Rows of a batch are split over `data` and `expert` together. A parameter names its logical axes; one table, `Rules`, maps
+them to mesh axes. FSDP is the rule `embed → data`: stored split, gathered by `gather_for_compute` where it is used.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array
+
+from sparsejax.base.errors import ConfigError
+
+AXES = ("data", "expert", "tensor")
+BATCH_AXES = ("data", "expert")
+"""Mesh axes over which the rows of a batch are split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Logical axis → mesh axis, or None for replicated along it. A parameter may not use one mesh axis twice."""
+
+    embed: Optional[Literal["data"]] = "data"  # model width of a parameter: 'data' is FSDP
+    mlp: Optional[Literal["tensor"]] = "tensor"  # hidden width of feed-forward networks and experts
+    heads: Optional[Literal["tensor"]] = "tensor"  # query heads
+    kv_heads: Optional[Literal["tensor"]] = "tensor"  # key and value heads
+    vocab: Optional[Literal["tensor"]] = "tensor"  # rows of the embedding, columns of the head
+    experts: Optional[Literal["expert"]] = "expert"  # expert parallelism; None keeps every expert everywhere
+
+    def spec(self, axes: Sequence[Optional[str]], ndim: int) -> P:
+        """The `PartitionSpec` of a parameter with these logical axes; leading axes added by stacking are replicated.
+
+        Raises:
+          ValueError: a name is unknown, or two axes land on one mesh axis.
+        """
+        mesh_axes = [None if name is None else self._mesh_axis(name) for name in axes]
+        used = [axis for axis in mesh_axes if axis is not None]
+        if len(set(used)) < len(used):
+            raise ValueError(f"logical axes {tuple(axes)} map to {tuple(mesh_axes)}: a mesh axis is used twice")
+        return P(*[None] * (ndim - len(axes)), *mesh_axes)
+
+    def _mesh_axis(self, name: str) -> Optional[str]:
+        if name not in RULE_NAMES:
+            raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULE_NAMES)}")
+        return getattr(self, name)
+
+
+RULE_NAMES = tuple(f.name for f in dataclasses.fields(Rules))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis. `data = -1` takes what the other two leave."""
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+    rules: Rules = field(default_factory=Rules)
+
+    def __post_init__(self):
+        for name in AXES:
+            size = getattr(self, name)
+            if size < 1 and not (name == "data" and size == -1):
+                raise ConfigError(name, f"{size} is not a number of devices; allowed: 1, 2, …" + (" or -1" if name == "data" else ""))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.data, self.expert, self.tensor)
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.data * self.expert
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """This mesh with `data = -1` filled in.
+
+        Raises:
+          ConfigError: the mesh wants more devices than there are, or -1 cannot be filled.
+        """
+        fixed = self.expert * self.tensor
+        data = num_devices // fixed if self.data == -1 else self.data
+        if data < 1 or data * fixed > num_devices:
+            raise ConfigError("mesh", f"{self.data}×{self.expert}×{self.tensor} needs {max(data, 1) * fixed} devices, there are {num_devices}")
+        return dataclasses.replace(self, data=data)
+
+
+def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Mesh:
+    """The explicit mesh of `config` on `devices` (default: the first that JAX lists)."""
+    devices = list(jax.devices() if devices is None else devices)
+    config = config.resolve(len(devices))
+    types = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(config.shape, AXES, axis_types=types, devices=devices[: math.prod(config.shape)])
+
+
+def mesh_platform() -> str:
+    """What the mesh in force is made of: 'cpu', 'gpu' or 'tpu'. A mesh of devices that are only described counts, too."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def gather_for_compute(value: Array) -> Array:
+    """A stored parameter as its layer uses it: gathered over the batch axes (FSDP), still split over `tensor`."""
+    spec = jax.typeof(value).sharding.spec
+    return jax.sharding.reshard(value, P(*(axis if axis == "tensor" else None for axis in spec)))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[str, Array]:
+    """Host arrays of this process's rows → global arrays `[A, B/A, …]`, rows split over the batch axes."""
+    sharding = NamedSharding(mesh, P(None, BATCH_AXES))
+
+    def place(rows: np.ndarray) -> Array:
+        local = rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    return {name: place(rows) for name, rows in batch.items()}

@@ -1,0 +1,69 @@
+"""What every block is given beside the residual stream, and what it gives back."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Protocol
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sparsejax.base.reports import Report, Reports
+from sparsejax.base.structs import Batch, struct
+from sparsejax.nn.attention import KVCache
+from sparsejax.nn.backbone import Backbone
+
+Mode = Literal["train", "eval", "generate"]
+"""train: noise, training capacity. eval: no noise, evaluation capacity. generate: no noise, a slot for every token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The batch a block runs on, seen from one layer. `key` is None outside training."""
+
+    batch: Batch
+    mode: Mode
+    key: Optional[PRNGKeyArray] = None
+
+    def at_layer(self, layer: int | Int[Array, ""]) -> "Context":
+        """The same with a key of the layer's own."""
+        key = None if self.key is None else jax.random.fold_in(self.key, layer)
+        return Context(batch=self.batch, mode=self.mode, key=key)
+
+
+@struct
+class Totals:
+    """What one step's sums are divided by: counted over all of its microbatches before the first forward pass.
+
+    `reports` holds the summed reports of a counting pass, when a loss needs the loads of the whole step and there are several
+    microbatches.
+    """
+
+    targets: Int[Array, ""]
+    tokens: Int[Array, ""]
+    rows: Int[Array, ""]
+    microbatches: int
+    reports: Optional[Reports] = None
+
+
+@struct
+class BlockOutput:
+    x: Float[Array, "B T D"]
+    report: Report
+    cache: Optional[KVCache] = None
+
+
+class BlockSpec(Protocol):
+    """A config's description of one kind of block."""
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]: ...
+
+    def build(self, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module: ...
+
+    def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
+        """Named loss terms of the block's (possibly stacked) report, weighted and summed over its layers."""
+        ...
+
+    def settle(self, report: Report) -> Report:
+        """The step's report, once its microbatches are summed, with what only the whole step can tell."""
+        ...

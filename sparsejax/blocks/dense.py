@@ -1,0 +1,58 @@
+"""The dense block: every token through one feed-forward network."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.base.reports import Report
+from sparsejax.blocks.context import Context, Totals
+from sparsejax.blocks.residual import TransformerBlock
+from sparsejax.nn.backbone import Activation, Backbone
+from sparsejax.nn.mlp import MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSpec:
+    """Config of a dense block."""
+
+    d_ff: Optional[int] = None  # None: 4 · d_model
+    gated: bool = False
+    activation: Activation = "gelu"
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """Values that `model.remat_names` may keep."""
+        return ("attention", "mlp")
+
+    def __post_init__(self):
+        if self.d_ff is not None and self.d_ff < 1:
+            raise ConfigError("d_ff", f"{self.d_ff} is not positive")
+
+    def hidden(self, backbone: Backbone) -> int:
+        return 4 * backbone.d_model if self.d_ff is None else self.d_ff
+
+    def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
+        attention_key, mlp_key = jax.random.split(key)
+        mlp = MLP(mlp_key, backbone, self.hidden(backbone), gated=self.gated, activation=self.activation)
+        return TransformerBlock(attention_key, backbone, DenseFeedForward(mlp))
+
+    def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
+        return {}
+
+    def settle(self, report: Report) -> Report:
+        return report
+
+
+class DenseFeedForward(nnx.Module):
+    """An MLP behind the interface that conditional parts share."""
+
+    def __init__(self, mlp: MLP):
+        self.mlp = mlp
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], None]:
+        return checkpoint_name(self.mlp(x_BTD), "mlp"), None

@@ -1,0 +1,215 @@
+"""The mixture-of-experts block: route, dispatch, exchange, compute, combine."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.base.reports import MoEReport, Report
+from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
+from sparsejax.blocks.context import Context, Mode, Totals
+from sparsejax.blocks.residual import TransformerBlock
+from sparsejax.nn.backbone import Activation, Backbone
+from sparsejax.nn.linear import normal, param
+from sparsejax.nn.mlp import MLP, Experts, expert_ffn
+from sparsejax.ops.assignment import CapacityConvention, capacity_table
+from sparsejax.ops.dispatch import MOVEMENTS
+from sparsejax.ops.losses import load_balance
+from sparsejax.routers.router import Decision, RouterConfig, count_experts, decide, jitter, report
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """Config of a mixture-of-experts block."""
+
+    num_experts: int = 8
+    d_ff: Optional[int] = None  # hidden width of one expert; None: 4 · d_model
+    gated: bool = False
+    activation: Activation = "gelu"
+    shared_experts: int = 0  # experts of the same width that every token also goes through, fused into one network
+    group_size: Optional[int] = None  # tokens routed together; None: one row. Must divide what a device holds of a microbatch
+    capacity_factor: float = 1.25  # in training
+    eval_capacity_factor: float = 2.0  # in evaluation; generation has a slot for every token
+    capacity_convention: CapacityConvention = "per_choice"
+    dispatch: Literal["gather", "einsum"] = "gather"
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """Values that `model.remat_names` may keep."""
+        return ("attention", "slots", "experts") + (("mlp",) if self.shared_experts else ())
+
+    def __post_init__(self):
+        k = self.router.selection.experts_per_token
+        for name in ("num_experts", "d_ff", "group_size", "capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(name, f"{value} is not positive")
+        if k > self.num_experts:
+            raise ConfigError("router.selection.k", f"{k} experts per token, but there are only num_experts={self.num_experts}")
+        if self.shared_experts < 0:
+            raise ConfigError("shared_experts", f"{self.shared_experts} is negative")
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.router.selection.experts_per_token
+
+    def hidden(self, backbone: Backbone) -> int:
+        return 4 * backbone.d_model if self.d_ff is None else self.d_ff
+
+    def factor(self, mode: Mode) -> float:
+        """The capacity factor asked for; in generation, the one at which nothing can drop."""
+        if mode == "generate":
+            return self.num_experts / (self.experts_per_token if self.capacity_convention == "per_choice" else 1)
+        return self.capacity_factor if mode == "train" else self.eval_capacity_factor
+
+    def capacities(self, group_size: int, mode: Mode) -> np.ndarray:
+        """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
+        if mode == "generate":
+            return np.arange(group_size + 1, dtype=np.int32)
+        return capacity_table(group_size, self.num_experts, self.experts_per_token, self.factor(mode), self.capacity_convention)
+
+    def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
+        attention_key, moe_key = jax.random.split(key)
+        return TransformerBlock(attention_key, backbone, MoELayer(moe_key, backbone, self))
+
+    def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
+        """Balance and z-loss, each coefficient · the layer's value, summed over the layers stacked in `report`."""
+        moe, balance = report.moe, self.router.balance
+        if balance.scope == "global" and counted is not None:
+            value = load_balance(counted.moe.assigned, moe.probability_sum, totals.tokens, self.experts_per_token)
+        elif balance.scope == "sequence":
+            value = moe.balance_sum / jnp.maximum(totals.rows, 1)
+        else:
+            value = moe.balance_sum / jnp.maximum(moe.balance_units, 1) / totals.microbatches
+        z = moe.z_sum / jnp.maximum(totals.tokens, 1)
+        return {"balance": balance.coefficient * value.sum(), "router_z": self.router.z_loss * z.sum()}
+
+    def settle(self, report: Report) -> Report:
+        """The step's report once its microbatches are summed: a global balance is that of the summed loads."""
+        if self.router.balance.scope != "global":
+            return report
+        return dataclasses.replace(report, moe=whole_balance(report.moe, self.experts_per_token))
+
+
+def whole_balance(moe: MoEReport, experts_per_token: int) -> MoEReport:
+    """`moe` with the balance of all its tokens together as its one unit."""
+    value = load_balance(moe.assigned, moe.probability_sum, moe.tokens, experts_per_token)
+    return dataclasses.replace(moe, balance_sum=value, balance_units=(moe.tokens > 0).astype(jnp.float32))
+
+
+class MoELayer(nnx.Module):
+    """Router, experts and shared experts. Tokens are exchanged over the mesh axis `expert` inside one `shard_map`."""
+
+    def __init__(self, key: PRNGKeyArray, backbone: Backbone, spec: MoESpec):
+        router_key, expert_key, shared_key = jax.random.split(key, 3)
+        shape = (backbone.d_model, spec.num_experts)
+        self.router = param(normal(router_key, shape, backbone.d_model**-0.5), ("embed", None), "router")
+        d_ff, kind = spec.hidden(backbone), {"gated": spec.gated, "activation": spec.activation}
+        self.experts = Experts(expert_key, backbone, spec.num_experts, d_ff, **kind)
+        shared = spec.shared_experts
+        self.shared = MLP(shared_key, backbone, shared * d_ff, **kind) if shared else None
+        self.spec = spec
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
+        spec, batch = self.spec, context.batch
+        weights = self.experts.weights()
+        weight_specs = tuple(jax.typeof(weight).sharding.spec for weight in weights)
+        keys_B = _row_keys(context) if spec.router.jitter else None
+
+        def local(x_BTD, mask_BT, keys_B, router_DE, *weights):
+            return _routed(x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec, context.mode, self.experts.activation)
+
+        rows = P(BATCH_AXES)
+        in_specs = (P(BATCH_AXES, None, None), P(BATCH_AXES, None), None if keys_B is None else rows, P(), *weight_specs)
+        run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()))
+        router_DE = gather_for_compute(self.router[...])
+        y_BTD, moe = run(x_BTD.astype(self.experts.dtype), batch.segments > 0, keys_B, router_DE, *weights)
+        if spec.router.balance.scope in ("microbatch", "global"):
+            moe = whole_balance(moe, spec.experts_per_token)
+        if self.shared is not None:
+            y_BTD = y_BTD + checkpoint_name(self.shared(x_BTD), "mlp")
+        return y_BTD, moe
+
+
+def _row_keys(context: Context) -> Optional[Array]:
+    """A key for each row of the batch, from its number in the step's global batch."""
+    if context.key is None:
+        return None
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
+
+
+def _routed(x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec: MoESpec, mode: Mode, activation: Activation):
+    """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
+    groups, size = _groups(x_BTD.shape[0], x_BTD.shape[1], spec, mode)
+    x_GSD, mask_GS = x_BTD.reshape(groups, size, -1), mask_BT.reshape(groups, size)
+    with jax.named_scope("route"):
+        seen_GSD = jitter(x_BTD.astype(jnp.float32), keys_B, spec.router.jitter).reshape(x_GSD.shape)
+        logits_GSE = jnp.einsum("gsd,de->gse", seen_GSD, router_DE, precision=jax.lax.Precision.HIGHEST)
+        decision = decide(logits_GSE, mask_GS, spec.router, spec.capacities(size, mode))
+    movement = MOVEMENTS[spec.dispatch]
+    with jax.named_scope("dispatch"):
+        z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
+    out_EGCD = _expert_parallel(z_EGCD, weights, weight_specs, activation)
+    with jax.named_scope("combine"):
+        y_GSD = movement.combine(checkpoint_name(out_EGCD, "experts"), decision.weights_GSK, decision.pairs, decision.slots)
+        if "tensor" in weight_specs[0]:
+            y_GSD = jax.lax.psum(y_GSD, "tensor")
+    moe = _with_local_balance(report(decision, mask_GS), decision, mask_BT, spec)
+    return y_GSD.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
+
+
+def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int]:
+    """(G, S) of the tokens on one device."""
+    if mode == "generate":
+        return (rows, length) if length > 1 else (1, rows)
+    size = length if spec.group_size is None else spec.group_size
+    return rows * length // size, size
+
+
+def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
+    """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered here, so that
+    their gradients leave by reduce-scatter."""
+    exchange = weight_specs[0][0] == "expert"
+    weights = tuple(_gather_data(weight, weight_spec) for weight, weight_spec in zip(weights, weight_specs, strict=True))
+    if exchange:
+        with jax.named_scope("exchange"):
+            z_EGCD = jax.lax.all_to_all(z_EGCD, "expert", split_axis=0, concat_axis=1, tiled=True)
+    experts, groups, num_slots, width = z_EGCD.shape
+    with jax.named_scope("experts"):
+        out_END = expert_ffn(z_EGCD.reshape(experts, groups * num_slots, width), weights, activation)
+    out_EGCD = out_END.reshape(experts, groups, num_slots, width)
+    if exchange:
+        with jax.named_scope("exchange"):
+            out_EGCD = jax.lax.all_to_all(out_EGCD, "expert", split_axis=1, concat_axis=0, tiled=True)
+    return out_EGCD
+
+
+def _gather_data(weight: Float[Array, "E ..."], spec: P) -> Float[Array, "E ..."]:
+    return jax.lax.all_gather(weight, "data", axis=tuple(spec).index("data"), tiled=True) if "data" in spec else weight
+
+
+def _with_local_balance(moe: MoEReport, decision: Decision, mask_BT: Bool[Array, "B T"], spec: MoESpec) -> MoEReport:
+    """Balance over units that lie on one device. Loads are those before capacity: dropping must not flatter them."""
+    rows, length = mask_BT.shape
+    k, num_experts = spec.experts_per_token, spec.num_experts
+    if spec.router.balance.scope == "sequence":
+        experts = decision.experts_GSK.reshape(rows, length * k)
+        valid = jnp.repeat(mask_BT, k, axis=1)
+        counts = jax.vmap(lambda e, v: count_experts(e, v, num_experts))(experts, valid)
+        p_BTE = jnp.where(mask_BT[..., None], decision.probabilities_GSE.reshape(rows, length, num_experts), 0)
+        tokens = mask_BT.sum(-1)
+        value, units = load_balance(counts, p_BTE.sum(1), tokens, k), tokens > 0
+    elif spec.router.balance.scope == "device":
+        value, units = load_balance(moe.assigned, moe.probability_sum, moe.tokens, k), moe.tokens > 0
+    else:
+        return moe
+    return dataclasses.replace(moe, balance_sum=value.sum(), balance_units=units.sum(dtype=jnp.float32))

@@ -1,0 +1,111 @@
+"""Config of a whole model: the shared dimensions, the layer pattern, and named block specs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from sparsejax.base.errors import ConfigError, did_you_mean
+from sparsejax.base.registry import choices
+from sparsejax.blocks import BLOCKS
+from sparsejax.blocks.context import BlockSpec
+from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.nn.backbone import Backbone
+
+Remat = Literal["none", "full", "dots", "names"]
+
+
+class NamedSpecs(dict[str, BlockSpec]):
+    """Block specs by name; hashable, so that a config can be a static argument of `jax.jit`."""
+
+    def __hash__(self):  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One block of the model: its place in the depth, its spec's name, and where its report is found."""
+
+    index: int
+    block: str
+    position: str  # key of the reports
+    repeat: Optional[int]  # index into a stacked report; None where it is not stacked
+
+    @property
+    def name(self) -> str:
+        return f"{self.index:02d}_{self.block}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Backbone):
+    """prefix, then `repeats` times the pattern, then suffix; each name in them is a key of `blocks`."""
+
+    vocab_size: int = 256
+    prefix: tuple[str, ...] = ()
+    pattern: tuple[str, ...] = ("dense", "moe")
+    repeats: int = 2
+    suffix: tuple[str, ...] = ()
+    blocks: Mapping[str, BlockSpec] = choices(BLOCKS, dense=DenseSpec(), moe=MoESpec())
+    tied_head: bool = True  # the output head is the embedding table
+    logit_soft_cap: Optional[float] = None  # c · tanh(logits / c)
+    scan: bool = True  # compile the pattern once and scan over repeats; False unrolls, with the same parameters
+    remat: Remat = "none"  # recompute in the backward pass: nothing, all, all but matrix products, all but `remat_names`
+    remat_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "blocks", NamedSpecs(self.blocks))
+        self._check_pattern()
+        self._check_remat()
+        if self.vocab_size < 2:
+            raise ConfigError("vocab_size", f"{self.vocab_size} is less than 2")
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise ConfigError("logit_soft_cap", f"{self.logit_soft_cap} is not positive")
+
+    def _check_pattern(self) -> None:
+        for where in ("prefix", "pattern", "suffix"):
+            for name in getattr(self, where):
+                if name not in self.blocks:
+                    known = ", ".join(sorted(self.blocks))
+                    raise ConfigError(where, f"no block {name!r} in model.blocks; known: {known}.{did_you_mean(name, self.blocks)}")
+        if self.repeats < 0:
+            raise ConfigError("repeats", f"{self.repeats} is negative")
+        if self.num_layers == 0:
+            raise ConfigError("pattern", "the model has no layers: prefix, pattern × repeats and suffix are all empty")
+
+    def _check_remat(self) -> None:
+        if self.remat == "names" and not self.remat_names:
+            raise ConfigError("remat_names", "is empty, but remat=names keeps what it names; set names, or remat=full to keep nothing")
+        known = sorted({name for layer in self.layers for name in self.blocks[layer.block].checkpoint_names})
+        for name in self.remat_names:
+            if name not in known:
+                raise ConfigError("remat_names", f"{name!r} matches nothing in this model; known: {', '.join(known)}.{did_you_mean(name, known)}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.prefix) + len(self.pattern) * self.repeats + len(self.suffix)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every block of the model, from input to output."""
+        places = [(name, f"prefix_{i}", None) for i, name in enumerate(self.prefix)]
+        places += [(name, f"pattern_{i}", r) for r in range(self.repeats) for i, name in enumerate(self.pattern)]
+        places += [(name, f"suffix_{i}", None) for i, name in enumerate(self.suffix)]
+        return tuple(Layer(index=n, block=name, position=where, repeat=r) for n, (name, where, r) in enumerate(places))
+
+    @property
+    def positions(self) -> dict[str, str]:
+        """Report key → block name, each once."""
+        return {layer.position: layer.block for layer in self.layers}
+
+    def unused(self) -> dict[str, str]:
+        reasons = {}
+        if self.remat != "names":
+            reasons["remat_names"] = f"remat={self.remat}; names count only with remat=names"
+        if not self.pattern:
+            reasons["repeats"] = "the pattern is empty"
+        if not self.pattern or self.repeats == 0:
+            reasons["scan"] = "there is no repeated pattern"
+        used = {layer.block for layer in self.layers}
+        reasons |= {f"blocks.{name}": "no layer of prefix, pattern or suffix uses it" for name in self.blocks if name not in used}
+        return reasons

@@ -1,0 +1,1 @@
+"""Floor 2: modules that own parameters, and the dimensions they share."""

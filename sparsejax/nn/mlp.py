@@ -1,0 +1,67 @@
+"""The feed-forward network, plain or gated, for one network and for a stack of experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sparsejax.base.sharding import BATCH_AXES
+from sparsejax.nn.backbone import Activation, Backbone
+from sparsejax.nn.linear import Linear, normal, param
+
+ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+
+
+def residual_scale(backbone: Backbone) -> float:
+    """Factor on the initial scale of a branch's last matrix: 2L branches add up to unit variance (GPT-2)."""
+    return (2 * backbone.num_layers) ** -0.5
+
+
+class MLP(nnx.Module):
+    """act(x W_in) W_out, or (act(x W_gate) ⊙ x W_in) W_out when gated (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, key: PRNGKeyArray, backbone: Backbone, d_ff: int, *, gated: bool, activation: Activation):
+        d_model, dtype = backbone.d_model, backbone.dtype
+        keys = jax.random.split(key, 3)
+        up = {"stddev": d_model**-0.5, "out_spec": P(BATCH_AXES, None, "tensor"), "dtype": dtype}
+        self.w_in = Linear(keys[0], "btd,df->btf", (d_model, d_ff), ("embed", "mlp"), **up)
+        self.w_gate = Linear(keys[1], "btd,df->btf", (d_model, d_ff), ("embed", "mlp"), **up) if gated else None
+        stddev = residual_scale(backbone) * d_ff**-0.5
+        down = {"stddev": stddev, "out_spec": P(BATCH_AXES, None, None), "dtype": dtype}
+        self.w_out = Linear(keys[2], "btf,fd->btd", (d_ff, d_model), ("mlp", "embed"), **down)
+        self.activation = activation
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        act = ACTIVATIONS[self.activation]
+        hidden = self.w_in(x_BTD)
+        hidden = act(hidden) if self.w_gate is None else act(self.w_gate(x_BTD)) * hidden
+        return self.w_out(hidden)
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks, each with its own initial values, stacked along the first axis."""
+
+    def __init__(self, key: PRNGKeyArray, backbone: Backbone, num_experts: int, d_ff: int, *, gated: bool, activation: Activation):
+        d_model = backbone.d_model
+        keys = jax.random.split(key, 3)
+        up_axes = ("experts", "embed", "mlp")
+        self.w_in = param(normal(keys[0], (num_experts, d_model, d_ff), d_model**-0.5), up_axes, "expert")
+        gate = normal(keys[1], (num_experts, d_model, d_ff), d_model**-0.5) if gated else None
+        self.w_gate = None if gate is None else param(gate, up_axes, "expert")
+        stddev = residual_scale(backbone) * d_ff**-0.5
+        self.w_out = param(normal(keys[2], (num_experts, d_ff, d_model), stddev), ("experts", "mlp", "embed"), "expert")
+        self.activation, self.dtype = activation, backbone.dtype
+
+    def weights(self) -> tuple[Float[Array, "E ..."], ...]:
+        """(w_in, w_out) or (w_in, w_out, w_gate), in the compute dtype, as stored on the mesh."""
+        stored = [self.w_in, self.w_out] + ([] if self.w_gate is None else [self.w_gate])
+        return tuple(weight[...].astype(self.dtype) for weight in stored)
+
+
+def expert_ffn(z_END: Float[Array, "E N D"], weights: tuple[Float[Array, "E ..."], ...], activation: Activation) -> Float[Array, "E N D"]:
+    """Every expert on its own N rows: two (three, when gated) batched matrix products. Works on any part of E or F."""
+    act, (w_in, w_out, *gate) = ACTIVATIONS[activation], weights
+    hidden_ENF = jnp.einsum("end,edf->enf", z_END, w_in)
+    hidden_ENF = act(jnp.einsum("end,edf->enf", z_END, gate[0])) * hidden_ENF if gate else act(hidden_ENF)
+    return jnp.einsum("enf,efd->end", hidden_ENF, w_out)

@@ -1,0 +1,126 @@
+"""The router's decision in its canonical form, and the slots it is given.
+
+A decision is a flat list of pairs *in the order in which slots are filled*. A pair's slot is its stable position among the pairs
+of its expert; a position at or beyond the capacity means that the pair is dropped. Everything downstream (any dispatch, the
+combine weights, the ledger) reads this list and nothing else.
+"""
+
+import math
+from fractions import Fraction
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.base.structs import struct
+
+CapacityConvention = Literal["per_choice", "per_token"]
+
+
+@struct
+class Pairs:
+    """(token, expert, weight) pairs of each group, in the order in which slots are filled. Integers are int32, weights float32.
+
+    `of_token` lists, for every token of the group, the K pairs it appears in: what lets the movement of rows be a gather both ways.
+    """
+
+    token: Int[Array, "G P"]
+    expert: Int[Array, "G P"]
+    valid: Bool[Array, "G P"]  # False where the token is padding: such a pair takes no slot and is counted nowhere
+    of_token: Int[Array, "G S K"]
+
+
+@struct
+class Slots:
+    """Where each pair sits. Slots of an expert fill from 0 without holes."""
+
+    position: Int[Array, "G P"]  # among the valid pairs of its expert
+    keep: Bool[Array, "G P"]  # valid, and within the capacity
+    pair: Int[Array, "G E C"]  # the pair in each slot, P where the slot is empty
+    assigned: Int[Array, " E"]  # valid pairs by expert, summed over groups
+    processed: Int[Array, " E"]  # pairs in a slot, counted from the slots
+
+
+def capacity(tokens: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention) -> int:
+    """Slots of one expert for a group of `tokens` tokens, exact in rational arithmetic.
+
+    `per_choice`: ⌈CF · k · S / E⌉, so that CF = 1 is just enough for balanced routing (V-MoE). `per_token`: ⌈CF · S / E⌉, in which
+    k is not counted (Switch, Mesh-TensorFlow): top-2 at CF 1.25 then has 0.625 slots a choice.
+    """
+    k = experts_per_token if convention == "per_choice" else 1
+    return min(tokens, math.ceil(Fraction(str(factor)) * k * tokens / num_experts))
+
+
+def capacity_table(group_size: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention) -> np.ndarray:
+    """`capacity` for 0 … `group_size` unmasked tokens, int32: padding in a group must not buy slots for the others."""
+    sizes = range(group_size + 1)
+    return np.array([capacity(n, num_experts, experts_per_token, factor, convention) for n in sizes], np.int32)
+
+
+def choice_major_pairs(experts_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"]) -> Pairs:
+    """Every token's first choice in token order, then every second choice, … (GShard, Switch, V-MoE).
+
+    For K > 1 this order is not causal: a later token's first choice goes before an earlier token's second.
+    """
+    groups, size, k = experts_GSK.shape
+    token_P = jnp.tile(jnp.arange(size, dtype=jnp.int32), k)
+    of_token_SK = jnp.arange(size, dtype=jnp.int32)[:, None] + size * jnp.arange(k, dtype=jnp.int32)[None, :]
+    return Pairs(
+        token=jnp.broadcast_to(token_P, (groups, k * size)),
+        expert=experts_GSK.astype(jnp.int32).transpose(0, 2, 1).reshape(groups, k * size),
+        valid=jnp.tile(mask_GS, (1, k)),
+        of_token=jnp.broadcast_to(of_token_SK, (groups, size, k)),
+    )
+
+
+def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Array, " G"]) -> Slots:
+    """Gives every valid pair the next free slot of its expert; beyond `limit_G` (≤ `num_slots` = C) pairs are dropped.
+
+    One stable sort by expert; no scatter and no array of size S × E × C. Keys are `expert · P + index`, all different, so that a
+    single-operand sort is stable by construction. Needs (E + 1) · P < 2³¹.
+    """
+    groups, size = pairs.expert.shape
+    if (num_experts + 1) * size >= 2**31:
+        raise ValueError(f"{num_experts} experts × {size} pairs of a group overflow the 32-bit sort key: use a smaller group_size")
+    expert_GP = jnp.where(pairs.valid, pairs.expert, num_experts)
+    key_GP = jnp.sort(expert_GP * size + jnp.arange(size, dtype=jnp.int32), axis=-1)
+    order_GP = key_GP % size  # pairs by expert, then by their place in the list
+    firsts_E = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
+    start_GE = jax.vmap(lambda keys: jnp.searchsorted(keys, firsts_E).astype(jnp.int32))(key_GP)
+    count_GE = start_GE[:, 1:] - start_GE[:, :-1]
+
+    slot_C = jnp.arange(num_slots, dtype=jnp.int32)
+    filled_GEC = slot_C < jnp.minimum(count_GE, limit_G[:, None])[:, :, None]
+    rank_GEC = jnp.minimum(start_GE[:, :-1, None] + slot_C, size - 1)
+    pair_GEC = jnp.take_along_axis(order_GP, rank_GEC.reshape(groups, -1), axis=-1).reshape(rank_GEC.shape)
+
+    # The inverse of the order is a sort, too: sorting (order · 1) restores list order and carries ranks along.
+    rank_GP = _inverse_permutation(order_GP)
+    start_of_pair_GP = jnp.take_along_axis(start_GE, expert_GP, axis=-1)
+    position_GP = rank_GP - start_of_pair_GP
+    return Slots(
+        position=position_GP,
+        keep=pairs.valid & (position_GP < limit_G[:, None]),
+        pair=jnp.where(filled_GEC, pair_GEC, size),
+        assigned=count_GE.sum(0),
+        processed=filled_GEC.sum((0, 2), dtype=jnp.int32),
+    )
+
+
+def _inverse_permutation(order_GP: Int[Array, "G P"]) -> Int[Array, "G P"]:
+    size = order_GP.shape[-1]
+    ranks = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), order_GP.shape)
+    return jax.vmap(lambda order, rank: jnp.zeros_like(order).at[order].set(rank, unique_indices=True))(order_GP, ranks)
+
+
+def served_tokens(pairs: Pairs, slots: Slots) -> Bool[Array, "G S"]:
+    """Which tokens have at least one pair in a slot."""
+    return gather_pairs(slots.keep, pairs.of_token).any(-1)
+
+
+def gather_pairs(values_GP: Float[Array, "G P"] | Bool[Array, "G P"] | Int[Array, "G P"], of_token_GSK: Int[Array, "G S K"]):
+    """A per-pair array laid out by token, `[G, S, K]`."""
+    groups, size, k = of_token_GSK.shape
+    return jnp.take_along_axis(values_GP, of_token_GSK.reshape(groups, size * k), axis=-1).reshape(groups, size, k)

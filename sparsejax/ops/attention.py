@@ -1,0 +1,70 @@
+"""Rotary positions and masked attention, as functions of one device's heads and rows."""
+
+from typing import Optional
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding (Su et al., arXiv:2104.09864), pairing feature i with i + H/2; computed in float32."""
+    half = x_BTNH.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def visible(q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], q_order: Int[Array, "B T"]) -> Bool[Array, "B 1 T S"]:
+    """A query sees the keys of its own segment that stand no later than it does; keys stand at 0, 1, …, S − 1."""
+    same = q_segments[:, :, None] == k_segments[:, None, :]
+    past = jnp.arange(k_segments.shape[1])[None, None, :] <= q_order[:, :, None]
+    return (same & past)[:, None]
+
+
+def xla_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B S"],
+    q_order: Int[Array, "B T"],
+    soft_cap: Optional[float] = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention in XLA. Query head n reads key head n // (N / M); softmax in float32."""
+    mask = visible(q_segments, k_segments, q_order)
+    if soft_cap is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BSMH, v_BSMH, mask=mask, implementation="xla")
+    batch, length, heads, width = q_BTNH.shape
+    kv_heads = k_BSMH.shape[2]
+    q_BTMgH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    logits = jnp.einsum("btmgh,bsmh->bmgts", q_BTMgH, k_BSMH, preferred_element_type=jnp.float32) / width**0.5
+    logits = jnp.where(mask[:, :, None], soft_cap * jnp.tanh(logits / soft_cap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSMH.dtype)
+    return jnp.einsum("bmgts,bsmh->btmgh", weights, v_BSMH).reshape(q_BTNH.shape)
+
+
+def splash_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segments_BT: Int[Array, "B T"],
+    soft_cap: Optional[float] = None,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """The same over a whole row by JAX's Pallas flash kernel for TPU: no T × T array. `interpret` runs it anywhere, slowly."""
+    # The kernel module is heavy and only a TPU (or its compiler) needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads, width = q_BTNH.shape[1:]
+    causal = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
+    kernel = splash.make_splash_mha(causal, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap, interpret=interpret)
+
+    def one_row(q_NTH, k_MTH, v_MTH, segments_T):
+        return kernel(q_NTH, k_MTH, v_MTH, segment_ids=splash.SegmentIds(q=segments_T, kv=segments_T))
+
+    q_BNTH = q_BTNH.transpose(0, 2, 1, 3) / width**0.5
+    k_BMTH, v_BMTH = k_BTMH.transpose(0, 2, 1, 3), v_BTMH.transpose(0, 2, 1, 3)
+    return jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT).transpose(0, 2, 1, 3)

@@ -1,0 +1,36 @@
+"""Loss terms as sums over tokens; whoever knows the totals divides."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def cross_entropy_sum(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Σ over unmasked positions of −log softmax(logits)[target], nats, in float32.
+
+    The target's logit is picked by comparison, not by index: that works as it stands on a vocabulary split over the mesh.
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    at_target = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
+    picked_BT = jnp.sum(jnp.where(at_target, logits_BTV, 0), axis=-1)
+    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    return jnp.sum(jnp.where(mask_BT, nll_BT, 0))
+
+
+def load_balance(
+    counts: Int[Array, "*U E"], probability_sum: Float[Array, "*U E"], tokens: Int[Array, "*U"], experts_per_token: int
+) -> Float[Array, "*U"]:
+    """E/k · Σ_e f_e · P_e for each unit of tokens: 1 when balanced, E/k when every token goes to the same k experts.
+
+    f_e = pairs of e / tokens (so Σ f = k), P_e = mean probability. Gradients flow through P only. Shazeer et al. 2017 in the
+    form of Switch Transformers (arXiv:2101.03961, eq. 4–6), rescaled for k > 1. A unit without tokens gives 0.
+    """
+    tokens = jnp.maximum(tokens, 1).astype(jnp.float32)[..., None]
+    num_experts = counts.shape[-1]
+    fraction = jax.lax.stop_gradient(counts.astype(jnp.float32)) / tokens
+    return num_experts / experts_per_token * jnp.sum(fraction * probability_sum / tokens, axis=-1)
+
+
+def router_z_sum(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]) -> Float[Array, ""]:
+    """Σ over unmasked tokens of logsumexp(logits)² (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return jnp.sum(jnp.where(mask_GS, jnp.square(jax.nn.logsumexp(logits_GSE, axis=-1)), 0))
