@@ -1,17 +1,14 @@
 """Checkpoints: the state of a run in `DIRECTORY/STEP/`, written in the background, restored onto any mesh.
 
-Orbax writes the arrays and renames the finished folder into place. Just before that, `checksums.json` with the size and CRC
-of every file is put into it: zarr detects a flipped bit in an array no better than a flipped bit anywhere, and a checkpoint
-that was copied, truncated or edited has to be told from a good one before a run continues from it.
+Orbax writes the arrays and renames the finished folder into place. Just before that, the checksums of all files are put
+into it, and no run continues from a checkpoint whose files do not agree with them.
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,11 +20,11 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sparsejax.base.errors import RequestError, RunError
+from sparsejax.train.checksums import find_damage, write_checksums
 
 State = TypeVar("State")
 log = logging.getLogger(__name__)
 
-CHECKSUMS = "checksums.json"
 UNFINISHED = ".orbax-checkpoint-tmp"  # what orbax appends to the name of a folder it is still writing
 SHOWN = 3  # names in an error message
 
@@ -35,8 +32,8 @@ SHOWN = 3  # names in an error message
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and all whose step is a multiple of `keep_every`.
 
-    Nothing is created or changed before the first `save`, so a finished run's folder can be read-only. In a job of several
-    processes each of them makes every call. An object is used by one thread.
+    Nothing is created or changed before the first `save`, so a finished run's folder can be read-only. In a job of
+    several processes each of them makes every call. An object is used by one thread.
     """
 
     def __init__(self, directory: str | os.PathLike, every: int, keep: int, keep_every: int | None = None):
@@ -57,7 +54,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> bool:
         """Starts to write `state` (a pytree of arrays, free for donation on return) and `progress` (JSON values).
 
-        False when the step has its checkpoint already. Raises `RunError` when this or the previous one cannot be written.
+        False when the step has its checkpoint already. Raises `RunError` when this or the last one cannot be written.
         """
         self.wait()
         manager = self._writer()
@@ -108,9 +105,9 @@ class Checkpoints:
     ) -> tuple[State, dict[str, Any], int]:
         """(state, progress, step) of checkpoint `step`, by default of the newest good one.
 
-        `abstract_state` has a `jax.ShapeDtypeStruct` with its sharding for every array, on any mesh. With `partial` it may
-        lack arrays that the checkpoint has (an evaluation wants no optimizer state). Raises `RequestError` when there is no
-        such checkpoint or its arrays are others, `RunError` when it is damaged.
+        `abstract_state` has a `jax.ShapeDtypeStruct` with its sharding for every array, on any mesh. With `partial` it
+        may lack arrays that the checkpoint has (an evaluation wants no optimizer state). Raises `RequestError` when
+        there is no such checkpoint or its arrays are others, `RunError` when it is damaged.
         """
         if step is None:
             step = self.latest_good()
@@ -124,15 +121,15 @@ class Checkpoints:
             raise RunError(f"checkpoint {step} in {self.directory} is damaged: {self._damage_of(step)}")
         folder = self.directory / str(step)
         target = named_leaves(abstract_state)
-        with ocp.PyTreeCheckpointer() as reader, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_reader:
-            saved = reader.metadata(folder / "state").item_metadata.tree
-            _check_fit(step, saved, target, partial)
-            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-            arrays = reader.restore(folder / "state", args=args)
-            progress = json_reader.restore(folder / "progress")
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in target])
-        return state, progress, step
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+            _check_fit(step, reader.metadata(folder).item_metadata["state"].tree, target, partial)
+            arrays = ocp.args.PyTreeRestore(
+                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+            )
+            saved = reader.restore(folder, args=ocp.args.Composite(state=arrays, progress=ocp.args.JsonRestore()))
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [saved["state"][name] for name in target])
+        return state, saved["progress"], step
 
     def _folders(self) -> list[Path]:
         return [path for path in self.directory.iterdir() if path.is_dir()] if self.directory.is_dir() else []
@@ -162,7 +159,7 @@ class Checkpoints:
                 for step in [step for step, damage in self._damage.items() if damage]:
                     self._set_aside(step)
             _silence_repeated_errors()
-            kept = [policies.LatestN(self.keep)]
+            kept: list[policies.PreservationPolicy] = [policies.LatestN(self.keep)]
             if self.keep_every:
                 kept.append(policies.EveryNSteps(self.keep_every))
             options = ocp.CheckpointManagerOptions(
@@ -203,46 +200,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves
     }
-
-
-def write_checksums(folder: Path) -> None:
-    """Writes the size and CRC-32 of every file below `folder` into its `checksums.json`."""
-    # Orbax writes its own bookkeeping at the top of the folder once more after this; nothing there is read back.
-    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-    sums = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
-    with (folder / CHECKSUMS).open("w") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def find_damage(folder: Path) -> str:
-    """What is wrong with the files of a finished checkpoint: a clause that names the first bad file, '' for nothing."""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_bytes())
-        for name, want in sums.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != want["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {want['bytes']}"
-            if _crc32(path) != want["crc32"]:
-                return f"{name} has other contents than were written"
-    except FileNotFoundError:
-        return f"{CHECKSUMS} is missing"
-    except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read ({_cause(error)})"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{CHECKSUMS} is garbled"
-    return "" if sums else f"{CHECKSUMS} is empty"
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def _check_fit(step: int, saved: Mapping[str, Any], target: Mapping[str, Any], partial: bool) -> None:
