@@ -95,7 +95,7 @@ class TestSettings:
         assert caught.value.key == key
 
     def test_unknown_group_suggests_the_nearest(self):
-        with pytest.raises(ConfigError, match="'experts'.*Did you mean 'expert'?"):
+        with pytest.raises(ConfigError, match=r"'experts'.*Did you mean 'expert'?"):
             AdamW(weight_decay_groups=("experts",))
 
     def test_groups_are_unused_without_decay(self):

@@ -1,0 +1,174 @@
+"""What a run writes while it goes: `metrics.jsonl`, `routing/STEP.npz` and TensorBoard event files.
+
+A run may be killed at any moment and resumed from a step that it had already passed. Opening a writer with that step
+takes back what was written after it, so every (split, step) stands in the files once.
+"""
+
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsejax.base.errors import RunError
+
+Row = Mapping[str, Any]  # a row of metrics: "step", "split" and scalars
+log = logging.getLogger(__name__)
+
+
+def read_jsonl(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a metrics file, and the number of lines that are none: a crash may have left one."""
+    rows = [_parse(line) for line in Path(path).read_bytes().split(b"\n") if line.strip()]
+    whole = [row for row in rows if row is not None]
+    return whole, len(rows) - len(whole)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces the file at `path` in one step: a reader, or a crash, sees the old contents or the new.
+
+    Raises `RunError` when it cannot be written; the old contents stay.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise RunError(f"{path} could not be written: {error.strerror}") from error
+
+
+class JsonlWriter:
+    """Appends rows to a JSON-lines file, each in one write. NaN and infinity, which JSON lacks, become null."""
+
+    def __init__(self, path: str | os.PathLike, resume_step: int = 0):
+        """Continues the file after `resume_step`; rows of later steps and broken lines are removed, with a warning."""
+        self.path = Path(path)
+        self._last: dict[str, int] = {}  # split -> its newest step
+        if self.path.exists():
+            self._take_back(resume_step)
+        try:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise RunError(f"{self.path} could not be written: {error.strerror}") from error
+
+    def append(self, row: Row) -> bool:
+        """Writes the row; False, and nothing written, when the file is past the row's step (an evaluation done twice).
+
+        Raises `RunError` when the disk refuses it.
+        """
+        if row["step"] <= self._last.get(row["split"], -1):
+            return False
+        line = json.dumps({key: _json_value(value) for key, value in row.items()}, allow_nan=False).encode() + b"\n"
+        try:
+            while line:  # a disk that is filling up takes a part and refuses the rest
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise RunError(f"{self.path} could not be written: {error.strerror}") from error
+        self._last[row["split"]] = int(row["step"])
+        return True
+
+    def close(self) -> None:
+        """Closes the file. The writer cannot be used again."""
+        os.close(self._file)
+
+    def _take_back(self, resume_step: int) -> None:
+        rows, broken = read_jsonl(self.path)
+        kept = []
+        for row in rows:
+            if self._last.get(row["split"], -1) < row["step"] <= resume_step:
+                self._last[row["split"]] = row["step"]
+                kept.append(row)
+        text = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        if text != self.path.read_bytes():
+            write_atomically(self.path, text)
+        if broken:
+            log.warning("%s: removed %d broken lines", self.path, broken)
+        if len(kept) < len(rows):
+            log.warning("%s: removed %d rows after step %d", self.path, len(rows) - len(kept), resume_step)
+
+
+class RoutingWriter:
+    """Writes one `STEP.npz` of arrays a step, each of them whole or not at all."""
+
+    def __init__(self, directory: str | os.PathLike, resume_step: int = 0):
+        """Removes the files of steps after `resume_step` and what a crash left unfinished."""
+        self.directory = Path(directory)
+        for path in self.directory.glob("*.npz"):
+            if path.stem.isdecimal() and int(path.stem) > resume_step:
+                path.unlink()
+        for path in self.directory.glob(".*.npz.tmp"):
+            path.unlink()
+
+    def write(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes the arrays, named such as `LAYER/assigned`. Raises `RunError` when the disk refuses them."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
+        write_atomically(self.directory / f"{step}.npz", buffer.getvalue())
+
+
+class TensorBoardWriter:
+    """Writes the scalars of rows as `SPLIT/KEY`, into a new event file that voids the steps after `resume_step`."""
+
+    def __init__(self, directory: str | os.PathLike, resume_step: int = 0):
+        from tensorboardX import SummaryWriter  # slow to import, and not everyone wants it
+
+        # An unbounded queue: with a bounded one, a full disk ends the writing thread and then blocks the trainer.
+        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1, max_queue=0, flush_secs=10)
+
+    def write(self, row: Row) -> None:
+        """Queues the row's numbers; never blocks."""
+        for key, value in row.items():
+            if key not in ("step", "split") and value is not None:
+                self._writer.add_scalar(f"{row['split']}/{key}", float(value), int(row["step"]))
+
+    def close(self) -> None:
+        """Writes what is queued. A full disk is not reported here: the same rows stand in `metrics.jsonl`."""
+        try:
+            self._writer.close()
+        except OSError as error:
+            log.warning("the TensorBoard files are incomplete: %s", error.strerror)
+
+
+class MetricsWriter:
+    """All the files of a run: a row goes to JSON lines and, if wanted, to TensorBoard; arrays go to `routing/`."""
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0, tensorboard: bool = True):
+        workdir = Path(workdir)
+        self._rows = JsonlWriter(workdir / "metrics.jsonl", resume_step)
+        self._arrays = RoutingWriter(workdir / "routing", resume_step)
+        self._events = TensorBoardWriter(workdir / "tensorboard", resume_step) if tensorboard else None
+
+    def write(self, row: Row, routing: Mapping[str, np.ndarray] | None = None) -> None:
+        """Writes the row, and the arrays that belong to it. Raises `RunError` when the disk refuses."""
+        if self._rows.append(row) and self._events is not None:
+            self._events.write(row)
+        if routing:
+            self._arrays.write(int(row["step"]), routing)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._rows.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("split"), str) else None
+
+
+def _json_value(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # NumPy's and JAX's scalars
+    return None if isinstance(value, float) and not math.isfinite(value) else value
