@@ -58,6 +58,11 @@ class BlockSpec(Protocol):
     @property
     def checkpoint_names(self) -> tuple[str, ...]: ...
 
+    @property
+    def counts_first(self) -> bool:
+        """Whether `losses` wants the loads of the whole step (`counted`) when it has several microbatches."""
+        ...
+
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module: ...
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:

@@ -33,6 +33,10 @@ class DenseSpec:
         if self.d_ff is not None and self.d_ff < 1:
             raise ConfigError("d_ff", f"{self.d_ff} is not positive")
 
+    @property
+    def counts_first(self) -> bool:
+        return False
+
     def hidden(self, backbone: Backbone) -> int:
         return 4 * backbone.d_model if self.d_ff is None else self.d_ff
 

@@ -62,6 +62,10 @@ class MoESpec:
     def experts_per_token(self) -> int:
         return self.router.selection.experts_per_token
 
+    @property
+    def counts_first(self) -> bool:
+        return self.router.balance.scope == "global"
+
     def hidden(self, backbone: Backbone) -> int:
         return 4 * backbone.d_model if self.d_ff is None else self.d_ff
 

@@ -1,0 +1,1 @@
+"""Floor 6: state, optimizer, step, checkpoints, the training loop and evaluation."""

@@ -1,0 +1,140 @@
+"""Config of a whole experiment, and the checks that need more than one part of it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.base.registry import choice
+from sparsejax.base.sharding import MeshConfig
+from sparsejax.blocks.context import BlockSpec
+from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.data.config import DataConfig
+from sparsejax.model.config import ModelConfig
+from sparsejax.train.optimizer import OPTIMIZERS, Optimizer, learning_rate_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 1000  # optimizer steps
+    seed: int = 0  # of parameters, data order and noise
+    log_every: int = 10  # steps per row of metrics.jsonl
+    accumulation: int = 1  # microbatches per step; the batch is that of data.batch_size either way
+    max_nonfinite: int = 5  # steps in a row with a non-finite loss or gradient (each is skipped) before the run stops
+    profile: tuple[int, ...] = ()  # (first, last): steps to write a profiler trace of
+    tensorboard: bool = True  # write event files, too
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "accumulation", "max_nonfinite"):
+            _at_least_one(self, name)
+        if self.seed < 0:
+            raise ConfigError("seed", f"{self.seed} is negative")
+        if self.profile and not (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1] <= self.steps):
+            raise ConfigError(
+                "profile", f"{self.profile}: two steps first <= last within 1 … train.steps={self.steps}, or ()"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 200  # steps; the last step is always evaluated
+    batches: Optional[int] = None  # batches of one evaluation; None: the whole validation split
+
+    def __post_init__(self):
+        for name in ("every", "batches"):
+            _at_least_one(self, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 200  # steps; the last step is always saved
+    keep: int = 2  # the newest that are kept
+    keep_every: Optional[int] = None  # besides, steps divisible by this are kept for good
+
+    def __post_init__(self):
+        for name in ("every", "keep", "keep_every"):
+            _at_least_one(self, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: Optimizer = choice(OPTIMIZERS, "adamw")
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        try:
+            learning_rate_at(self.optimizer, self.train.steps)
+        except ConfigError as error:
+            raise error.below("optimizer") from None
+        if self.mesh.data != -1:  # else once the devices are known: the loop replaces `mesh` and comes here again
+            self._check_rows()
+            self._check_splits()
+            self._check_groups()
+
+    @property
+    def microbatch_size(self) -> int:
+        """Rows of one microbatch, over all devices."""
+        return self.data.batch_size // self.train.accumulation
+
+    def _check_rows(self) -> None:
+        parts = self.train.accumulation * self.mesh.batch_shards
+        if self.data.batch_size % parts:
+            lower = self.data.batch_size // parts * parts
+            near = ", ".join(str(n) for n in (lower, lower + parts) if n)
+            raise ConfigError(
+                "data.batch_size",
+                f"{self.data.batch_size} rows do not split evenly over train.accumulation={self.train.accumulation} × "
+                f"mesh.data={self.mesh.data} × mesh.expert={self.mesh.expert} = {parts} parts; nearest that fit: {near}",
+            )
+
+    def _check_splits(self) -> None:
+        """Explicit meshes split arrays evenly, so each split axis must be a multiple of its mesh axis."""
+        model, mesh, rules = self.model, self.mesh, self.mesh.rules
+        kv_name = "model.num_heads" if model.num_kv_heads is None else "model.num_kv_heads"
+        _divides(model.d_model, "model.d_model", rules.embed, mesh)
+        _divides(model.num_heads, "model.num_heads", "tensor", mesh)
+        _divides(model.kv_heads, kv_name, "tensor", mesh)
+        _divides(model.vocab_size, "model.vocab_size", "tensor", mesh)
+        for name, spec in self._used_specs():
+            key = f"model.blocks.{name}"
+            if isinstance(spec, (DenseSpec, MoESpec)):
+                _divides(spec.hidden(model), f"{key}.d_ff", "tensor", mesh)
+            if isinstance(spec, MoESpec):
+                _divides(spec.num_experts, f"{key}.num_experts", rules.experts, mesh)
+
+    def _check_groups(self) -> None:
+        tokens = self.microbatch_size // self.mesh.batch_shards * self.data.sequence_length
+        for name, spec in self._used_specs():
+            if isinstance(spec, MoESpec) and spec.group_size is not None and tokens % spec.group_size:
+                fits = [n for n in range(1, tokens + 1) if tokens % n == 0]
+                near = sorted(sorted(fits, key=lambda n: abs(n - spec.group_size))[:6])
+                raise ConfigError(
+                    f"model.blocks.{name}.group_size",
+                    f"{spec.group_size} does not divide the {tokens} tokens that one device holds of a microbatch; sizes that fit: "
+                    + ", ".join(map(str, near)),
+                )
+
+    def _used_specs(self) -> list[tuple[str, BlockSpec]]:
+        return [(name, self.model.blocks[name]) for name in sorted(set(self.model.positions.values()))]
+
+
+def _divides(size: int, key: str, axis: Optional[str], mesh: MeshConfig) -> None:
+    """Raises unless the mesh axis (None: no split) splits `size` evenly; says which axis sizes would."""
+    if axis is not None and size % getattr(mesh, axis):
+        fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ConfigError(
+            key, f"{size} is not divisible by mesh.{axis}={getattr(mesh, axis)}; sizes of mesh.{axis} that fit: {fits}"
+        )
+
+
+def _at_least_one(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if value is not None and value < 1:
+        raise ConfigError(name, f"{value} is less than 1")

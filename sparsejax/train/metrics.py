@@ -1,0 +1,96 @@
+"""Rows of `metrics.jsonl`: sums of a window of steps, divided once."""
+
+import math
+from typing import Any, Optional
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.base.reports import MoEReport, Report, add, summarize_moe, to_host
+from sparsejax.blocks.context import Mode, Totals
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.cost import TRAINING, forward_flops, pair_flops
+from sparsejax.model.lm import auxiliary_losses, moe_layers
+from sparsejax.train.step import EvalReport, StepReport
+
+Row = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+
+
+class Window:
+    """The reports of the steps since the last row, summed on the host in int64 and float64."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.last: Optional[StepReport] = None
+        self._reports: Optional[dict[str, Report]] = None
+
+    def add(self, report: StepReport) -> tuple[int, float]:
+        """Takes one step's report, waiting for it. Returns its (tokens, ideal training FLOPs)."""
+        self.last = to_host(report)
+        self._reports = self.last.reports if self._reports is None else add(self._reports, self.last.reports)
+        pairs = processed_flops(self.config, self.last.reports)
+        flops = TRAINING * forward_flops(self.config, float(self.last.tokens), float(self.last.keys), pairs)
+        return int(self.last.tokens), flops
+
+    def take(self) -> tuple[Row, Arrays]:
+        """(metrics of the window, its routing arrays), and begins a new one. Losses and norms are those of its last step."""
+        assert self.last is not None and self._reports is not None
+        last, reports, self._reports = self.last, self._reports, None
+        row: Row = {
+            "loss": float(last.loss),
+            "cross_entropy": float(last.cross_entropy),
+            "grad_norm": float(last.grad_norm),
+        }
+        row |= {f"loss/{name}": float(value) for name, value in last.terms.items()}
+        return row | moe_metrics(self.config, reports, "train"), routing_arrays(self.config, reports)
+
+
+def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
+    """The metrics of a whole evaluation pass from its summed host report. The auxiliary losses are those of the pass as one batch."""
+    targets = max(float(total.targets), 1.0)
+    cross_entropy = float(total.cross_entropy_sum) / targets
+    totals = Totals(
+        targets=jnp.asarray(targets),
+        tokens=jnp.asarray(float(total.tokens)),
+        rows=jnp.asarray(float(total.rows)),
+        microbatches=1,
+    )
+    terms = auxiliary_losses(config, total.reports, totals)
+    row: Row = {"loss": cross_entropy + sum(float(v) for v in terms.values()), "cross_entropy": cross_entropy}
+    row |= {f"loss/{name}": float(value) for name, value in terms.items()}
+    row |= {"targets": int(total.targets)}
+    return row | moe_metrics(config, total.reports, "eval"), routing_arrays(config, total.reports)
+
+
+def bits_per_byte(cross_entropy: float) -> float:
+    """Nats per token → bits per byte, for byte tokens."""
+    return cross_entropy / math.log(2)
+
+
+def moe_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -> Row:
+    """The `moe/…` scalars of host reports."""
+    specs = {layer.name: config.blocks[layer.block] for layer in config.layers}
+    moe = {name: spec for name, spec in specs.items() if isinstance(spec, MoESpec)}
+    return summarize_moe(
+        moe_layers(config, reports),
+        experts_per_token={name: spec.experts_per_token for name, spec in moe.items()},
+        capacity_factor={name: spec.factor(mode) for name, spec in moe.items()},
+    )
+
+
+def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
+    """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` and `dropped`."""
+    arrays: Arrays = {}
+    for name, report in moe_layers(config, reports).items():
+        arrays[f"{name}/dropped"] = np.asarray(report.dropped)
+        arrays |= {f"{name}/{field}": np.asarray(getattr(report, field)) for field in MoEReport.__dataclass_fields__}
+    return arrays
+
+
+def processed_flops(config: ModelConfig, reports: dict[str, Report]) -> float:
+    """Forward FLOPs of the pairs that experts really processed, over all layers."""
+    layers = moe_layers(config, reports)
+    blocks = {layer.name: config.blocks[layer.block] for layer in config.layers}
+    return sum(float(report.processed.sum()) * pair_flops(config, blocks[name]) for name, report in layers.items())

@@ -1,0 +1,102 @@
+"""What a run carries from step to step, its layout on the mesh, and how it begins."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Int
+
+from sparsejax.base.sharding import Rules
+from sparsejax.base.structs import struct
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.lm import LanguageModel
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.optimizer import build, opt_state_specs
+
+
+@struct
+class TrainState:
+    """`params` holds the model's `nnx.Param`s, `model_state` its other variables, both as `nnx.State`."""
+
+    step: Int[Array, ""]  # optimizer steps done, skipped ones included
+    params: nnx.State
+    model_state: nnx.State
+    opt_state: Any
+    nonfinite: Int[Array, ""]  # steps skipped so far because loss or gradient was not finite
+    nonfinite_streak: Int[Array, ""]  # of those, how many in a row up to now
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, parameters, other variables) as shapes and dtypes; nothing is allocated. Needs a mesh to be set."""
+    return nnx.split(jax.eval_shape(lambda key: LanguageModel(key, config), jax.random.key(0)), nnx.Param, ...)
+
+
+def variable_specs(variables: nnx.State, rules: Rules) -> nnx.State:
+    """The `PartitionSpec` of every variable, from its logical axes, in the place of its value."""
+
+    def spec(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata()["axes"]
+        return variable.replace(rules.spec(axes, len(variable.shape)))
+
+    return jax.tree.map(spec, variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
+    """The run's optimizer. Needs a mesh to be set."""
+    return build(config.optimizer, config.train.steps, abstract_model(config.model)[1])
+
+
+def state_specs(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
+    """The `PartitionSpec` of every array of the state: moments lie where their parameters lie. Needs the mesh to be set."""
+    _, params, model_state = abstract_model(config.model)
+    param_specs = variable_specs(params, config.mesh.rules)
+    return TrainState(
+        step=P(),
+        params=param_specs,
+        model_state=variable_specs(model_state, config.mesh.rules),
+        opt_state=opt_state_specs(tx, params, param_specs),
+        nonfinite=P(),
+        nonfinite_streak=P(),
+    )
+
+
+def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
+    """A new run's state, a pure function of `train.seed`: the same values on every mesh. To be called under `jax.jit`."""
+    specs = state_specs(config, tx)
+    model = LanguageModel(jax.random.key(config.train.seed), config.model)
+    _, params, model_state = nnx.split(model, nnx.Param, ...)
+    params = _place(params, specs.params)
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        model_state=model_state,
+        opt_state=tx.init(params),
+        nonfinite=jnp.int32(0),
+        nonfinite_streak=jnp.int32(0),
+    )
+    return _place(state, specs)
+
+
+def abstract_state(config: ExperimentConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shape, dtype and sharding of every array of the state on `mesh`: the target of a restore."""
+    shapes = jax.eval_shape(lambda: init_state(config, tx))
+    specs = state_specs(config, tx)
+    leaves, structure = jax.tree.flatten(shapes)
+    return structure.unflatten(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        for leaf, spec in zip(leaves, _spec_leaves(specs), strict=True)
+    )
+
+
+def _place(values: Any, specs: Any) -> Any:
+    leaves, structure = jax.tree.flatten(values)
+    return structure.unflatten(
+        jax.sharding.reshard(a, spec) for a, spec in zip(leaves, _spec_leaves(specs), strict=True)
+    )
+
+
+def _spec_leaves(specs: Any) -> list[P]:
+    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))

@@ -1,0 +1,157 @@
+"""One optimizer step and one evaluation batch, as pure functions to be jitted."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.base.reports import Report, add
+from sparsejax.base.structs import Batch, struct
+from sparsejax.blocks.context import Totals
+from sparsejax.model.lm import auxiliary_losses, settle
+from sparsejax.ops.losses import cross_entropy_sum
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.state import TrainState, abstract_model
+
+Microbatches = dict[str, Array]
+"""The fields of `Batch`, each `[A, B, …]`."""
+
+
+@struct
+class StepReport:
+    """Of one step. `terms` are the auxiliary losses as they entered `loss`, by name."""
+
+    loss: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
+    grad_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+    targets: Int[Array, ""]
+    tokens: Int[Array, ""]
+    keys: Float[Array, ""]  # (query, key) pairs of one attention layer
+    reports: dict[str, Report]
+
+
+@struct
+class EvalReport:
+    """Sums of one evaluation batch."""
+
+    cross_entropy_sum: Float[Array, ""]
+    targets: Int[Array, ""]
+    tokens: Int[Array, ""]
+    rows: Int[Array, ""]
+    reports: dict[str, Report]
+
+
+def make_train_step(
+    config: ExperimentConfig, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Microbatches], tuple[TrainState, StepReport]]:
+    """The step of `config`. Needs the mesh to be set, here and where the step is traced.
+
+    Loss and gradient are those of the whole batch, whatever `train.accumulation`: sums over microbatches, divided by totals that
+    are counted before the first forward pass. (With a balance scope of `device` or `microbatch` the balance loss is by definition
+    another one for another accumulation.) A step whose loss or gradient is not finite leaves parameters and optimizer untouched.
+    """
+    graph, _, _ = abstract_model(config.model)
+    count_first = config.train.accumulation > 1 and _needs_counts(config)
+
+    def forward(params: nnx.State, model_state: nnx.State, batch: Batch, key: Array):
+        return nnx.merge(graph, params, model_state)(batch, mode="train", key=key)
+
+    def train_step(state: TrainState, microbatches: Microbatches) -> tuple[TrainState, StepReport]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        totals = _totals(microbatches)
+        if count_first:
+            count = lambda batch: forward(state.params, state.model_state, batch, key).reports  # noqa: E731
+            totals = dataclasses.replace(totals, reports=_sum_over(count, microbatches))
+
+        def loss_fn(params: nnx.State, batch: Batch):
+            out = forward(params, state.model_state, batch, key)
+            terms = auxiliary_losses(config.model, out.reports, totals)
+            nll = cross_entropy_sum(out.logits, batch.targets, batch.loss_mask) / jnp.maximum(totals.targets, 1)
+            return nll + sum(terms.values()), (nll, terms, out.reports)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (nll, terms, reports)), grads = _sum_over(lambda batch: grad_fn(state.params, batch), microbatches)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            model_state=state.model_state,
+            opt_state=keep(opt_state, state.opt_state),
+            nonfinite=state.nonfinite + ~finite,
+            nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
+        )
+        report = StepReport(
+            loss=loss,
+            cross_entropy=nll,
+            terms=terms,
+            grad_norm=grad_norm,
+            finite=finite,
+            targets=totals.targets,
+            tokens=totals.tokens,
+            keys=attended_keys(microbatches["positions"], microbatches["segments"]),
+            reports=settle(config.model, reports),
+        )
+        return new_state, report
+
+    return train_step
+
+
+def make_eval_step(config: ExperimentConfig) -> Callable[[TrainState, Microbatches], EvalReport]:
+    """Sums over one evaluation batch `[1, B, …]`: no noise, evaluation capacity."""
+    graph, _, _ = abstract_model(config.model)
+
+    def eval_step(state: TrainState, microbatches: Microbatches) -> EvalReport:
+        batch = Batch(**{name: rows[0] for name, rows in microbatches.items()})
+        out = nnx.merge(graph, state.params, state.model_state)(batch, mode="eval")
+        totals = _totals(microbatches)
+        return EvalReport(
+            cross_entropy_sum=cross_entropy_sum(out.logits, batch.targets, batch.loss_mask),
+            targets=totals.targets,
+            tokens=totals.tokens,
+            rows=totals.rows,
+            reports=out.reports,
+        )
+
+    return eval_step
+
+
+def attended_keys(positions: Int[Array, "A B T"], segments: Int[Array, "A B T"]) -> Float[Array, ""]:
+    """Σ over unmasked tokens of the keys each may attend to: what attention costs on packed documents. Float32: it passes 2³¹."""
+    return jnp.sum(jnp.where(segments > 0, positions + 1, 0), dtype=jnp.float32)
+
+
+def _totals(microbatches: Microbatches) -> Totals:
+    real = microbatches["segments"] > 0
+    return Totals(
+        targets=microbatches["loss_mask"].sum(dtype=jnp.int32),
+        tokens=real.sum(dtype=jnp.int32),
+        rows=real.any(-1).sum(dtype=jnp.int32),
+        microbatches=real.shape[0],
+    )
+
+
+def _needs_counts(config: ExperimentConfig) -> bool:
+    blocks = config.model.blocks
+    return any(blocks[name].counts_first for name in set(config.model.positions.values()))
+
+
+def _sum_over(fn: Callable[[Batch], Any], microbatches: Microbatches) -> Any:
+    """Σ over microbatches of `fn(batch)`; one microbatch at a time is in memory."""
+    split = lambda arrays: Batch(**arrays)  # noqa: E731
+    first = split({name: rows[0] for name, rows in microbatches.items()})
+    if next(iter(microbatches.values())).shape[0] == 1:
+        return fn(first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), jax.eval_shape(fn, first))
+    total, _ = jax.lax.scan(lambda sums, arrays: (add(sums, fn(split(arrays))), None), zeros, microbatches)
+    return total
