@@ -8,11 +8,11 @@ from sparsejax.base.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """`name` is `stdlib` (the source of the Python standard library), `synthetic` (tiny, made up, no disk), `text` (the files at
-    `path`) or a TFDS dataset, `name[/config][:version]`, that was prepared as array_record in TFDS's data folder."""
+    """`name` is `stdlib` (the source of the Python standard library), `synthetic` (tiny, made up, no disk), `text` (the
+    files at `path`) or a TFDS dataset, `name[/config][:version]`, prepared as array_record in TFDS's data folder."""
 
     name: str = "stdlib"
-    path: Optional[str] = None  # a .txt file (one document), a .jsonl file (one document a line), or a glob of such files
+    path: Optional[str] = None  # a .txt (one document) or .jsonl file (one document a line), or a glob of them
     text_feature: str = "text"  # the feature (TFDS) or key (.jsonl) that holds a document's text
     validation_fraction: float = 0.05  # the tail of each file at `path` is kept for validation
     tokenizer: Optional[str] = None  # a tokenizer.json or a SentencePiece .model; None: the bytes of UTF-8
@@ -31,7 +31,7 @@ class DataConfig:
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError("validation_fraction", f"must be in [0, 1), not {self.validation_fraction}")
         if not self.name:
-            raise ConfigError("name", "must not be empty; known: stdlib, synthetic, text, or the name of a TFDS dataset")
+            raise ConfigError("name", "must not be empty; known: stdlib, synthetic, text, or a TFDS dataset")
         if self.name == "text" and not self.path:
             raise ConfigError("path", "name = 'text' reads local files: give a .txt or .jsonl file, or a glob")
 

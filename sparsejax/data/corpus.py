@@ -50,7 +50,10 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Opens the corpus, building its cache if need be. Raises `ConfigError` for what is missing, unreadable or too small."""
+    """Opens the corpus, building its cache if need be.
+
+    Raises `ConfigError` for what is missing, unreadable, or too small for one row.
+    """
     tokenizer = load_tokenizer(config.tokenizer)
     folder = cache_folder(config)
     source = _source(config, folder)
@@ -61,9 +64,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         train, validation = stores["train"], stores["validation"]
     if len(train.tokens) <= config.sequence_length:
         key, text = ("data.path", config.path) if config.name == "text" else ("data.name", config.name)
-        raise ConfigError(
-            key, f"{text!r} has {len(train.tokens)} training tokens; a row takes {config.sequence_length + 1} (sequence_length + 1)"
-        )
+        row = f"a row takes {config.sequence_length + 1} (data.sequence_length + 1)"
+        raise ConfigError(key, f"{text!r} has {len(train.tokens)} training tokens; {row}")
     info = CorpusInfo(
         name=source.name,
         hash=source.hash,

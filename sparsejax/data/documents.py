@@ -19,20 +19,9 @@ class Document:
 class Source(Protocol):
     """Where documents come from. Two sources with one `hash` give the same documents in the same order."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def hash(self) -> str:
-        """SHA-256, hexadecimal."""
-        ...
-
-    @property
-    def domains(self) -> tuple[str, ...]: ...
-
-    @property
-    def python(self) -> Optional[str]:
-        """The Python version whose library the text is, or None when the text does not depend on it."""
-        ...
+    name: str
+    hash: str  # SHA-256, hexadecimal
+    domains: tuple[str, ...]  # domain id -> name
+    python: Optional[str]  # the Python version whose library the text is; None: it does not depend on it
 
     def documents(self, split: Split) -> Iterator[Document]: ...

@@ -1,7 +1,7 @@
 """Batches by number: a reader of rows with random access, read ahead by grain.
 
-Row i of step s is row s * batch_size + i of an endless sequence of epochs, whoever reads it. So a run resumes from the step
-alone, on any number of hosts, each of which reads its own `row_indices` of every batch.
+Row i of step s is row s * batch_size + i of an endless sequence of epochs, whoever reads it. So a run resumes from the
+step alone, on any number of hosts, each of which reads its own `row_indices` of every batch.
 """
 
 import functools
@@ -22,11 +22,11 @@ ENDLESS = 2**40  # steps; row numbers stay far below 2**63
 
 
 class RowSource:
-    """Rows of `store`, by number. With a seed: epoch after epoch, each in an order of its own. Without: one pass, in order."""
+    """Rows of `store`, by number. With a seed, epoch after epoch, each in its own order; without, one pass in order."""
 
     def __init__(self, store: TokenStore, length: int, seed: Optional[int] = None):
         self.store, self.length, self.seed = store, length, seed
-        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)  # two: a batch may end one epoch and begin the next
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)  # two: a batch may lie in two epochs
 
     def _make_plan(self, epoch: int) -> Plan:
         if self.seed is None:
@@ -69,8 +69,8 @@ class _Steps:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Arrays:
-        batch = self.source.rows(step * self.batch_size + self.indices)
+    def __getitem__(self, index: int) -> Arrays:
+        batch = self.source.rows(index * self.batch_size + self.indices)
         return {**batch, "rows": self.indices.astype(np.int32)}
 
 
@@ -88,10 +88,10 @@ def batches(
     prefetch: int = DataConfig.prefetch,
     workers: int = DataConfig.workers,
 ) -> grain.DatasetIterator[Arrays]:
-    """The batches from `start_step` on, without end: dicts with the fields of `Batch`, [len(row_indices), T].
+    """The batches from `start_step` on, without end: dicts of `Batch`'s fields, [len(row_indices), T].
 
-    `row_indices`: the rows of the batch that this host reads, in this order; by default all. Reading ahead starts at once.
-    `close()` stops it; an iterator that is left open ends with the process.
+    `row_indices`: the rows of the batch that this host reads, in this order; by default all. Reading ahead starts at
+    once. `close()` stops it; an iterator that is left open ends with the process.
     """
     return _read(_Steps(source, batch_size, row_indices, ENDLESS), start_step, prefetch, workers)
 
@@ -103,9 +103,10 @@ def eval_batches(
     batches: Optional[int] = None,
     row_indices: Optional[Sequence[int]] = None,
 ) -> grain.DatasetIterator[Arrays]:
-    """The validation split in order, in windows that do not overlap: each target counts once. The last batch may have empty rows.
+    """The validation split in order, in windows that do not overlap: each target counts once.
 
-    `batches`: how many of them, from the start; None: all. Raises `ConfigError` when the split is empty.
+    The last batch may have empty rows. `batches`: how many of them, from the start; None: all. Raises `ConfigError`
+    when the split is empty.
     """
     steps = num_eval_batches(corpus, config, batch_size, batches)
     source = RowSource(corpus.validation, config.sequence_length)
@@ -116,10 +117,10 @@ def num_eval_batches(corpus: Corpus, config: DataConfig, batch_size: int, batche
     """How many batches `eval_batches` gives. Raises `ConfigError` when the validation split is empty."""
     steps = num_rows(num_rows(len(corpus.validation.tokens), config.sequence_length), batch_size)
     if steps == 0:
-        key, why = "data.name", f"{config.name!r} has no validation text"
         if config.name == "text":
-            key, why = "data.validation_fraction", f"{config.validation_fraction} of each file leaves nothing to evaluate on"
-        raise ConfigError(key, why)
+            message = f"{config.validation_fraction} of each file leaves nothing to evaluate on"
+            raise ConfigError("data.validation_fraction", message)
+        raise ConfigError("data.name", f"{config.name!r} has no validation text")
     return steps if batches is None else min(batches, steps)
 
 

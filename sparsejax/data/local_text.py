@@ -1,7 +1,5 @@
-"""Local files: a `.txt` file is one document, a `.jsonl` file holds one a line. The tail of each file is for validation."""
+"""Local files: a `.txt` is one document, a `.jsonl` holds one a line. The tail of each file is for validation."""
 
-import dataclasses
-import functools
 import glob
 import hashlib
 import json
@@ -21,7 +19,7 @@ def _error(message: str) -> ConfigError:
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that `path`, a file or a glob, names, sorted. Raises `ConfigError` unless they are .txt or .jsonl files."""
+    """The files that `path`, a file or a glob, names, sorted. Raises `ConfigError` unless all are .txt or .jsonl."""
     path = os.path.expanduser(path)
     found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not found:
@@ -35,35 +33,28 @@ def find_files(path: str) -> list[Path]:
 
 
 def split_bytes(content: bytes, fraction: float) -> tuple[bytes, bytes]:
-    """`content` cut in two after its first `int(size * (1 - fraction))` bytes, or less to keep a UTF-8 character whole."""
+    """`content` cut in two after `int(size * (1 - fraction))` bytes, or a few less to keep a character whole."""
     cut = int(len(content) * (1 - fraction))
     while 0 < cut < len(content) and content[cut] & 0xC0 == 0x80:
         cut -= 1
     return content[:cut], content[cut:]
 
 
-@dataclasses.dataclass(frozen=True)
 class LocalSource:
     """The files that match `path`; each is a domain, called by its path below their common folder."""
 
-    path: str
-    text_feature: str
-    validation_fraction: float
     name: str = "text"
     python: Optional[str] = None
 
-    @functools.cached_property
-    def _files(self) -> list[Path]:
-        return find_files(self.path)
+    def __init__(self, path: str, text_feature: str, validation_fraction: float):
+        self.text_feature, self.validation_fraction = text_feature, validation_fraction
+        self._files = find_files(path)
+        common = os.path.commonpath([file.absolute().parent for file in self._files])
+        self.domains = tuple(file.absolute().relative_to(common).as_posix() for file in self._files)
+        self.hash = self._digest()
 
-    @functools.cached_property
-    def domains(self) -> tuple[str, ...]:
-        common = os.path.commonpath([path.resolve().parent for path in self._files])
-        return tuple(path.resolve().relative_to(common).as_posix() for path in self._files)
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of the names, the contents and the settings that decide what the documents are; not of where the files lie."""
+    def _digest(self) -> str:
+        """Of the names, the contents and the settings that make the documents; not of where the files lie."""
         digest = hashlib.sha256(f"{self.validation_fraction}\0{self.text_feature}\0".encode())
         for name, path in zip(self.domains, self._files, strict=True):
             try:
@@ -74,7 +65,7 @@ class LocalSource:
         return digest.hexdigest()
 
     def documents(self, split: Split) -> Iterator[Document]:
-        """In the order of the files. Raises `ConfigError` at text that is not UTF-8 and at lines that are not documents."""
+        """In the order of the files. Raises `ConfigError` at text that is not UTF-8 or a line that is no document."""
         for domain, path in enumerate(self._files):
             try:
                 content = path.read_bytes()

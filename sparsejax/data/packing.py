@@ -1,8 +1,8 @@
 """From documents to rows. The rows of an epoch are a pure function of (seed, epoch), each row can be made on its own.
 
-An epoch is a *stream*: the documents end to end, in an order drawn from (seed, epoch). The stream is closed to a ring and cut,
-from a drawn *phase* on, into ceil(N / T) windows of T tokens; a second draw orders the windows. So every token is in one row of
-the epoch, and is the target of the token before it, which may be the last of another row, unless it begins a document.
+An epoch is a *stream*: the documents end to end, in an order drawn from (seed, epoch). The stream is closed to a ring
+and cut, from a drawn *phase* on, into ceil(N / T) windows of T tokens; a second draw orders the windows. So every token
+is in one row of the epoch, and, unless it begins a document, is a target once, which may be that of another row's end.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def num_rows(num_tokens: int, length: int) -> int:
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """[size] int64. The order of `size` raw draws of a Philox generator: unlike NumPy's shuffles, the same in every version."""
+    """[size] int64. The order of raw draws of Philox: unlike NumPy's shuffles, the same in every version of NumPy."""
     return np.argsort(_draws(size, *key), kind="stable")
 
 
@@ -62,9 +62,10 @@ def shuffled_plan(offsets: np.ndarray, domains: np.ndarray, length: int, seed: i
 
 
 def pack(plan: Plan, tokens: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows [n] of the epoch as the arrays of a `Batch`, [n, T], without `rows`. A row past the last one is empty (segments 0).
+    """Rows [n] of the epoch as the arrays of a `Batch`, [n, T], without `rows`.
 
-    Where `loss_mask` is false the target is 0: the next token is another document's, or there is none.
+    Without an order of windows, a row past the last one is empty (segments 0). Where `loss_mask` is false the target is
+    0: the next token is another document's, or there is none.
     """
     num_tokens, length = int(plan.starts[-1]), plan.length
     window = rows if plan.windows is None else plan.windows[rows]
@@ -77,7 +78,7 @@ def pack(plan: Plan, tokens: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarr
     exists = along[:, :-1] < plan.phase + num_tokens
     same = piece[:, 1:] == piece[:, :-1]
     loss_mask = exists & same
-    begins = np.concatenate([np.ones_like(same[:, :1]), ~same[:, :-1]], axis=1)  # [n, T]: a document's first token in its row
+    begins = np.concatenate([np.ones_like(same[:, :1]), ~same[:, :-1]], axis=1)  # [n, T]: first of a piece
     column = np.arange(length, dtype=np.int32)
     return {
         "tokens": np.where(exists, token[:, :-1], 0),

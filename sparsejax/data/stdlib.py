@@ -1,17 +1,15 @@
 """The embedded corpus: the source of the standard library of the Python that runs this.
 
-Every interpreter carries it, so a first training run needs no download. It differs between Python versions, therefore its hash
-and the version are part of a run's record.
+Every interpreter carries it, so a first training run needs no download. It differs between Python versions, therefore
+its hash and the version are part of a run's record.
 """
 
-import dataclasses
-import functools
 import hashlib
+import io
 import logging
 import os
 import platform
 import shutil
-import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +18,7 @@ from typing import Any, Optional
 
 import filelock
 
-from sparsejax.base.errors import ConfigError
+from sparsejax.base.errors import ConfigError, RunError
 from sparsejax.data.documents import Document, Split
 
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
@@ -52,33 +50,25 @@ def split_of(path: str) -> Split:
     return "validation" if draw < VALIDATION_FRACTION else "train"
 
 
-@dataclasses.dataclass(frozen=True)
 class StdlibSource:
     """`root` is the library's folder; `folder` holds the TFDS dataset made from it, one per corpus hash."""
 
-    root: Path
-    folder: Path
     name: str = "stdlib"
     python: Optional[str] = platform.python_version()
 
-    def __post_init__(self):
+    def __init__(self, root: Path, folder: Path):
+        self.root, self.folder = root, folder
+        self._files = stdlib_files(root)
         if not self._files:
-            raise ConfigError("data.name", f"'stdlib' found no *.py below {self.root}; use another corpus")
+            raise ConfigError("data.name", f"'stdlib' found no *.py below {root}; use another corpus")
+        self.domains = tuple(sorted({domain_of(path) for path in self._files}))
+        self.hash = self._digest()
 
     @classmethod
     def installed(cls, folder: Path) -> "StdlibSource":
         return cls(Path(sysconfig.get_path("stdlib")), folder)
 
-    @functools.cached_property
-    def _files(self) -> list[str]:
-        return stdlib_files(self.root)
-
-    @functools.cached_property
-    def domains(self) -> tuple[str, ...]:
-        return tuple(sorted({domain_of(path) for path in self._files}))
-
-    @functools.cached_property
-    def hash(self) -> str:
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for path in self._files:
             content = (self.root / path).read_bytes()
@@ -87,46 +77,38 @@ class StdlibSource:
         return digest.hexdigest()
 
     def documents(self, split: Split) -> Iterator[Document]:
-        """In path order. Prepares the TFDS dataset first when the folder does not hold it, or holds a damaged one."""
+        """In path order, from the TFDS dataset in `folder`, which is prepared first if it is missing or damaged."""
         for example in self._examples(split):
             yield Document(text=example["text"].decode(), domain=int(example["domain"]))
 
-    def _examples(self, split: Split) -> Any:
-        expected = [path for path in self._files if split_of(path) == split]
+    def _examples(self, split: Split) -> list[dict[str, Any]]:
+        place = self.folder / self.hash[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(self.folder / f"{self.hash[:16]}.lock"):
-            for fresh in (False, True):
-                if fresh:
-                    shutil.rmtree(self.folder / self.hash[:16], ignore_errors=True)
-                try:
-                    source = self._prepared(split)
-                    if [example["path"].decode() for example in source] == expected:
-                        return source
-                except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:  # a truncated or mixed-up folder
-                    if fresh:
-                        raise ConfigError("data.cache", f"cannot build the corpus in {self.folder}: {error}") from error
-        raise ConfigError("data.name", f"the files below {self.root} changed while they were read; try again")
+        with filelock.FileLock(place.with_suffix(".lock")):
+            try:
+                return self._read(place, split)
+            except Exception:  # noqa: BLE001 a damaged file may raise anything; a second failure is not the file's
+                shutil.rmtree(place, ignore_errors=True)
+                return self._read(place, split)
 
-    def _prepared(self, split: Split) -> Any:
+    def _read(self, place: Path, split: Split) -> list[dict[str, Any]]:
         from sparsejax.data.stdlib_text import stdlib_text_dataset_builder as stdlib_text
 
         with _quiet_tfds():
-            builder = stdlib_text.Builder(
-                data_dir=self.folder / self.hash[:16],
-                config=stdlib_text.FolderConfig(name=f"python-{self.python}", root=str(self.root)),
-                file_format="array_record",
-            )
-            if set(builder.info.splits) != {name for name in ("train", "validation") if self._has(name)}:
-                builder.download_and_prepare()
-            return builder.as_data_source(split=split) if self._has(split) else []
-
-    def _has(self, split: str) -> bool:
-        return any(split_of(path) == split for path in self._files)
+            config = stdlib_text.FolderConfig(name=f"python-{self.python}", root=str(self.root))
+            builder: Any = stdlib_text.Builder(data_dir=place, config=config, file_format="array_record")
+            builder.download_and_prepare()
+            examples = list(builder.as_data_source(split)) if split in builder.info.splits else []
+        if [example["path"].decode() for example in examples] != [
+            path for path in self._files if split_of(path) == split
+        ]:
+            raise RunError(f"the dataset in {place} does not hold the files below {self.root}")
+        return examples
 
 
 @contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """TFDS talks on stdout, which belongs to a command's result, and warns that a config given in code is 'custom'."""
+    """TFDS tells stdout of a download that is none, and warns that a config given in code is 'custom'."""
     import tensorflow_datasets as tfds
 
     logger = logging.getLogger("absl")
@@ -134,7 +116,7 @@ def _quiet_tfds() -> Iterator[None]:
     tfds.disable_progress_bar()
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

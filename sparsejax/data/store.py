@@ -1,7 +1,7 @@
 """A tokenised corpus: flat arrays, mapped from a cache folder that is built once, whole or not at all.
 
-A folder holds, for each split, `SPLIT.tokens.bin`, `SPLIT.offsets.bin` and `SPLIT.domains.bin`, and `info.json` with their types,
-lengths and checksums. It is written beside its final place under a lock and then renamed, so a reader needs no lock.
+A folder holds, for each split, `SPLIT.tokens.bin`, `SPLIT.offsets.bin` and `SPLIT.domains.bin`, and `info.json` with
+their types, lengths and checksums. It is written beside its place under a lock and then renamed: readers need no lock.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def store_in_memory(documents: Iterable[Document], tokenizer: Tokenizer) -> Toke
 
 
 def cached_stores(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[str, TokenStore]:
-    """The splits of `source` as tokens, from the cache below `folder`; built if it is not there, rebuilt if it is damaged.
+    """The splits of `source` as tokens, from the cache below `folder`; built if missing, rebuilt if damaged.
 
     Of several processes one builds and the others wait. Raises `ConfigError` when the folder cannot be written.
     """

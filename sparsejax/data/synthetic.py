@@ -1,7 +1,5 @@
 """A tiny made-up corpus for tests and trials: four kinds of regular text, the same everywhere, nothing on disk."""
 
-import dataclasses
-import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Optional
@@ -24,16 +22,16 @@ def _text(domain: str, a: int, b: int, length: int) -> str:
     return (f"say {chr(97 + a % 26)}{chr(97 + b % 26)} again, " * length)[: length * 4]
 
 
-@dataclasses.dataclass(frozen=True)
 class SyntheticSource:
+    """Each domain is one kind of text."""
+
     name: str = "synthetic"
     domains: tuple[str, ...] = ("alphabet", "count", "echo", "pairs")
     python: Optional[str] = None
 
-    @functools.cached_property
-    def hash(self) -> str:
+    def __init__(self):
         texts = (f"{split}\0{document.text}\0" for split in SPLITS for document in self.documents(split))
-        return hashlib.sha256("".join(texts).encode()).hexdigest()
+        self.hash = hashlib.sha256("".join(texts).encode()).hexdigest()
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Documents of 80 to 640 characters; the raw bits of Philox are the same in every NumPy."""

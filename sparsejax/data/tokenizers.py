@@ -1,8 +1,7 @@
 """Text <-> token ids: the bytes of UTF-8, a Hugging Face `tokenizer.json`, or a SentencePiece `.model`."""
 
-import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
@@ -47,43 +46,20 @@ class ByteTokenizer:
         return np.asarray(ids, np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-class _FileTokenizer:
-    """A tokenizer read from `path`. The library is imported only when one is asked for."""
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json`, without the special tokens, truncation and padding it may ask for."""
 
     is_bytes = False
 
     def __init__(self, path: Path):
-        try:
-            self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-            self._model = self._load(str(path))
-        except OSError as error:
-            raise ConfigError("data.tokenizer", f"cannot read {str(path)!r}: {error.strerror or error}") from error
-        except Exception as error:  # both libraries raise bare exceptions of their own for a file they cannot parse
-            raise ConfigError("data.tokenizer", f"{str(path)!r} is no {self._kind}: {error}") from error
-
-    _kind: str
-
-    def _load(self, path: str) -> Any:
-        raise NotImplementedError
-
-
-class JsonTokenizer(_FileTokenizer):
-    """A Hugging Face `tokenizer.json`, without the special tokens, truncation and padding it may ask for."""
-
-    _kind = "Hugging Face tokenizer.json"
-
-    def _load(self, path: str) -> Any:
         import tokenizers
 
-        model = tokenizers.Tokenizer.from_file(path)
-        model.no_truncation()
-        model.no_padding()
-        return model
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id: ids may have holes."""
-        return max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._model, self.fingerprint = _open(path, "Hugging Face tokenizer.json", tokenizers.Tokenizer.from_file)
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.vocab_size = (
+            max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        )  # ids may have holes
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text, add_special_tokens=False).ids, np.int32)
@@ -92,23 +68,36 @@ class JsonTokenizer(_FileTokenizer):
         return self._model.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
 
-class SentencePieceTokenizer(_FileTokenizer):
-    _kind = "SentencePiece model"
+class SentencePieceTokenizer:
+    """A SentencePiece model, without the marks of begin and end."""
 
-    def _load(self, path: str) -> Any:
+    is_bytes = False
+
+    def __init__(self, path: Path):
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_file=path)
+        def load(name: str) -> Any:
+            return sentencepiece.SentencePieceProcessor(model_file=name)
 
-    @property
-    def vocab_size(self) -> int:
-        return self._model.vocab_size()
+        self._model, self.fingerprint = _open(path, "SentencePiece model", load)
+        self.vocab_size: int = self._model.vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text), np.int32)
+        return np.asarray(self._model.encode(text, add_bos=False, add_eos=False), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids).tolist())
+
+
+def _open(path: Path, kind: str, load: Callable[[str], Any]) -> tuple[Any, str]:
+    """(model, SHA-256 of its file)."""
+    try:
+        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        return load(str(path)), fingerprint
+    except OSError as error:
+        raise ConfigError("data.tokenizer", f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except Exception as error:  # both libraries raise exceptions of their own for a file they cannot parse
+        raise ConfigError("data.tokenizer", f"{str(path)!r} is no {kind}: {' '.join(str(error).split())}") from error
 
 
 def load_tokenizer(path: Optional[str]) -> Tokenizer:
@@ -118,4 +107,4 @@ def load_tokenizer(path: Optional[str]) -> Tokenizer:
     for suffix, kind in ((".json", JsonTokenizer), (".model", SentencePieceTokenizer)):
         if path.endswith(suffix):
             return kind(Path(path).expanduser())
-    raise ConfigError("data.tokenizer", f"{path!r} is neither a tokenizer.json nor a SentencePiece .model (unset: bytes)")
+    raise ConfigError("data.tokenizer", f"{path!r} is neither a tokenizer.json nor a SentencePiece .model")

@@ -19,12 +19,13 @@ class FolderConfig(tfds.core.BuilderConfig):
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Features: `text` and `path` (relative to the root), UTF-8 bytes; `domain`, the index of the top-level package's name."""
+    """Features: `text` and `path` (relative to the root), UTF-8 bytes; `domain`, the index of the package's name."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     @property
     def _root(self) -> Path:
+        assert isinstance(self.builder_config, FolderConfig)  # without one there is no folder to read
         return Path(self.builder_config.root)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -33,7 +34,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="The source of the Python standard library, one example per file, in the order of their paths.",
             features=tfds.features.FeaturesDict(
-                {"text": tfds.features.Text(), "path": tfds.features.Text(), "domain": tfds.features.ClassLabel(names=domains)}
+                {
+                    "text": tfds.features.Text(),
+                    "path": tfds.features.Text(),
+                    "domain": tfds.features.ClassLabel(names=domains),
+                }
             ),
             disable_shuffling=True,
         )
