@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ class Fruit:
     name: str = "fruit"
     hash: str = "0123456789abcdef" * 4
     domains: tuple[str, ...] = ("even", "odd")
-    python: None = None
+    python: Optional[str] = None
     reads: int = 0
 
     def documents(self, split):
