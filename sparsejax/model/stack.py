@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sparsejax.base.reports import Report
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import BlockOutput, Context
-from sparsejax.model.config import ModelConfig
+from sparsejax.model.config import Layer, ModelConfig
 from sparsejax.nn.attention import KVCache
 
 Caches = Mapping[str, KVCache]
@@ -58,6 +58,13 @@ class Stack(nnx.Module):
             reports |= unit_reports
             new_caches |= unit_caches
         return StackOutput(x=x_BTD, reports=reports, caches=new_caches)
+
+    def block(self, layer: Layer) -> nnx.Module:
+        """The block at one place of the depth, with its own parameters."""
+        where, number = layer.position.split("_")
+        if layer.repeat is None:
+            return getattr(self, where)[int(number)]
+        return jax.tree.map(lambda leaf: leaf[layer.repeat], self.units).blocks[int(number)]
 
     def _run(self, blocks, where: str, x_BTD, context: Context, caches: Optional[Caches], first_layer: int | Int[Array, ""]):
         """Blocks one after the other, each recomputed in the backward pass as `remat` says."""

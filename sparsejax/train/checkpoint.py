@@ -158,6 +158,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 for step in [step for step, damage in self._damage.items() if damage]:
                     self._set_aside(step)
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")  # before anyone lists the steps
             _silence_repeated_errors()
             kept: list[policies.PreservationPolicy] = [policies.LatestN(self.keep)]
             if self.keep_every:

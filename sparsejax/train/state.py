@@ -31,7 +31,7 @@ class TrainState:
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, parameters, other variables) as shapes and dtypes; nothing is allocated. Needs a mesh to be set."""
-    return nnx.split(jax.eval_shape(lambda key: LanguageModel(key, config), jax.random.key(0)), nnx.Param, ...)
+    return nnx.split(jax.eval_shape(lambda: LanguageModel(jax.random.key(0), config)), nnx.Param, ...)
 
 
 def variable_specs(variables: nnx.State, rules: Rules) -> nnx.State:

@@ -57,27 +57,11 @@ def make_train_step(
     are counted before the first forward pass. (With a balance scope of `device` or `microbatch` the balance loss is by definition
     another one for another accumulation.) A step whose loss or gradient is not finite leaves parameters and optimizer untouched.
     """
-    graph, _, _ = abstract_model(config.model)
-    count_first = config.train.accumulation > 1 and _needs_counts(config)
-
-    def forward(params: nnx.State, model_state: nnx.State, batch: Batch, key: Array):
-        return nnx.merge(graph, params, model_state)(batch, mode="train", key=key)
+    grads_of_step = make_grads_of_step(config)
 
     def train_step(state: TrainState, microbatches: Microbatches) -> tuple[TrainState, StepReport]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        (loss, (nll, terms, reports)), grads = grads_of_step(state.params, state.model_state, microbatches, state.step)
         totals = _totals(microbatches)
-        if count_first:
-            count = lambda batch: forward(state.params, state.model_state, batch, key).reports  # noqa: E731
-            totals = dataclasses.replace(totals, reports=_sum_over(count, microbatches))
-
-        def loss_fn(params: nnx.State, batch: Batch):
-            out = forward(params, state.model_state, batch, key)
-            terms = auxiliary_losses(config.model, out.reports, totals)
-            nll = cross_entropy_sum(out.logits, batch.targets, batch.loss_mask) / jnp.maximum(totals.targets, 1)
-            return nll + sum(terms.values()), (nll, terms, out.reports)
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (nll, terms, reports)), grads = _sum_over(lambda batch: grad_fn(state.params, batch), microbatches)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -105,6 +89,33 @@ def make_train_step(
         return new_state, report
 
     return train_step
+
+
+def make_grads_of_step(config: ExperimentConfig):
+    """`(params, model_state, microbatches, step) -> ((loss, (nll, terms, reports)), grads)`, summed over microbatches."""
+    graph, _, _ = abstract_model(config.model)
+    count_first = config.train.accumulation > 1 and _needs_counts(config)
+
+    def forward(params: nnx.State, model_state: nnx.State, batch: Batch, key: Array):
+        return nnx.merge(graph, params, model_state)(batch, mode="train", key=key)
+
+    def grads_of_step(params: nnx.State, model_state: nnx.State, microbatches: Microbatches, step: Int[Array, ""]):
+        key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+        totals = _totals(microbatches)
+        if count_first:
+            count = lambda batch: forward(params, model_state, batch, key).reports  # noqa: E731
+            totals = dataclasses.replace(totals, reports=_sum_over(count, microbatches))
+
+        def loss_fn(params: nnx.State, batch: Batch):
+            out = forward(params, model_state, batch, key)
+            terms = auxiliary_losses(config.model, out.reports, totals)
+            nll = cross_entropy_sum(out.logits, batch.targets, batch.loss_mask) / jnp.maximum(totals.targets, 1)
+            return nll + sum(terms.values()), (nll, terms, out.reports)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        return _sum_over(lambda batch: grad_fn(params, batch), microbatches)
+
+    return grads_of_step
 
 
 def make_eval_step(config: ExperimentConfig) -> Callable[[TrainState, Microbatches], EvalReport]:

@@ -1,0 +1,84 @@
+"""Evaluation: a pass over the validation split, and the `eval` command."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import jax
+import numpy as np
+
+from sparsejax.base.config import Loaded
+from sparsejax.base.errors import RunError
+from sparsejax.base.reports import add, to_host
+from sparsejax.base.sharding import make_mesh, shard_batch
+from sparsejax.data.corpus import Corpus, open_corpus
+from sparsejax.data.loader import eval_batches
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.metrics import Arrays, Row, bits_per_byte, eval_row
+from sparsejax.train.parity import parity
+from sparsejax.train.record import check_corpus
+from sparsejax.train.state import TrainState, abstract_state, make_optimizer
+from sparsejax.train.step import EvalReport, make_eval_step
+
+
+class Evaluator:
+    """Evaluates states of one config on the validation split, always the same rows in the same order. One compile."""
+
+    def __init__(self, config: ExperimentConfig, corpus: Corpus, mesh: jax.sharding.Mesh):
+        self.config, self.corpus, self.mesh = config, corpus, mesh
+        self._step: Optional[Callable[..., EvalReport]] = None
+
+    def __call__(self, state: TrainState) -> tuple[Row, Arrays]:
+        """The metrics of `state` over `eval.batches` batches, and its routing arrays."""
+        config, total = self.config, None
+        rows = host_rows(config.microbatch_size, 1)
+        for batch in eval_batches(self.corpus, config.data, config.microbatch_size, config.eval.batches, rows):
+            arrays = shard_batch(batch, self.mesh, 1)
+            if self._step is None:
+                self._step = jax.jit(make_eval_step(config)).lower(state, arrays).compile()
+            report = to_host(self._step(state, arrays))
+            total = report if total is None else add(total, report)
+        if total is None:
+            raise RunError("the evaluation has no batch")
+        row, arrays = eval_row(config.model, total)
+        if self.corpus.tokenizer.is_bytes:
+            row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
+        return row, arrays
+
+
+def host_rows(batch_size: int, accumulation: int) -> np.ndarray:
+    """The rows of a batch that this process reads: of every microbatch, its share, in the mesh's order."""
+    share = batch_size // accumulation // jax.process_count()
+    first = share * jax.process_index()
+    return np.concatenate([m * (batch_size // accumulation) + first + np.arange(share) for m in range(accumulation)])
+
+
+def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], args: argparse.Namespace) -> int:
+    """Restores the newest good checkpoint (or `--step`) and prints its metrics as one JSON object; with `--parity`, compares meshes."""
+    config = loaded.config
+    if args.parity:
+        print(json.dumps(parity(config, args.mesh)))
+        return 0
+    assert workdir is not None  # the command line sees to it
+    corpus = open_corpus(config.data)
+    check_corpus(config, corpus)
+    mesh = make_mesh(config.mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every)
+    with jax.set_mesh(mesh):
+        target = abstract_state(config, make_optimizer(config), mesh)
+        state, progress, step = checkpoints.restore(target, args.step)
+        row, _ = Evaluator(config, corpus, mesh)(state)
+    flagged = _other_corpus(loaded, corpus)
+    print(json.dumps({"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"], **flagged}))
+    return 0
+
+
+def _other_corpus(loaded: Loaded[ExperimentConfig], corpus: Corpus) -> dict[str, Any]:
+    """A remark for the result when the run was trained on another text than it is evaluated on."""
+    trained_on = loaded.environment.get("corpus", {}).get("hash")
+    if trained_on in (None, corpus.info.hash):
+        return {}
+    return {"warning": f"trained on corpus {trained_on[:12]}, evaluated on {corpus.info.hash[:12]}: not comparable"}

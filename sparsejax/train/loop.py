@@ -1,0 +1,245 @@
+"""The training loop: from a loaded config and a folder to a trained model in it."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import jax
+
+from sparsejax.base.config import Loaded
+from sparsejax.base.errors import RunError
+from sparsejax.base.sharding import make_mesh, shard_batch
+from sparsejax.base.writers import MetricsWriter
+from sparsejax.data.corpus import Corpus, open_corpus
+from sparsejax.data.loader import batches, train_rows
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.diagnose import first_bad_module
+from sparsejax.train.evaluate import Evaluator, host_rows
+from sparsejax.train.metrics import Row, Window, bits_per_byte
+from sparsejax.train.optimizer import learning_rate_at
+from sparsejax.train.progress import Display
+from sparsejax.train.record import check_corpus, enter
+from sparsejax.train.signals import StopOnSignal
+from sparsejax.train.state import TrainState, abstract_state, init_state, make_optimizer
+from sparsejax.train.step import StepReport, make_train_step
+from sparsejax.train.summary import closing_lines
+from sparsejax.train.workdir import open_workdir
+
+
+def train(loaded: Loaded[ExperimentConfig], workdir: Path, allow_config_change: bool = False) -> int:
+    """Trains, or resumes what `workdir` holds, until `train.steps` or a signal. Returns the exit status.
+
+    Raises:
+      RequestError: config, corpus or folder do not fit; nothing has been written then.
+      RunError: the run failed: the disk refused, all checkpoints are damaged, losses stayed non-finite.
+    """
+    config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
+    corpus = open_corpus(config.data)
+    check_corpus(config, corpus)
+    mesh = make_mesh(config.mesh)
+    saving = config.checkpoint
+    with open_workdir(workdir) as folder, jax.set_mesh(mesh), StopOnSignal() as stop:
+        checkpoints = Checkpoints(folder / "checkpoints", saving.every, saving.keep, saving.keep_every)
+        with contextlib.closing(checkpoints), contextlib.closing(Display()) as display:
+            resume_step = checkpoints.latest_good()
+            resuming = resume_step is not None
+            changes = enter(folder, loaded, corpus.info, resuming=resuming, allow_change=allow_config_change)
+            run = _Run(config, corpus, mesh, folder, checkpoints, display, stop)
+            for line in changes:
+                display.note(f"changed: {line}")
+            return run.go(resume_step)
+
+
+class _Run:
+    """One process's part in one run: the state it carries, and the straight line through its steps."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        corpus: Corpus,
+        mesh: jax.sharding.Mesh,
+        folder: Path,
+        checkpoints: Checkpoints,
+        display: Display,
+        stop: StopOnSignal,
+    ):
+        self.config, self.corpus, self.mesh, self.folder = config, corpus, mesh, folder
+        self.checkpoints, self.display, self.stop = checkpoints, display, stop
+        self.tx = make_optimizer(config)
+        self.learning_rate = learning_rate_at(config.optimizer, config.train.steps)
+        self.evaluator = Evaluator(config, corpus, mesh)
+        self.window = Window(config.model)
+        self.clock = _Clock()
+        self.tokens, self.flops, self.nonfinite = 0, 0.0, 0
+
+    def go(self, resume_step: Optional[int]) -> int:
+        """Restores or initialises, then trains to the end."""
+        config, first = self.config, resume_step or 0
+        state = self._begin(resume_step)
+        writer = MetricsWriter(self.folder, first, config.train.tensorboard)
+        with contextlib.closing(writer):
+            if first >= config.train.steps:
+                row, arrays = self._evaluate(state, first, writer)
+                self.display.note(f"finished: this run has done its {first} steps (train.steps={config.train.steps})")
+            else:
+                state, step = self._steps(state, first, writer)
+                if self.stop.requested:
+                    self.checkpoints.save(step, state, self._progress())
+                    self.checkpoints.wait()
+                    name = self.stop.received.name if self.stop.received else "a signal"
+                    self.display.note(f"stopped by {name} after step {step}, saved; the same command resumes there")
+                    return 0
+                row, arrays = self._evaluate(state, step, writer)
+                self.checkpoints.save(step, state, self._progress())
+                self.checkpoints.wait()
+        self.display.close()
+        for line in closing_lines(_shortest(self.folder), row, arrays):
+            self.display.note(line)
+        return 0
+
+    def _begin(self, resume_step: Optional[int]) -> TrainState:
+        if resume_step is None:
+            return jax.jit(lambda: init_state(self.config, self.tx))()
+        target = abstract_state(self.config, self.tx, self.mesh)
+        state, progress, step = self.checkpoints.restore(target, resume_step)
+        self.tokens, self.flops = progress["tokens"], progress["flops"]
+        self.clock.before = progress["seconds"]
+        self.display.note(f"resumed from checkpoint {step} ({self.tokens:,} tokens seen)")
+        return state
+
+    def _steps(self, state: TrainState, first: int, writer: MetricsWriter) -> tuple[TrainState, int]:
+        """Steps first + 1 … train.steps, or fewer when asked to stop. Returns the state and the number of the last step."""
+        config, train = self.config, self.config.train
+        self.display.start(train.steps, first)
+        data = batches(
+            train_rows(self.corpus, config.data, train.seed),
+            batch_size=config.data.batch_size,
+            start_step=first,
+            row_indices=host_rows(config.data.batch_size, train.accumulation),
+            prefetch=config.data.prefetch,
+            workers=config.data.workers,
+        )
+        step = first
+        with contextlib.closing(data), contextlib.ExitStack() as tracing:
+            compiled = None
+            self.clock.start()
+            for step in range(first + 1, train.steps + 1):
+                with self.clock.waiting():
+                    rows = next(data)
+                batch = shard_batch(rows, self.mesh, train.accumulation)
+                if compiled is None:
+                    with self.clock.compiling():
+                        step_fn = jax.jit(make_train_step(config, self.tx), donate_argnums=0)
+                        compiled = step_fn.lower(state, batch).compile()
+                if train.profile and step == train.profile[0]:
+                    tracing.enter_context(jax.profiler.trace(str(self.folder / "profile")))
+                state, report = compiled(state, batch)
+                self._account(report, state, batch)
+                if train.profile and step == train.profile[1]:
+                    tracing.close()
+                last = step == train.steps or self.stop.requested
+                if step == 1 or step % train.log_every == 0 or last:
+                    self._log(step, writer)
+                if last:
+                    break
+                with self.clock.paused():
+                    if step % config.eval.every == 0:
+                        self._evaluate(state, step, writer)
+                    if self.checkpoints.due(step):
+                        self.checkpoints.save(step, state, self._progress())
+        return state, step
+
+    def _account(self, report: StepReport, state: TrainState, batch: Any) -> None:
+        """Waits for the step (on CPU, two executions with collectives in flight can deadlock) and adds its sums."""
+        tokens, flops = self.window.add(report)
+        self.tokens += tokens
+        self.flops += flops
+        self.clock.step(tokens)
+        if bool(report.finite):
+            return
+        self.nonfinite = int(state.nonfinite)
+        streak = int(state.nonfinite_streak)
+        self.display.note(f"step {int(state.step)}: loss or gradient is not finite; the step is skipped ({streak} in a row)")
+        if streak >= self.config.train.max_nonfinite:
+            cause = first_bad_module(self.config, state, batch)
+            raise RunError(f"{streak} steps in a row were not finite (train.max_nonfinite): {cause}")
+
+    def _log(self, step: int, writer: MetricsWriter) -> None:
+        row, arrays = self.window.take()
+        self._write(step, "train", row, arrays, writer, self.clock.take())
+
+    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> tuple[Row, dict[str, Any]]:
+        row, arrays = self.evaluator(state)
+        self._write(step, "eval", row, {}, writer, {"seconds": self.clock.seconds})
+        return row, arrays
+
+    def _write(self, step: int, split: str, row: Row, arrays: dict[str, Any], writer: MetricsWriter, timing: Row) -> None:
+        if self.corpus.tokenizer.is_bytes:
+            row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
+        seen = {"tokens": self.tokens, "flops": self.flops, "learning_rate": float(self.learning_rate(step - 1)), "nonfinite_steps": self.nonfinite}
+        row = {"step": step, "split": split, **row, **seen, **timing}
+        writer.write(row, arrays)
+        self.display.update(row)
+
+    def _progress(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.clock.seconds}
+
+
+class _Clock:
+    """Seconds of a run, and of the window since the last row: steps, waiting for data; without evaluation, saving, compiling."""
+
+    def __init__(self):
+        self.before = 0.0  # seconds of the run before this process took it up
+        self._begun = time.perf_counter()
+        self.start()
+
+    def start(self) -> None:
+        """Begins a window."""
+        self._window, self._out, self._wait, self._steps, self._tokens = time.perf_counter(), 0.0, 0.0, 0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, everything included."""
+        return self.before + time.perf_counter() - self._begun
+
+    def step(self, tokens: int) -> None:
+        self._steps += 1
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._out += time.perf_counter() - begun
+
+    compiling = paused
+
+    def take(self) -> Row:
+        """The timing of the window, and begins a new one."""
+        spent = max(time.perf_counter() - self._window - self._out, 1e-9)
+        steps = max(self._steps, 1)
+        timing = {
+            "seconds": self.seconds,
+            "step_seconds": spent / steps,
+            "tokens_per_second": self._tokens / spent,
+            "data_wait_fraction": self._wait / spent,
+        }
+        self.start()
+        return timing
+
+
+def _shortest(folder: Path) -> Path:
+    """Relative to the current folder, where that is shorter to type."""
+    with contextlib.suppress(ValueError):
+        return folder.relative_to(Path.cwd())
+    return folder

@@ -1,0 +1,45 @@
+"""What a finished run says on the terminal: a picture of the expert loads, the files, and what to do next."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sparsejax.train.metrics import Arrays, Row
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def load_picture(arrays: Mapping[str, np.ndarray], width: int = 64) -> list[str]:
+    """One line per MoE layer: a bar per expert, full height being twice the mean load. Beyond `width` experts, the most loaded."""
+    lines = []
+    for name in (key.removesuffix("/assigned") for key in arrays if key.endswith("/assigned")):
+        load = np.asarray(arrays[f"{name}/assigned"], float)
+        relative = load / max(load.mean(), 1e-9)
+        shown = relative if len(load) <= width else np.sort(relative)[::-1][:width]
+        bars = "".join(BARS[int(np.clip(round(value / 2 * (len(BARS) - 1)), 0, len(BARS) - 1))] for value in shown)
+        dropped = float(np.sum(arrays[f"{name}/dropped"])) / max(load.sum(), 1.0)
+        lines.append(f"  {name:<14} │{bars}│ max/mean {relative.max():.2f}, dropped {100 * dropped:.2f} %")
+    return lines
+
+
+def closing_lines(workdir: Path, row: Row, arrays: Arrays) -> list[str]:
+    """The last lines of `train`, from the final evaluation."""
+    quality = f"cross-entropy {row['cross_entropy']:.4f} nats/token"
+    if "bits_per_byte" in row:
+        quality += f", {row['bits_per_byte']:.4f} bits per byte"
+    picture = load_picture(arrays)
+    loads = ["expert load on the validation split (▄ is an even share):", *picture] if picture else []
+    return [
+        f"validation: {quality}",
+        *loads,
+        "written:",
+        f"  {workdir}/config.json      every setting and where it came from",
+        f"  {workdir}/metrics.jsonl    losses, speed, routing; also {workdir}/tensorboard",
+        f"  {workdir}/routing/         counts per layer and expert, STEP.npz",
+        f"  {workdir}/checkpoints/     to resume, evaluate or generate from",
+        "next:",
+        f"  python -m sparsejax generate --workdir={workdir} --prompt='def '",
+        f"  python -m sparsejax eval --workdir={workdir}",
+        f"  python -m sparsejax plan --config={workdir}/config.json",
+    ]
