@@ -1,0 +1,28 @@
+"""What has to be settled before JAX starts a backend: the number of CPU devices, and where compiled programs stay."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def prepare_devices(count: int) -> None:
+    """Makes a machine without accelerators show `count` devices, and keeps compiled programs between processes.
+
+    Call it before anything that touches a device; a backend that runs already stays as it is. A count set by the user
+    (`JAX_NUM_CPU_DEVICES`, or in `XLA_FLAGS`) is left alone. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, or below
+    the user's cache folder if that is not set.
+    """
+    config: Any = jax.config  # its options are attributes that it defines at run time
+    on_cpu = (config.jax_platforms or "cpu") == "cpu"
+    chosen = config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count > 1 and on_cpu and not chosen:
+        try:
+            config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass  # the backend runs; if it has too few devices, the mesh says so with the numbers
+    if not config.jax_compilation_cache_dir:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        config.update("jax_compilation_cache_dir", str(caches / "sparsejax" / "xla"))
+    config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,228 @@
+"""The command line: `python -m sparsejax VERB [--config=FILE.py[:arg]] [--config.a.b=c ...] [--workdir=DIR] [...]`.
+
+Parses flags, loads the config and hands over to the verb, whose code is imported only then.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparsejax.base.errors import RequestError, RunError, did_you_mean
+
+VERBS = {
+    "train": "train, or resume what --workdir holds",
+    "eval": "restore a run and evaluate it, or compare meshes with --parity",
+    "generate": "sample text from a run",
+    "plan": "tables of parameters, FLOPs, memory and shardings; nothing is allocated",
+}
+Mesh = tuple[int, int, int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted."""
+    try:
+        return _command(list(sys.argv[1:] if argv is None else argv))
+    except RequestError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a one-line cause, then the trace
+        cause = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        print(f"failed: {_one_line(cause)}", file=sys.stderr)
+        traceback.print_exc()
+        return 1
+
+
+def _command(argv: list[str]) -> int:
+    if not argv:
+        raise RequestError(f"which verb? known: {', '.join(VERBS)}; --help says what they do")
+    if argv[0] in ("-h", "--help"):
+        _top_parser().print_help()
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise RequestError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}.{did_you_mean(verb, VERBS)}")
+    rest, overrides = _split_overrides(rest)
+    parser = _verb_parser(verb)
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        flag = unknown[0].partition("=")[0]
+        what = "unknown flag" if flag.startswith("-") else "unexpected argument"
+        raise RequestError(f"{what} {unknown[0]!r} for {verb}; known: {', '.join(known)}.{did_you_mean(flag, known)}")
+    return _dispatch(verb, args, overrides)
+
+
+def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    file = _config_file(verb, args)
+    meshes: list[Mesh] = args.mesh
+    several = verb == "plan" or (verb == "eval" and args.parity)
+    if len(meshes) > 1 and not several:
+        raise RequestError(f"--mesh is given {len(meshes)} times; {verb} takes one mesh")
+    if len(meshes) == 1 and not (verb == "eval" and args.parity):
+        sizes = zip(("data", "expert", "tensor"), meshes[0], strict=True)
+        overrides = [(f"mesh.{axis}", str(size)) for axis, size in sizes] + overrides
+
+    from sparsejax.base.config import load
+    from sparsejax.base.devices import prepare_devices
+    from sparsejax.train.config import ExperimentConfig
+
+    loaded = load(ExperimentConfig, file, overrides)
+    mesh = loaded.config.mesh
+    needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
+    # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
+    prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
+    if verb == "train":
+        workdir = args.workdir or Path("runs") / (Path(file.partition(".py")[0]).name if file else "default")
+        return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change)
+    if verb == "eval":
+        return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
+    if verb == "generate":
+        return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
+    return _function("sparsejax.plan.command", "plan_command")(loaded, args)
+
+
+def _function(module: str, name: str) -> Callable[..., int]:
+    return getattr(importlib.import_module(module), name)
+
+
+def _config_file(verb: str, args: argparse.Namespace) -> str | None:
+    """`--config`, else the config.json of the run in `--workdir`, else None for the default experiment."""
+    restores = verb == "generate" or (verb == "eval" and not args.parity)
+    if restores and args.workdir is None:
+        raise RequestError(f"{verb} needs --workdir=DIR, the folder of a run")
+    if args.config is not None:
+        if verb == "train" and args.workdir is None and args.config.endswith(".json"):
+            raise RequestError(
+                f"train --config={args.config} needs --workdir=DIR: the same run resumes it, another repeats it"
+            )
+        return args.config
+    saved = args.workdir / "config.json" if args.workdir is not None else None
+    if saved is not None and saved.is_file():
+        return str(saved)
+    if restores:
+        raise RequestError(f"--workdir={args.workdir}: not the folder of a run (it has no config.json)")
+    return None
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of `argv`: what is left, and (key, value) pairs."""
+    others, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            others.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise RequestError(f"{word} needs a value: {word}=VALUE")
+        overrides.append((key, value))
+    return others, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `RequestError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<10} {does}" for verb, does in VERBS.items())
+    return _Parser(
+        prog="sparsejax",
+        usage="sparsejax VERB [--config=FILE.py[:arg]] [--config.KEY=VALUE ...] [--workdir=DIR] [...]",
+        description=f"Train, evaluate and plan models with conditional computation.\n\nverbs:\n{verbs}",
+        epilog="`sparsejax VERB --help` lists a verb's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _verb_parser(verb: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"sparsejax {verb}", description=VERBS[verb], allow_abbrev=False)
+    add = parser.add_argument
+    source = "a Python file with get_config(), or a run's config.json (default: that of --workdir"
+    otherwise = ", else the default experiment)" if verb in ("train", "plan") else ")"
+    add("--config", metavar="FILE[:arg]", help=source + otherwise)
+    # Documents what `_split_overrides` takes out before this parser sees it.
+    add("--config.KEY", metavar="VALUE", help="override one value, for example --config.train.steps=50; repeatable")
+    default = " (default: runs/NAME for --config=NAME.py)" if verb == "train" else ""
+    add("--workdir", type=Path, metavar="DIR", help=f"folder of the run{default}")
+    add("--mesh", type=_mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
+    _FLAGS[verb](add)
+    return parser
+
+
+def _train_flags(add: Callable[..., Any]) -> None:
+    add("--allow-config-change", action="store_true", help="resume although the config differs from the checkpoint's")
+
+
+def _eval_flags(add: Callable[..., Any]) -> None:
+    add("--step", type=_whole(0), help="checkpoint to restore (default: the newest)")
+    add("--parity", action="store_true", help="compare loss, gradients and ledger on every --mesh with one device")
+
+
+def _generate_flags(add: Callable[..., Any]) -> None:
+    add("--step", type=_whole(0), help="checkpoint to restore (default: the newest)")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
+    add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line")
+    add("--max-tokens", type=_whole(1), default=200, help="tokens to sample after each prompt (default: 200)")
+    add("--temperature", type=_number(0, None), default=1.0, help="0 takes the most likely token (default: 1)")
+    add("--top-k", type=_whole(1), help="sample among the k likeliest tokens")
+    add("--top-p", type=_number(0, 1), help="sample among the likeliest tokens of this total probability")
+    add("--seed", type=_whole(0), default=0, help="(default: 0)")
+    add("--format", choices=("text", "json"), default="text", help="(default: text)")
+
+
+def _plan_flags(add: Callable[..., Any]) -> None:
+    add("--format", choices=("table", "json"), default="table", help="(default: table)")
+
+
+_FLAGS = {"train": _train_flags, "eval": _eval_flags, "generate": _generate_flags, "plan": _plan_flags}
+_ONE_MESH = "devices along data, expert and tensor; short for --config.mesh.*"
+_MESH_HELP = dict.fromkeys(VERBS, _ONE_MESH) | {
+    "eval": f"{_ONE_MESH}; with --parity repeatable",
+    "plan": f"{_ONE_MESH}; repeatable: the meshes to compare",
+}
+
+
+def _mesh(text: str) -> Mesh:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not D,E,T: three ints, for example 2,4,1")
+    data, expert, tensor = map(int, sizes)
+    return data, expert, tensor
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an int of at least {least}")
+        return int(text)
+
+    return whole
+
+
+def _number(least: float, most: float | None) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        wanted = f"a number of at least {least}" if most is None else f"a number from {least} to {most}"
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= (float("inf") if most is None else most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return number
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
