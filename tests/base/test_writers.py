@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -56,6 +57,12 @@ class TestJsonl:
         assert steps(path) == [("train", 1), ("train", 2)]
         writer.close()
 
+    def test_a_write_done_in_parts_is_completed(self, path, monkeypatch):
+        whole = os.write
+        monkeypatch.setattr("os.write", lambda file, data: whole(file, data[:5]))
+        write(path, [row(1), row(2)])
+        assert steps(path) == [("train", 1), ("train", 2)]
+
     def test_a_resume_takes_back_later_rows(self, path, caplog):
         write(path, [row(step) for step in (10, 20, 30, 40)] + [row(20, "eval"), row(40, "eval")])
         assert write(path, [row(20, "eval"), row(30), row(40), row(40, "eval")], 20) == [False, True, True, True]
@@ -71,10 +78,11 @@ class TestJsonl:
             b"\xff\xfe\x00garbage",
             b"[1, 2]",
             b'{"step": "3", "split": "train"}',
-            b'{"loss": 1}',
+            b'{"split": "train"}',
+            b'{"step": 3}',
             b'{"step": 2, "split": "train"}{"step": 3, "split": "train"}',
         ],
-        ids=range(6),
+        ids=range(7),
     )
     @pytest.mark.parametrize("place", ["end", "middle"])
     def test_broken_lines_are_removed(self, path, garbage, place, caplog):
@@ -146,7 +154,6 @@ FULL_DISK = """
     from sparsejax.base.writers import MetricsWriter
     writer = MetricsWriter(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    events = 0
     for step in range(1, 200):
         row = {"step": step, "split": "train", "loss": 1.0}
         writer._events.write(row)
