@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sparsejax.base.errors import RunError
 
@@ -107,7 +108,7 @@ class RoutingWriter:
         for path in self.directory.glob(".*.npz.tmp"):
             path.unlink()
 
-    def write(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(self, step: int, arrays: Mapping[str, ArrayLike]) -> None:
         """Writes the arrays, named such as `LAYER/assigned`. Raises `RunError` when the disk refuses them."""
         self.directory.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
@@ -147,7 +148,7 @@ class MetricsWriter:
         self._arrays = RoutingWriter(workdir / "routing", resume_step)
         self._events = TensorBoardWriter(workdir / "tensorboard", resume_step) if tensorboard else None
 
-    def write(self, row: Row, routing: Mapping[str, np.ndarray] | None = None) -> None:
+    def write(self, row: Row, routing: Mapping[str, ArrayLike] | None = None) -> None:
         """Writes the row, and the arrays that belong to it. Raises `RunError` when the disk refuses."""
         if self._rows.append(row) and self._events is not None:
             self._events.write(row)
