@@ -1,0 +1,185 @@
+"""Capacity by whole numbers, slot order by hand and against the loop that fills one slot at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import routing as slow
+
+from sparsejax.ops.assignment import (
+    Pairs,
+    capacity,
+    capacity_table,
+    choice_major_pairs,
+    fill_slots,
+    gather_pairs,
+    served_tokens,
+)
+
+
+class TestCapacity:
+    @pytest.mark.parametrize(
+        "tokens, experts, k, factor, per_choice, per_token",
+        [
+            (64, 8, 2, 1.25, 20, 10),  # per choice: V-MoE, Megatron, DeepSpeed; per token: Mesh-TensorFlow, Flaxformer
+            (50, 8, 2, 1.25, 16, 8),  # V-MoE and Megatron round up; Flaxformer's round() happens to agree with ⌈7.8⌉
+            (2048, 64, 8, 1.0, 256, 32),
+        ],
+    )
+    def test_golden_values_of_the_peers(self, tokens, experts, k, factor, per_choice, per_token):
+        assert capacity(tokens, experts, k, factor, "per_choice") == per_choice
+        assert capacity(tokens, experts, k, factor, "per_token") == per_token
+
+    @pytest.mark.parametrize(
+        "tokens, experts, k, slots", [(400, 8, 1, 55), (50, 11, 1, 5), (25, 11, 4, 10), (1600, 64, 2, 55)]
+    )
+    def test_a_factor_of_1_1_is_eleven_tenths_and_not_a_float(self, tokens, experts, k, slots):
+        assert np.ceil(1.1 * k * tokens / experts) == slots + 1, "the case no longer shows the rounding it is here for"
+        assert capacity(tokens, experts, k, 1.1, "per_choice") == slots
+
+    def test_equals_the_reference_in_whole_numbers(self):
+        for tokens in range(0, 200, 7):
+            for experts, k, percent in [(8, 2, 125), (7, 3, 110), (16, 1, 70), (3, 3, 200), (5, 1, 33)]:
+                for convention in ("per_choice", "per_token"):
+                    expected = slow.capacity(tokens, experts, k, percent, 100, convention == "per_choice")
+                    assert capacity(tokens, experts, k, percent / 100, convention) == expected
+
+    def test_never_more_slots_than_tokens_nor_less_than_one(self):
+        assert capacity(16, 4, 2, 100.0, "per_choice") == 16
+        assert capacity(1, 64, 1, 0.01, "per_choice") == 1
+        assert capacity(0, 4, 2, 1.0, "per_choice") == 0
+
+    def test_table_holds_every_number_of_unmasked_tokens(self):
+        table = capacity_table(12, 5, 2, 1.1, "per_choice")
+        assert table.dtype == np.int32
+        assert list(table) == [capacity(n, 5, 2, 1.1, "per_choice") for n in range(13)]
+
+
+HAND_WORKED = np.array([[[0, 1], [0, 2], [1, 0]]])  # three tokens, three experts, two choices
+"""Choice-major: t0→e0, t1→e0, t2→e1, then t0→e1, t1→e2, t2→e0."""
+
+
+class TestChoiceMajorOrder:
+    def test_every_first_choice_goes_before_any_second(self):
+        pairs = choice_major_pairs(jnp.asarray(HAND_WORKED), jnp.array([[True, False, True]]))
+        assert pairs.token.tolist() == [[0, 1, 2, 0, 1, 2]]
+        assert pairs.expert.tolist() == [[0, 0, 1, 1, 2, 0]]
+        assert pairs.valid.tolist() == [[True, False, True, True, False, True]]
+        assert pairs.of_token.tolist() == [[[0, 3], [1, 4], [2, 5]]]
+        assert {leaf.dtype for leaf in (pairs.token, pairs.expert, pairs.of_token)} == {jnp.dtype("int32")}
+
+    def test_pairs_of_a_token_are_its_own(self):
+        experts = np.random.default_rng(0).integers(0, 5, (2, 7, 3))
+        pairs = choice_major_pairs(jnp.asarray(experts), jnp.ones((2, 7), bool))
+        assert np.array_equal(gather_pairs(pairs.expert, pairs.of_token), experts)
+        assert np.array_equal(
+            gather_pairs(pairs.token, pairs.of_token), np.broadcast_to(np.arange(7)[None, :, None], (2, 7, 3))
+        )
+
+
+def fill_by_hand(num_slots, limit, mask=(True, True, True)):
+    return fill_slots(
+        choice_major_pairs(jnp.asarray(HAND_WORKED), jnp.array([mask])), 3, num_slots, jnp.array([limit], jnp.int32)
+    )
+
+
+class TestFillSlotsByHand:
+    def test_one_slot_each(self):
+        slots = fill_by_hand(num_slots=1, limit=1)
+        assert slots.position.tolist() == [[0, 1, 0, 1, 0, 2]]
+        assert slots.keep.tolist() == [[True, False, True, False, True, False]]
+        assert slots.pair.tolist() == [[[0], [2], [4]]]
+        assert slots.assigned.tolist() == [3, 2, 1]
+        assert slots.processed.tolist() == [1, 1, 1]
+
+    def test_two_slots_each_leave_one_empty(self):
+        slots = fill_by_hand(num_slots=2, limit=2)
+        assert slots.pair.tolist() == [[[0, 1], [2, 3], [4, 6]]]
+        assert slots.processed.tolist() == [2, 2, 1]
+
+    def test_the_limit_may_be_tighter_than_the_slots(self):
+        slots = fill_by_hand(num_slots=2, limit=1)
+        assert slots.pair.tolist() == [[[0, 6], [2, 6], [4, 6]]]
+        assert slots.processed.tolist() == [1, 1, 1]
+
+    def test_padding_takes_no_slot_and_is_not_counted(self):
+        slots = fill_by_hand(num_slots=1, limit=1, mask=(False, True, True))
+        assert slots.keep.tolist() == [[False, True, True, False, True, False]]
+        assert slots.pair.tolist() == [[[1], [2], [4]]]
+        assert slots.assigned.tolist() == [2, 1, 1]
+
+    def test_limit_zero_drops_everything(self):
+        slots = fill_by_hand(num_slots=1, limit=0)
+        assert not slots.keep.any() and slots.processed.tolist() == [0, 0, 0]
+        assert slots.assigned.tolist() == [3, 2, 1]
+
+    def test_served_tokens(self):
+        pairs = choice_major_pairs(jnp.asarray(HAND_WORKED[:, :, :1]), jnp.ones((1, 3), bool))
+        slots = fill_slots(pairs, 3, 1, jnp.array([1], jnp.int32))
+        assert served_tokens(pairs, slots).tolist() == [[True, False, True]]
+
+
+def random_pairs(case: str, groups=3, size=40, num_experts=6):
+    """Flat lists that no token-choice router would write, too: any expert, any validity."""
+    rng = np.random.default_rng(7)
+    expert = rng.integers(0, num_experts, (groups, size))
+    valid = np.ones((groups, size), bool)
+    if case == "one expert":
+        expert[:] = num_experts - 1
+    elif case == "empty experts":
+        expert[:] = 2 * (expert // 2)
+    elif case == "invalid pairs":
+        valid = rng.random((groups, size)) < 0.6
+    elif case == "nothing valid":
+        valid[:] = False
+    token = np.tile(np.arange(size), (groups, 1))
+    return Pairs(
+        token=jnp.asarray(token, jnp.int32),
+        expert=jnp.asarray(expert, jnp.int32),
+        valid=jnp.asarray(valid),
+        of_token=jnp.asarray(token[..., None], jnp.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def fill():
+    return jax.jit(fill_slots, static_argnums=(1, 2))
+
+
+class TestFillSlots:
+    @pytest.mark.parametrize("case", ["random", "one expert", "empty experts", "invalid pairs", "nothing valid"])
+    def test_against_one_slot_at_a_time(self, fill, case):
+        pairs, num_experts, num_slots, limits = random_pairs(case), 6, 8, [8, 5, 0]
+        slots = fill(pairs, num_experts, num_slots, jnp.array(limits, jnp.int32))
+        assigned, processed = np.zeros(num_experts, int), np.zeros(num_experts, int)
+        for g, limit in enumerate(limits):
+            expert, valid = np.asarray(pairs.expert[g]), np.asarray(pairs.valid[g])
+            positions, kept = slow.fill(list(zip(expert, valid, strict=True)), num_experts, limit)
+            assert np.array_equal(slots.keep[g], kept)
+            assert np.array_equal(np.asarray(slots.position[g])[valid], np.array(positions)[valid])
+            assigned += np.bincount(expert[valid], minlength=num_experts)
+            processed += np.bincount(expert[kept], minlength=num_experts)
+        assert np.array_equal(slots.assigned, assigned) and np.array_equal(slots.processed, processed)
+        assert {slots.assigned.dtype, slots.processed.dtype, slots.pair.dtype} == {jnp.dtype("int32")}
+
+    @pytest.mark.parametrize("case", ["random", "one expert", "empty experts", "invalid pairs"])
+    def test_slots_and_kept_pairs_are_one_to_one_without_holes_in_list_order(self, fill, case):
+        pairs, size, limits = random_pairs(case), 40, [8, 5, 1]
+        slots = fill(pairs, 6, 8, jnp.array(limits, jnp.int32))
+        for g, limit in enumerate(limits):
+            filled = np.asarray(slots.pair[g]) < size
+            inside = np.asarray(slots.pair[g])[filled]
+            assert sorted(inside) == sorted(np.flatnonzero(slots.keep[g])), "a pair has two slots, or a slot two pairs"
+            for e in range(6):
+                count = filled[e].sum()
+                assert count <= limit and filled[e, :count].all(), "slots fill from 0 without holes"
+                in_slots = np.asarray(slots.pair[g, e, :count])
+                assert (np.diff(in_slots) > 0).all(), "slots fill in the order of the list"
+                assert (np.asarray(pairs.expert[g])[in_slots] == e).all()
+                assert np.array_equal(np.asarray(slots.position[g])[in_slots], np.arange(count))
+
+    def test_a_group_too_large_for_the_sort_key_is_refused(self):
+        wide = jax.ShapeDtypeStruct((1, 2**24), jnp.int32)
+        pairs = Pairs(token=wide, expert=wide, valid=jax.ShapeDtypeStruct(wide.shape, bool), of_token=wide)
+        with pytest.raises(ValueError, match="group_size"):
+            jax.eval_shape(lambda p: fill_slots(p, 128, 4, jnp.array([4], jnp.int32)), pairs)

@@ -1,0 +1,120 @@
+"""Movements against a loop over pairs, and against each other in every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from support import assert_close, to_numpy
+
+from sparsejax.ops.assignment import choice_major_pairs, fill_slots
+from sparsejax.ops.dispatch import MOVEMENTS
+
+GROUPS, SIZE, WIDTH, EXPERTS, SLOTS = 2, 6, 3, 4, 3
+CASES = {
+    "k=1 with drops": (1, "random"),
+    "k=2 with drops": (2, "random"),
+    "k=3 with drops": (3, "random"),
+    "all to the same two": (2, "collapsed"),
+    "padding": (2, "padded"),
+    "only padding": (1, "empty"),
+}
+
+
+def setting(case: str):
+    """(x, expert outputs, weights, pairs, slots) of a case; group 1 has a tighter limit than group 0."""
+    k, kind = CASES[case]
+    rng = np.random.default_rng(3)
+    experts = np.argsort(rng.random((GROUPS, SIZE, EXPERTS)), axis=-1)[..., :k]
+    if kind == "collapsed":
+        experts[:] = [1, 3]
+    mask = np.ones((GROUPS, SIZE), bool)
+    if kind in ("padded", "empty"):
+        mask[:, 0 if kind == "empty" else 4 :] = False
+    pairs = choice_major_pairs(jnp.asarray(experts), jnp.asarray(mask))
+    slots = fill_slots(pairs, EXPERTS, SLOTS, jnp.array([SLOTS, SLOTS - 1], jnp.int32))
+    x, out = rng.normal(size=(GROUPS, SIZE, WIDTH)), rng.normal(size=(EXPERTS, GROUPS, SLOTS, WIDTH))
+    weights = rng.random((GROUPS, SIZE, k)) + 0.1
+    return *(jnp.asarray(a, jnp.float32) for a in (x, out, weights)), pairs, slots
+
+
+def by_hand(x, out, weights, pairs, slots):
+    """(dispatched, combined), one pair at a time."""
+    x, out, weights, pairs, slots = to_numpy((x, out, weights, pairs, slots))
+    z, y = np.zeros(out.shape, np.float32), np.zeros(x.shape, np.float32)
+    for g in range(GROUPS):
+        for s, of_token in enumerate(pairs.of_token[g]):
+            for choice, pair in enumerate(of_token):
+                if slots.keep[g, pair]:
+                    e, c = pairs.expert[g, pair], slots.position[g, pair]
+                    z[e, g, c] += x[g, s]
+                    y[g, s] += weights[g, s, choice] * out[e, g, c]
+    return z, y
+
+
+@jax.jit(static_argnums=0)
+def move(movement, x, out, weights, pairs, slots):
+    """(dispatched, combined)."""
+    return MOVEMENTS[movement].dispatch(x, pairs, slots), MOVEMENTS[movement].combine(out, weights, pairs, slots)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("movement", MOVEMENTS)
+def test_moves_what_a_loop_over_pairs_moves(movement, case):
+    x, out, weights, pairs, slots = setting(case)
+    assert_close(move(movement, x, out, weights, pairs, slots), by_hand(x, out, weights, pairs, slots))
+
+
+@pytest.mark.parametrize("movement", MOVEMENTS)
+def test_a_token_without_a_slot_gets_exactly_zero(movement):
+    x, out, weights, pairs, slots = setting("k=1 with drops")
+    dropped = ~np.asarray(slots.keep)
+    assert 0 < dropped.sum() < dropped.size
+    y = np.asarray(move(movement, x, out + 7, weights, pairs, slots)[1])
+    assert (y[dropped] == 0).all() and (y[~dropped] != 0).all()
+
+
+@pytest.mark.parametrize("movement", MOVEMENTS)
+def test_empty_slots_are_exactly_zero(movement):
+    x, out, weights, pairs, slots = setting("all to the same two")
+    z = np.asarray(move(movement, x + 7, out, weights, pairs, slots)[0])
+    empty = np.asarray(slots.pair).transpose(1, 0, 2) == 2 * SIZE
+    assert empty[0].all() and (z[empty] == 0).all() and (z[~empty] != 0).all()
+
+
+@jax.jit(static_argnums=0)
+def gradients(movement, x, out, weights, pairs, slots, dz, dy):
+    """Of dispatch in x, and of combine in the expert outputs and in the weights."""
+    _, dispatch_vjp = jax.vjp(lambda x: MOVEMENTS[movement].dispatch(x, pairs, slots), x)
+    _, combine_vjp = jax.vjp(lambda out, weights: MOVEMENTS[movement].combine(out, weights, pairs, slots), out, weights)
+    return *dispatch_vjp(dz), *combine_vjp(dy)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("movement", [name for name in MOVEMENTS if name != "einsum"])
+def test_gradients_are_those_of_the_one_hot_products(movement, case):
+    x, out, weights, pairs, slots = setting(case)
+    rng = np.random.default_rng(5)
+    cotangents = [jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in (out, x)]
+    operands = (x, out, weights, pairs, slots, *cotangents)
+    assert_close(gradients(movement, *operands), gradients("einsum", *operands))
+
+
+@pytest.mark.parametrize("case", ["k=3 with drops", "padding"])
+def test_gather_gradients_are_those_of_finite_differences(case):
+    x, out, weights, pairs, slots = setting(case)
+    gather = MOVEMENTS["gather"]
+    # Wide steps: float32, and both functions are (bi)linear.
+    options = {"order": 1, "modes": ["rev"], "atol": 5e-3, "rtol": 5e-3, "eps": 1e-2}
+    check_grads(jax.jit(lambda x: gather.dispatch(x, pairs, slots)), (x,), **options)
+    check_grads(jax.jit(lambda out, weights: gather.combine(out, weights, pairs, slots)), (out, weights), **options)
+
+
+def test_bfloat16_rows_keep_their_dtype_and_weights_get_float32_gradients():
+    x, out, weights, pairs, slots = setting("k=2 with drops")
+    x, out = x.astype(jnp.bfloat16), out.astype(jnp.bfloat16)
+    for movement in MOVEMENTS:
+        z, y = move(movement, x, out, weights, pairs, slots)
+        assert z.dtype == y.dtype == jnp.bfloat16
+        dx, dout, dweights = gradients(movement, x, out, weights, pairs, slots, jnp.ones_like(z), jnp.ones_like(y))
+        assert (dx.dtype, dout.dtype, dweights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
