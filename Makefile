@@ -1,5 +1,5 @@
 # Everything runs in .venv, made by the first target that needs it. PYTHON chooses the interpreter it is made with (3.11 or newer).
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.13 python3.11 python3 2>/dev/null))
+PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart

@@ -1,0 +1,51 @@
+"""Does moving tokens scale? Dispatch and combine, per token, at 4k and at 64k tokens in one group.
+
+Run:  python benchmarks/dispatch.py [--rounds=25]
+
+Slots, dispatch and combine, with the gradient with respect to tokens and weights; float32, d = 512, E = 8, k = 1, capacity factor
+1.0. The sizes take turns; the figure is the median over rounds of time per token at 64k / time per token at 4k.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+from timing import interleaved, quartiles
+
+from sparsejax.ops.assignment import capacity, choice_major_pairs, fill_slots
+from sparsejax.ops.dispatch import MOVEMENTS
+
+WIDTH, EXPERTS, K = 512, 8, 1
+
+
+def competitor(tokens: int):
+    """A call that dispatches and combines `tokens` tokens, forward and backward."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    experts = jax.random.randint(keys[0], (1, tokens, K), 0, EXPERTS)
+    x, cotangent = (jax.random.normal(key, (1, tokens, WIDTH)) for key in keys[1:3])
+    weights = jax.random.uniform(keys[3], (1, tokens, K))
+    slots_each = capacity(tokens, EXPERTS, K, 1.0, "per_choice")
+    movement = MOVEMENTS["gather"]
+
+    def moved(x, weights, experts):
+        pairs = choice_major_pairs(experts, jnp.ones((1, tokens), bool))
+        slots = fill_slots(pairs, EXPERTS, slots_each, jnp.full(1, slots_each, jnp.int32))
+        return jnp.sum(movement.combine(movement.dispatch(x, pairs, slots), weights, pairs, slots) * cotangent)
+
+    step = jax.jit(jax.value_and_grad(moved, argnums=(0, 1)))
+    return lambda: step(x, weights, experts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    rounds = parser.parse_args().rounds
+    small, large = 4096, 65536
+    seconds = interleaved({"small": competitor(small), "large": competitor(large)}, rounds)
+    for name, tokens in (("small", small), ("large", large)):
+        print(f"{tokens:>6} tokens: {quartiles(1e9 * seconds[name] / tokens)} ns per token")
+    print(f"ratio per token, {large} / {small}: {quartiles(seconds['large'] / large / (seconds['small'] / small))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Switch-style mixture of experts on the source of the Python standard library: the default experiment.
+
+Four layers, every other one with 8 experts of which a token takes one (Switch Transformers, arXiv:2101.03961), bytes as tokens.
+
+Run:     make quickstart
+         python -m sparsejax train --config=configs/quickstart.py --workdir=runs/quickstart
+Expect:  TBD
+"""
+
+from sparsejax import choose, default_config
+from sparsejax.routers.weights import WEIGHTS
+
+
+def get_config():
+    config = default_config()
+    model, moe = config.model, config.model.blocks.moe
+    model.d_model, model.num_heads = 96, 4
+    model.pattern, model.repeats = ("dense", "moe"), 2
+    moe.num_experts, moe.capacity_factor = 8, 1.25
+    moe.group_size = 4096  # the whole step: in small groups chance alone would overfill experts
+    moe.router.selection.k, moe.router.weight = 1, choose(WEIGHTS, "raw")
+    moe.router.balance.coefficient = 0.02
+    config.data.sequence_length, config.data.batch_size = 128, 32
+    config.optimizer.learning_rate, config.optimizer.b2 = 5e-3, 0.98
+    config.optimizer.schedule.warmup_steps = 30
+    config.train.steps = 360
+    config.eval.every, config.eval.batches = 120, 16
+    config.checkpoint.every = 120
+    return config

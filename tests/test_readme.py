@@ -1,0 +1,64 @@
+"""The README says what is so: its commands run, its tables are those of the code."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsejax.base.shapes import LEGEND
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder to run the README's commands in, one after the other, as a reader would."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_command_runs(command, folder):
+    words = shlex.split(command)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("python ")])
+def test_make_target_exists(command):
+    words = shlex.split(command)
+    assert words[0] == "make"
+    assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_axis_letters_are_the_legend():
+    table = dict(re.findall(r"^\| ([A-Z]) \| (.*) \|$", README, re.MULTILINE))
+    assert table == LEGEND
+
+
+def test_tree_names_every_package():
+    packages = {path.name for path in (ROOT / "sparsejax").iterdir() if (path / "__init__.py").is_file()}
+    assert packages == set(re.findall(r"^  (\w+)/ ", README, re.MULTILINE))
+
+
+def test_config_keys_of_the_table_exist():
+    from sparsejax.base.config import leaves
+    from sparsejax.train.config import ExperimentConfig
+
+    known = [path.replace("blocks.dense.", "blocks.NAME.") for path in leaves(ExperimentConfig())]
+    known += leaves(ExperimentConfig())
+    cells = re.findall(r"^\| (`[^|]*`) \|", README, re.MULTILINE)
+    for text in re.findall(r"`([^`]+)`", " ".join(cells)):
+        stem, _, group = text.partition("{")
+        names = [stem + name.strip() for name in group.rstrip("}").split(",")] if group else [text]
+        for name in (n.removesuffix(".*").replace("config.…", "model") for n in names):
+            assert any(f"{path}.".startswith(f"{name}.") or "NAME" in name and name.count(".") == 2 for path in known), name
