@@ -76,7 +76,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
-    prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
+    if verb != "plan":  # which needs no devices, whatever the mesh
+        prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
     if verb == "train":
         workdir = args.workdir or Path("runs") / (Path(file.partition(".py")[0]).name if file else "default")
         return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change)

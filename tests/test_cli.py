@@ -117,13 +117,15 @@ def test_train(run):
 def test_mesh_is_short_for_the_config(run):
     assert run("plan", "--mesh=2,4,1") == 0
     assert run.calls[0][0].config.mesh == Mesh(data=2, expert=4)
-    assert run.counts == [8]
+    assert run.counts == []  # a plan needs no devices
+    assert run("train", "--mesh=2,4,1") == 0
     assert run("train", "--mesh=-1,2,1") == 0
     assert run.counts == [8, 2]
     assert run("plan", "--mesh=2,4,1", "--mesh=4,4,1") == 0
     assert run.calls[-1][0].config.mesh == Mesh()
     assert run.calls[-1][1].mesh == [(2, 4, 1), (4, 4, 1)]
-    assert run.counts[-1] == 16
+    assert run("eval", "--parity", "--mesh=2,4,1", "--mesh=4,4,1") == 0
+    assert run.counts == [8, 2, 16]
 
 
 def test_the_config_of_a_run_is_used(run, saved_run):

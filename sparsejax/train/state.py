@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from sparsejax.base.sharding import Rules
@@ -80,7 +81,7 @@ def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> Tr
     return _place(state, specs)
 
 
-def abstract_state(config: ExperimentConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state on `mesh`: the target of a restore."""
     shapes = jax.eval_shape(lambda: init_state(config, tx))
     specs = state_specs(config, tx)

@@ -1,0 +1,66 @@
+"""What a step keeps between its forward and its backward pass: an estimate, made before any compiler has seen it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Var
+from jaxtyping import Array
+
+from sparsejax.base.structs import Batch
+from sparsejax.blocks.context import Totals
+from sparsejax.model.lm import auxiliary_losses
+from sparsejax.ops.losses import cross_entropy_sum
+from sparsejax.plan.abstract import device_bytes, device_shape
+from sparsejax.plan.work import group_size, moe_blocks, slots_per_expert
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.state import TrainState, abstract_model
+
+NOT_MODELLED = (
+    "Not counted: what only the compiled step knows, that is parameters gathered or cast for use, gradient sums of "
+    "several microbatches, buffers of collectives and the compiler's temporaries. 'saved_for_backward' is what "
+    "automatic differentiation keeps of one microbatch, before the compiler; it is an estimate and not in the total."
+)
+
+
+def saved_for_backward(
+    config: ExperimentConfig, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+) -> list[tuple[str, int]]:
+    """What the forward pass of one microbatch leaves for the backward pass, as (dtype and shape, bytes) on a device.
+
+    These are the residuals of `jax.vjp` as traced, so `model.remat`, the dtype and the kind of attention count; arrays
+    of the state and the batch are left out, and nothing is counted twice. Needs the mesh to be set.
+    """
+    graph, _, _ = abstract_model(config.model)
+
+    def residuals(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array]) -> Any:
+        microbatch = Batch(**{name: rows[0] for name, rows in arrays.items()})
+        one = jnp.int32(1)  # what sums are divided by takes no room
+        totals = Totals(targets=one, tokens=one, rows=one, microbatches=config.train.accumulation)
+
+        def loss(params: nnx.State) -> Array:
+            key = jax.random.key(config.train.seed)
+            out = nnx.merge(graph, params, model_state)(microbatch, mode="train", key=key)
+            terms = auxiliary_losses(config.model, out.reports, totals)
+            return cross_entropy_sum(out.logits, microbatch.targets, microbatch.loss_mask) + sum(terms.values())
+
+        return jax.vjp(loss, params)[1]
+
+    jaxpr = jax.make_jaxpr(residuals)(state.params, state.model_state, batch).jaxpr
+    inputs = set(jaxpr.invars)
+    kept = dict.fromkeys(var for var in jaxpr.outvars if isinstance(var, Var) and var not in inputs)
+    types: list[Any] = [var.aval for var in kept]
+    return [(f"{each.dtype.name}{list(device_shape(each))}", device_bytes(each)) for each in types]
+
+
+def buffers(config: ExperimentConfig) -> dict[str, int]:
+    """Bytes per device of single large arrays of one microbatch: `logits`, and `BLOCK/slots`, those of one layer."""
+    model, length = config.model, config.data.sequence_length
+    tokens = config.microbatch_size // config.mesh.batch_shards * length
+    found = {"logits": tokens * model.vocab_size // config.mesh.tensor * jnp.dtype("float32").itemsize}
+    for name, spec in moe_blocks(model).items():
+        size = group_size(spec, length)
+        slots = tokens // size * spec.num_experts * slots_per_expert(spec, length, "train")
+        found[f"{name}/slots"] = slots * model.d_model * jnp.dtype(model.dtype).itemsize
+    return found

@@ -1,0 +1,151 @@
+"""How much a config computes: parameters and FLOPs by component, slots of every expert block, and its routers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsejax.base.config import leaves
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.cost import TRAINING, causal_keys, component_costs, pair_flops, total
+from sparsejax.ops.assignment import capacity
+
+SlotMode = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """FLOPs are per token, over all layers, ideal: the selected experts, causal attention on rows of one document."""
+
+    name: str
+    parameters: int
+    active: int
+    forward: float
+    training: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """What static shapes give the experts of one kind of block. FLOPs are per token and layer, forward."""
+
+    block: str
+    layers: tuple[str, ...]
+    mode: SlotMode
+    num_experts: int
+    experts_per_token: int
+    capacity_factor: float  # asked for
+    group_size: int  # S, tokens
+    slots_per_expert: int  # C, for one group
+    slots_per_token: float  # E · C / S
+    ideal_flops: int  # k pairs
+    padded_flops: float  # every slot, filled or not
+    movement_flops: float  # of `dispatch = einsum`, whose one-hot masks are matrix products
+
+    @property
+    def movement_training(self) -> float:
+        """Forward and backward. Dispatch and combine are half each; the dispatch mask, integers, has no gradient."""
+        return self.movement_flops * (2 + TRAINING) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """The axes of the router of some layers: dotted leaf of its config → value; also how slots are filled and moved."""
+
+    block: str
+    layers: tuple[str, ...]
+    axes: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """`flops_per_token`: ideal and padded (static slots and movement in place of the pairs), forward and training."""
+
+    components: tuple[Component, ...]
+    parameters: int
+    active: int
+    flops_per_token: dict[str, float]
+    slots: tuple[Slots, ...]
+    routers: tuple[Router, ...]
+
+
+def work(config: ModelConfig, sequence_length: int) -> Work:
+    """Everything about a model that the mesh and the batch do not change."""
+    keys, cost = causal_keys(sequence_length), total(config)
+    components = tuple(
+        Component(
+            name=name,
+            parameters=part.parameters,
+            active=part.active,
+            forward=part.flops(keys),
+            training=TRAINING * part.flops(keys),
+        )
+        for name, part in component_costs(config).items()
+    )
+    blocks = moe_blocks(config)
+    slots = tuple(_slots(config, name, sequence_length, mode) for name in blocks for mode in ("train", "eval"))
+    trained = [row for row in slots if row.mode == "train"]
+    fixed = cost.flops(keys) - cost.routed
+    padded = sum(len(row.layers) * row.padded_flops for row in trained)
+    movement = sum(len(row.layers) * row.movement_flops for row in trained)
+    movement_training = sum(len(row.layers) * row.movement_training for row in trained)
+    return Work(
+        components=components,
+        parameters=cost.parameters,
+        active=cost.active,
+        flops_per_token={
+            "forward": cost.flops(keys),
+            "training": TRAINING * cost.flops(keys),
+            "forward_padded": fixed + padded + movement,
+            "training_padded": TRAINING * (fixed + padded) + movement_training,
+        },
+        slots=slots,
+        routers=tuple(_router(config, name) for name in blocks),
+    )
+
+
+def moe_blocks(config: ModelConfig) -> dict[str, MoESpec]:
+    """The blocks with experts that a layer uses, by name, from the input of the model to its output."""
+    used = {layer.block: config.blocks[layer.block] for layer in config.layers}
+    return {name: spec for name, spec in used.items() if isinstance(spec, MoESpec)}
+
+
+def group_size(spec: MoESpec, sequence_length: int) -> int:
+    """S, tokens that are routed together in training and evaluation."""
+    return sequence_length if spec.group_size is None else spec.group_size
+
+
+def slots_per_expert(spec: MoESpec, sequence_length: int, mode: SlotMode) -> int:
+    """C, for one group of unmasked tokens."""
+    size, factor = group_size(spec, sequence_length), spec.factor(mode)
+    return capacity(size, spec.num_experts, spec.experts_per_token, factor, spec.capacity_convention)
+
+
+def _slots(config: ModelConfig, block: str, sequence_length: int, mode: SlotMode) -> Slots:
+    spec = moe_blocks(config)[block]
+    size, k = group_size(spec, sequence_length), spec.experts_per_token
+    count = slots_per_expert(spec, sequence_length, mode)
+    per_token, per_pair = spec.num_experts * count / size, pair_flops(config, spec)
+    one_way = 2 * spec.num_experts * count * config.d_model  # a row of [S, E · C] times [E · C, D]
+    return Slots(
+        block=block,
+        layers=_layers(config, block),
+        mode=mode,
+        num_experts=spec.num_experts,
+        experts_per_token=k,
+        capacity_factor=spec.factor(mode),
+        group_size=size,
+        slots_per_expert=count,
+        slots_per_token=per_token,
+        ideal_flops=k * per_pair,
+        padded_flops=per_token * per_pair,
+        movement_flops=2 * one_way if spec.dispatch == "einsum" else 0,
+    )
+
+
+def _router(config: ModelConfig, block: str) -> Router:
+    spec = moe_blocks(config)[block]
+    axes = leaves(spec.router) | {"capacity_convention": spec.capacity_convention, "dispatch": spec.dispatch}
+    return Router(block=block, layers=_layers(config, block), axes=axes)
+
+
+def _layers(config: ModelConfig, block: str) -> tuple[str, ...]:
+    return tuple(layer.name for layer in config.layers if layer.block == block)
