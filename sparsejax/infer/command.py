@@ -1,0 +1,100 @@
+"""The `generate` command: restore a run's parameters, continue prompts, print."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Optional
+
+import jax
+from flax import nnx
+
+from sparsejax.base.config import Loaded
+from sparsejax.base.errors import RequestError
+from sparsejax.base.sharding import make_mesh
+from sparsejax.base.structs import struct
+from sparsejax.data.tokenizers import load_tokenizer
+from sparsejax.infer.text import START, Sample, encode_prompts, sample_text
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.state import abstract_state, make_optimizer
+
+
+@struct
+class RestoredVariables:
+    """The part of a `TrainState` that a model computes with; the names are those of the checkpoint."""
+
+    params: nnx.State
+    model_state: nnx.State
+
+
+def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], args: argparse.Namespace) -> int:
+    """Continues the prompts with the newest good checkpoint of `workdir` (or `--step`). Returns the exit status.
+
+    Text goes to standard output, what it took to standard error. With `--format=json` the last line of standard output
+    is an object with `step`, `samples` (each `prompt`, `text`: prompt and continuation, `tokens`: ids of the
+    continuation), `tokens_per_second` (of decoding, without compilation), and the settings of the sampling.
+    """
+    assert workdir is not None  # the command line sees to it
+    config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    encode_prompts(tokenizer, prompts)  # a bad prompt is told before anything is restored
+    settings = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        variables, step = restore_variables(config, workdir / "checkpoints", mesh, args.step)
+        result = sample_text(config, variables, tokenizer, prompts, **settings)
+    if jax.process_index() == 0:
+        if args.format == "json":
+            print(json.dumps({"step": step, **dataclasses.asdict(result), **settings}))
+        else:
+            print(as_text(result.samples))
+            sampled = f"{len(prompts)} × {args.max_tokens} tokens"
+            print(f"step {step}: {sampled}, {result.tokens_per_second:,.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def read_prompts(given: list[str], file: Optional[Path]) -> list[str]:
+    """The prompts of the command line, then those of the file, one a line; a new line if there are neither.
+
+    Raises:
+      RequestError: the file cannot be read, or has an empty line.
+    """
+    if file is None:
+        return given or [START]
+    try:
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise RequestError(f"--prompts-file={file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"--prompts-file={file}: is not UTF-8 text") from None
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise RequestError(f"--prompts-file={file}: line {number} is empty; it should have a prompt a line")
+    return [*given, *lines]
+
+
+def restore_variables(
+    config: ExperimentConfig, folder: Path, mesh: jax.sharding.Mesh, step: Optional[int] = None
+) -> tuple[RestoredVariables, int]:
+    """(variables on `mesh`, step) of the newest good checkpoint or that of `step`; the optimizer's state is not read.
+
+    Raises:
+      RequestError: there is no such checkpoint, or it is of another model.
+      RunError: it is damaged.
+    """
+    saving = config.checkpoint
+    checkpoints = Checkpoints(folder, saving.every, saving.keep, saving.keep_every)
+    state = abstract_state(config, make_optimizer(config), mesh)
+    target = RestoredVariables(params=state.params, model_state=state.model_state)
+    variables, _, step = checkpoints.restore(target, step, partial=True)
+    return variables, step
+
+
+def as_text(samples: list[Sample]) -> str:
+    """One sample bare; several under a heading each."""
+    if len(samples) == 1:
+        return samples[0].text
+    return "\n\n".join(f"───── {n} of {len(samples)} ─────\n{sample.text}" for n, sample in enumerate(samples, 1))

@@ -1,0 +1,130 @@
+"""The `generate` command on a saved run, and `sample_text`."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import CUBE, DENSE, mesh_of
+
+from sparsejax import cli
+from sparsejax.base import devices
+from sparsejax.base.config import to_json
+from sparsejax.base.sharding import MeshConfig
+from sparsejax.data.config import DataConfig
+from sparsejax.data.tokenizers import ByteTokenizer
+from sparsejax.infer.command import restore_variables
+from sparsejax.infer.text import START, sample_text
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.state import init_state, make_optimizer
+
+CONFIG = ExperimentConfig(
+    model=dataclasses.replace(DENSE, vocab_size=256),
+    data=DataConfig(name="synthetic", sequence_length=16, batch_size=8),
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        return jax.jit(lambda: init_state(CONFIG, make_optimizer(CONFIG)))()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, state):
+    """A run of one device with checkpoints of steps 3 and 5, the first of which has zeros for parameters."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(to_json(CONFIG, {}, {}))
+    checkpoints = Checkpoints(folder / "checkpoints", every=1, keep=2)
+    checkpoints.save(3, dataclasses.replace(state, params=jax.tree.map(lambda a: 0 * a, state.params)), {})
+    checkpoints.save(5, state, {})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def generate(monkeypatch, capsys, run_folder):
+    """Runs the command line; `generate.out` and `.err` hold what it printed."""
+    monkeypatch.setattr(devices, "prepare_devices", lambda count: None)
+
+    def generate(*flags, workdir=run_folder):
+        status = cli.main(["generate", f"--workdir={workdir}", "--max-tokens=5", *flags])
+        generate.out, generate.err = capsys.readouterr()
+        return status
+
+    return generate
+
+
+class TestCommand:
+    def test_json_is_the_last_line_and_the_same_on_any_mesh(self, generate, tmp_path):
+        (tmp_path / "prompts.txt").write_text("über\n two\n", encoding="utf-8")
+        flags = ("--prompt=def ", f"--prompts-file={tmp_path}/prompts.txt", "--temperature=0", "--format=json")
+        assert generate(*flags) == 0
+        result = json.loads(generate.out.splitlines()[-1])
+        assert (result["step"], result["temperature"], result["max_tokens"]) == (5, 0.0, 5)
+        assert result["tokens_per_second"] > 0
+        assert [sample["prompt"] for sample in result["samples"]] == ["def ", "über", " two"]
+        for sample in result["samples"]:
+            whole = np.concatenate([ByteTokenizer().encode(sample["prompt"]), sample["tokens"]])
+            assert len(sample["tokens"]) == 5 and sample["text"] == ByteTokenizer().decode(whole)
+        assert generate(*flags, "--mesh=2,2,2") == 0
+        assert json.loads(generate.out.splitlines()[-1])["samples"] == result["samples"]
+
+    def test_text_is_printed_bare_and_the_chosen_step_is_used(self, generate):
+        # Zero parameters give equal logits, of which the first token is taken: NUL.
+        assert generate("--prompt=def ", "--step=3", "--temperature=0") == 0
+        assert generate.out == "def " + 5 * "\0" + "\n"
+        assert "step 3: 1 × 5 tokens" in generate.err
+
+    def test_several_texts_have_headings(self, generate):
+        assert generate("--prompt=a", "--prompt=b", "--step=3", "--temperature=0") == 0
+        assert generate.out == f"───── 1 of 2 ─────\na{5 * chr(0)}\n\n───── 2 of 2 ─────\nb{5 * chr(0)}\n"
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (("--prompt=",), "--prompt='' has no tokens"),
+            (("--prompts-file=missing.txt",), "--prompts-file=missing.txt: No such file"),
+            (("--step=4",), "no checkpoint of step 4"),
+            (("--config.model.d_model=32",), "checkpoint 5 is of another model"),
+            (("--seed=4294967296",), "seed=4294967296"),
+            (("--config.data.tokenizer=missing.json",), "cannot read 'missing.json'"),
+        ],
+    )
+    def test_bad_requests_are_one_line_and_status_2(self, generate, flags, said):
+        assert generate(*flags) == 2
+        assert said in generate.err and generate.err.count("\n") == 1 and generate.out == ""
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [(b"one\n\nthree\n", "line 2 is empty"), (b"", "line 1 is empty"), (b"\xff\n", "not UTF-8")],
+    )
+    def test_bad_prompt_files_are_told_apart(self, generate, tmp_path, content, said):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        assert generate(f"--prompts-file={tmp_path}/prompts.txt") == 2
+        assert said in generate.err
+
+    def test_a_run_without_a_checkpoint_is_refused(self, generate, run_folder, tmp_path):
+        (tmp_path / "config.json").write_text((run_folder / "config.json").read_text())
+        assert generate(workdir=tmp_path) == 2
+        assert "no checkpoint in" in generate.err
+
+
+def test_variables_are_restored_onto_another_mesh(run_folder, state):
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, expert=2, tensor=2))
+    mesh = mesh_of(CUBE)
+    with jax.set_mesh(mesh):
+        restored, step = restore_variables(config, run_folder / "checkpoints", mesh)
+    assert step == 5
+    for found, want in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
+        assert found.sharding.mesh == mesh
+        np.testing.assert_array_equal(found, want)
+
+
+def test_sample_text_takes_a_train_state_and_has_a_default_prompt(state):
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        result = sample_text(CONFIG, state, ByteTokenizer(), [], max_tokens=5, seed=1)
+    (sample,) = result.samples
+    assert sample.prompt == START and sample.text.startswith(START) and len(sample.tokens) == 5
