@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from sparsejax.base.sharding import Rules
+from sparsejax.base.sharding import Rules, mesh_platform
 from sparsejax.base.structs import struct
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel
@@ -79,6 +79,15 @@ def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> Tr
         nonfinite_streak=jnp.int32(0),
     )
     return _place(state, specs)
+
+
+def new_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
+    """`init_state`, compiled and run. Needs the mesh to be set.
+
+    On CPU it is compiled without optimisation: the random bits of each parameter take LLVM a second otherwise, to run once.
+    """
+    options = {"xla_backend_optimization_level": 0} if mesh_platform() == "cpu" else None
+    return jax.jit(lambda: init_state(config, tx)).lower().compile(compiler_options=options)()
 
 
 def abstract_state(config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
