@@ -17,10 +17,6 @@ jax.config.update("jax_compilation_cache_dir", str(TESTS.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long or needs an optional package; deselect with -m 'not slow'")
-
-
 @pytest.fixture
 def one_device():
     """A mesh of one device, in force."""

@@ -1,6 +1,7 @@
 """What tests of layers, models and steps share: meshes, batches, parameters on a mesh, comparison."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from sparsejax.base.sharding import BATCH_AXES, MeshConfig, Rules, make_mesh
 from sparsejax.base.structs import Batch
+from sparsejax.blocks.context import Context
+from sparsejax.blocks.moe import MoELayer, MoESpec
+from sparsejax.nn.backbone import Backbone
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.selectors import TopK
+from sparsejax.routers.weights import Raw
 from sparsejax.train.state import variable_specs
 
 ONE_DEVICE = (1, 1, 1)
@@ -99,3 +106,32 @@ def assert_close(actual: Any, desired: Any, tolerance: float = 1e-5, atol: float
             if not difference <= bound:
                 wrong.append(f"{name}: max |Δ| = {difference:.3g} > {bound:.3g}")
     assert not wrong, "\n".join(wrong)
+
+
+@functools.cache
+def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.State:
+    """Host parameters of one MoE layer; settings without parameters do not change them."""
+    one = RouterConfig(selection=TopK(k=1), weight=Raw())
+    fields = {name: getattr(spec, name) for name in ("num_experts", "d_ff", "gated", "shared_experts")}
+    shaped = MoESpec(**fields, router=one)
+    if spec != shaped:
+        return moe_layer_params(shaped, backbone, seed)
+    return host_params(lambda key: MoELayer(key, backbone, spec), seed)
+
+
+@functools.cache
+def moe_layer_runner(spec: MoESpec, backbone: Backbone, shape: tuple[int, int, int]) -> Callable[..., Any]:
+    """`run(params, x, fields of a batch, key=None, mode='train') -> (y, report)` of one MoE layer, host to host."""
+    with on_mesh(shape):
+        graph = graph_of(lambda key: MoELayer(key, backbone, spec))
+
+    @functools.partial(jax.jit, static_argnames="mode")
+    def call(params, x, batch, key, mode):
+        return nnx.merge(graph, params)(x, Context(batch=batch, mode=mode, key=key))
+
+    def run(params, x, arrays, key=None, mode="train"):
+        with on_mesh(shape) as mesh:
+            return to_numpy(call(put_params(params, mesh), put_rows(x, mesh), put_batch(arrays, mesh), key, mode))
+
+    run.call = call
+    return run
