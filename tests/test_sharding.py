@@ -1,0 +1,129 @@
+"""Logical axes to mesh axes, meshes that fit or say why not, and where arrays of a batch and of a model come to lie."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from support import host_batch, host_params, on_mesh, put_params
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.base.sharding import (
+    AXES,
+    BATCH_AXES,
+    RULE_NAMES,
+    MeshConfig,
+    Rules,
+    gather_for_compute,
+    make_mesh,
+    mesh_platform,
+    shard_batch,
+)
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.lm import LanguageModel
+from sparsejax.train.optimizer import GROUPS
+
+
+class TestRules:
+    @pytest.mark.parametrize(
+        "axes, ndim, spec",
+        [
+            (("embed", "mlp"), 2, P("data", "tensor")),
+            (("experts", "embed", "mlp"), 3, P("expert", "data", "tensor")),
+            (("heads", None, "embed"), 3, P("tensor", None, "data")),
+            ((None,), 1, P(None)),
+            (("embed", "mlp"), 3, P(None, "data", "tensor")),
+            (("experts", "embed", "mlp"), 4, P(None, "expert", "data", "tensor")),
+        ],
+    )
+    def test_stacking_axes_come_first_and_are_whole(self, axes, ndim, spec):
+        assert Rules().spec(axes, ndim) == spec
+
+    def test_a_rule_may_be_switched_off(self):
+        assert Rules(embed=None).spec(("embed", "mlp"), 2) == P(None, "tensor")
+        assert Rules(experts=None).spec(("experts", "embed", "mlp"), 3) == P(None, "data", "tensor")
+
+    def test_an_unknown_axis_is_named(self):
+        with pytest.raises(ValueError, match=f"unknown logical axis 'width'; known: {', '.join(RULE_NAMES)}"):
+            Rules().spec(("width",), 1)
+
+    def test_a_mesh_axis_splits_an_array_once(self):
+        with pytest.raises(ValueError, match="a mesh axis is used twice"):
+            Rules().spec(("heads", "mlp"), 2)
+
+
+class TestMeshConfig:
+    @pytest.mark.parametrize("name, size", [("data", 0), ("data", -2), ("expert", 0), ("tensor", -1)])
+    def test_sizes_that_are_no_number_of_devices(self, name, size):
+        with pytest.raises(ConfigError, match=f"{size} is not a number of devices") as error:
+            MeshConfig(**{name: size})
+        assert error.value.key == name
+
+    def test_minus_one_takes_what_is_left(self):
+        assert MeshConfig(data=-1, expert=2, tensor=2).resolve(8).shape == (2, 2, 2)
+        assert MeshConfig(data=-1).resolve(1).shape == (1, 1, 1)
+
+    @pytest.mark.parametrize(
+        "config", [MeshConfig(data=16), MeshConfig(data=-1, expert=16), MeshConfig(data=4, expert=4)]
+    )
+    def test_more_devices_than_there_are(self, config):
+        with pytest.raises(ConfigError, match="16 devices, there are 8") as error:
+            config.resolve(8)
+        assert error.value.key == "mesh"
+
+    def test_batch_shards(self):
+        assert MeshConfig(data=2, expert=4, tensor=3).batch_shards == 8
+
+
+class TestMesh:
+    def test_three_explicit_axes_whatever_their_length(self):
+        for shape in ((1, 1, 1), (2, 2, 2), (1, 4, 1)):
+            with on_mesh(shape) as mesh:
+                assert mesh.axis_names == AXES and mesh.devices.shape == shape
+                assert set(mesh.axis_types) == {AxisType.Explicit}
+                assert mesh_platform() == "cpu"
+
+    def test_fewer_devices_than_there_are(self):
+        assert make_mesh(MeshConfig(data=2), jax.devices()[4:]).devices.ravel().tolist() == jax.devices()[4:6]
+
+
+def test_rows_of_a_batch_are_split_over_data_and_expert_microbatch_by_microbatch():
+    arrays = host_batch(8, 4)
+    with on_mesh((2, 2, 2)) as mesh:
+        batch = shard_batch(arrays, mesh, accumulation=2)
+        assert batch["tokens"].shape == (2, 4, 4)
+        assert batch["tokens"].sharding.spec == P(None, BATCH_AXES)
+        assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 1, 4)}
+        assert np.array_equal(batch["rows"], np.arange(8).reshape(2, 4))
+
+
+def test_a_parameter_is_gathered_over_the_batch_axes_and_stays_split_over_tensor():
+    with on_mesh((2, 2, 2)) as mesh:
+        weight = jax.device_put(np.arange(64.0).reshape(8, 8), jax.NamedSharding(mesh, P("data", "tensor")))
+        gathered = jax.jit(gather_for_compute)(weight)
+        assert gathered.sharding.spec == P(None, "tensor")
+        assert np.array_equal(gathered, weight)
+
+
+def test_every_parameter_of_a_model_knows_its_axes_and_group_and_is_split_by_them():
+    moe = MoESpec(num_experts=4, d_ff=16, shared_experts=1, gated=True)
+    config = ModelConfig(
+        d_model=16, num_heads=2, vocab_size=32, qk_norm=True, tied_head=False, blocks={"moe": moe}, pattern=("moe",)
+    )
+    params = host_params(lambda key: LanguageModel(key, config))
+    variables = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    for variable in variables:
+        metadata = variable.get_metadata()
+        assert metadata["group"] in GROUPS
+        assert all(axis is None or axis in RULE_NAMES for axis in metadata["axes"])
+    with on_mesh((2, 2, 2)) as mesh:
+        placed = put_params(params, mesh)
+        experts = placed["stack"]["units"]["blocks"][0]["feed_forward"]["experts"]["w_in"][...]
+        assert experts.sharding.spec == P(None, "expert", "data", "tensor")
+        assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 2, 8, 8)}
+        whole = sum(leaf.size for leaf in jax.tree.leaves(placed))
+        here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(placed))
+        norms = sum(v[...].size for v in variables if v.get_metadata()["group"] == "norm")
+        assert here <= norms + (whole - norms) / 2, "a matrix that lies whole on every device"
