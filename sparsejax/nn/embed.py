@@ -12,10 +12,11 @@ from sparsejax.nn.linear import normal, param
 
 
 class Embedding(nnx.Module):
-    """A row per token id. Rows start at unit scale / √D so that, tied, they also make a sane output head."""
+    """A row per token id, scaled by √D on its way in. Tied, it is the output head, too: hence the small initial values of GPT-2,
+    with which a token's own row does not win before anything is learned."""
 
     def __init__(self, key: PRNGKeyArray, vocab_size: int, d_model: int, dtype: str):
-        self.table = param(normal(key, (vocab_size, d_model), d_model**-0.5), ("vocab", "embed"), "embedding")
+        self.table = param(normal(key, (vocab_size, d_model), 0.02), ("vocab", "embed"), "embedding")
         self.dtype = dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
