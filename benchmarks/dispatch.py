@@ -2,9 +2,9 @@
 
 Run:  python benchmarks/dispatch.py [--rounds=25]
 
-Slots, dispatch and combine, with the gradient with respect to tokens and weights; float32, d = 512, E = 8, k = 1, capacity factor
-1.0. The sizes take turns; the figure is the median over rounds of time per token at 64k / time per token at 4k.
-"""
+Slots, dispatch and combine, with the gradient with respect to tokens and weights; float32, d = 512, E = 8, k = 1,
+capacity factor 1.0. The sizes take turns; the figure is the median over rounds of time per token at 64k / time per
+token at 4k."""
 
 import argparse
 

@@ -8,7 +8,8 @@ import numpy as np
 
 
 def interleaved(competitors: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds `[rounds]` of each competitor, called in turn; every call is waited for. One uncounted round comes first."""
+    """Seconds `[rounds]` of each competitor, called in turn; every call is waited for. One uncounted round comes
+    first."""
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(rounds + 1):
         for name, call in competitors.items():

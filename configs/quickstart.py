@@ -1,6 +1,7 @@
 """Switch-style mixture of experts on the source of the Python standard library: the default experiment.
 
-Four layers, every other one with 8 experts of which a token takes one (Switch Transformers, arXiv:2101.03961), bytes as tokens.
+Four layers, every other one with 8 experts of which a token takes one (Switch Transformers, arXiv:2101.03961), bytes
+as tokens.
 
 Run:     make quickstart
          python -m sparsejax train --config=configs/quickstart.py --workdir=runs/quickstart

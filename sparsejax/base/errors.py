@@ -1,8 +1,7 @@
 """The two ways a command can end badly, and the exit status each one has.
 
-`RequestError` means that what was asked for is wrong (a config value, a flag, a file): one line, status 2, nothing written.
-`RunError` means that a sound request failed while it ran: a one-line cause and the trace, status 1.
-"""
+`RequestError` means that what was asked for is wrong (a config value, a flag, a file): one line, status 2, nothing
+written. `RunError` means that a sound request failed while it ran: a one-line cause and the trace, status 1."""
 
 import difflib
 from collections.abc import Iterable

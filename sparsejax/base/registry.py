@@ -1,8 +1,7 @@
 """A registry is a dict literal from the name a config uses to the frozen dataclass that name stands for.
 
-The dataclass holds the entry's own settings and is its code, too: a score is called on logits, a block spec builds its block.
-A schema field that picks an entry is written `score: Score = choice(SCORES, "softmax")`.
-"""
+The dataclass holds the entry's own settings and is its code, too: a score is called on logits, a block spec builds
+its block. A schema field that picks an entry is written `score: Score = choice(SCORES, "softmax")`."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,8 @@ from sparsejax.base.errors import ConfigError, did_you_mean
 
 
 class Registry(Mapping[str, type]):
-    """Names of one kind of part. Looking up a name that is not there raises a `ConfigError` that lists those that are."""
+    """Names of one kind of part. Looking up a name that is not there raises a `ConfigError` that lists those that
+    are."""
 
     def __init__(self, kind: str, entries: Mapping[str, type]):
         self.kind = kind
@@ -20,7 +20,9 @@ class Registry(Mapping[str, type]):
 
     def __getitem__(self, name: str) -> type:
         if name not in self._entries:
-            raise ConfigError("", f"unknown {self.kind} {name!r}; known: {', '.join(self)}.{did_you_mean(str(name), self)}")
+            raise ConfigError(
+                "", f"unknown {self.kind} {name!r}; known: {', '.join(self)}.{did_you_mean(str(name), self)}"
+            )
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What layers return beside their output, and the ratios drawn from it.
 
-A report holds *sums and integer counts* only, so that layers stack by `lax.scan`, microbatches, devices and steps add by `+`, and a
-ratio is taken once, at the very end. The ledger's law, for every layer and expert: `assigned = processed + dropped`.
-"""
+A report holds *sums and integer counts* only, so that layers stack by `lax.scan`, microbatches, devices and steps add
+by `+`, and a ratio is taken once, at the very end. The ledger's law, for every layer and expert: `assigned =
+processed + dropped`."""
 
 import functools
 import math
@@ -18,7 +18,8 @@ from sparsejax.base.structs import struct
 
 @struct
 class MoEReport:
-    """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums float32."""
+    """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
+    float32."""
 
     assigned: Int[Array, "*R E"]  # pairs the router chose, before capacity
     processed: Int[Array, "*R E"]  # pairs that sit in a slot
@@ -57,10 +58,14 @@ def add(left: Any, right: Any) -> Any:
 
 def to_host(reports: Any) -> Any:
     """Device reports as NumPy, integers widened to int64 so that a window of many steps cannot overflow."""
-    return jax.tree.map(lambda a: np.asarray(a).astype(np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64), reports)
+    return jax.tree.map(
+        lambda a: np.asarray(a).astype(np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64), reports
+    )
 
 
-def summarize_moe(layers: Mapping[str, MoEReport], experts_per_token: Mapping[str, int], capacity_factor: Mapping[str, float]) -> dict[str, float]:
+def summarize_moe(
+    layers: Mapping[str, MoEReport], experts_per_token: Mapping[str, int], capacity_factor: Mapping[str, float]
+) -> dict[str, float]:
     """The `moe/…` metrics: ratios per layer, then the plain mean over layers; dead experts are summed.
 
     Args:
@@ -70,7 +75,10 @@ def summarize_moe(layers: Mapping[str, MoEReport], experts_per_token: Mapping[st
     """
     if not layers:
         return {}
-    rows = [_layer_ratios(report, experts_per_token[name]) | {"moe/capacity_factor": capacity_factor[name]} for name, report in layers.items()]
+    rows = [
+        _layer_ratios(report, experts_per_token[name]) | {"moe/capacity_factor": capacity_factor[name]}
+        for name, report in layers.items()
+    ]
     means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
     return means | {"moe/dead_experts": float(sum(row["moe/dead_experts"] for row in rows))}
 
@@ -99,10 +107,9 @@ def _layer_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]
 def balance_floor(tokens: int, num_experts: int, experts_per_token: int) -> float:
     """Expected max/mean load when each of `tokens` tokens draws k distinct experts uniformly.
 
-    A load is Binomial(tokens, k/E); the loads sum to k·tokens, so their fluctuations are those of E centred normals with the mean
-    taken out. The expected maximum of E standard normals comes from its exact integral; below 30 expected pairs an expert, where
-    the normal limit is poor, the draws are simulated with a fixed seed.
-    """
+    A load is Binomial(tokens, k/E); the loads sum to k·tokens, so their fluctuations are those of E centred normals
+    with the mean taken out. The expected maximum of E standard normals comes from its exact integral; below 30
+    expected pairs an expert, where the normal limit is poor, the draws are simulated with a fixed seed."""
     if tokens == 0 or experts_per_token >= num_experts:
         return 1.0
     mean = tokens * experts_per_token / num_experts
@@ -115,5 +122,11 @@ def balance_floor(tokens: int, num_experts: int, experts_per_token: int) -> floa
     z = np.linspace(-8.0, 8.0, 4001)
     below = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in z]) ** num_experts
     expected_max = z[-1] - np.trapezoid(below, z)
-    spread = math.sqrt(tokens * (experts_per_token / num_experts) * (1 - experts_per_token / num_experts) * num_experts / (num_experts - 1))
+    spread = math.sqrt(
+        tokens
+        * (experts_per_token / num_experts)
+        * (1 - experts_per_token / num_experts)
+        * num_experts
+        / (num_experts - 1)
+    )
     return float(1 + expected_max * spread / mean)

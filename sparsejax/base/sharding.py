@@ -1,9 +1,9 @@
 """Mesh, logical-axis rules, and the few helpers that say where an array lives.
 
-The mesh always has the three axes `('data', 'expert', 'tensor')`, all explicit, and axes of length 1 stay: one device is the mesh
-1×1×1. Rows of a batch are split over `data` and `expert` together. A parameter names its logical axes; one table, `Rules`, maps
-them to mesh axes. FSDP is the rule `embed → data`: stored split, gathered by `gather_for_compute` where it is used.
-"""
+The mesh always has the three axes `('data', 'expert', 'tensor')`, all explicit, and axes of length 1 stay: one device
+is the mesh 1×1×1. Rows of a batch are split over `data` and `expert` together. A parameter names its logical axes;
+one table, `Rules`, maps them to mesh axes. FSDP is the rule `embed → data`: stored split, gathered by
+`gather_for_compute` where it is used."""
 
 import dataclasses
 import math
@@ -13,7 +13,8 @@ from typing import Any, Literal, Optional
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from sparsejax.base.errors import ConfigError
@@ -68,7 +69,9 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             if size < 1 and not (name == "data" and size == -1):
-                raise ConfigError(name, f"{size} is not a number of devices; allowed: 1, 2, …" + (" or -1" if name == "data" else ""))
+                raise ConfigError(
+                    name, f"{size} is not a number of devices; allowed: 1, 2, …" + (" or -1" if name == "data" else "")
+                )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,7 +91,8 @@ class MeshConfig:
         fixed = self.expert * self.tensor
         data = num_devices // fixed if self.data == -1 else self.data
         if data < 1 or data * fixed > num_devices:
-            raise ConfigError("mesh", f"{self.data}×{self.expert}×{self.tensor} needs {max(data, 1) * fixed} devices, there are {num_devices}")
+            wanted = f"{self.data}×{self.expert}×{self.tensor}"
+            raise ConfigError("mesh", f"{wanted} needs {max(data, 1) * fixed} devices, there are {num_devices}")
         return dataclasses.replace(self, data=data)
 
 
@@ -101,7 +105,8 @@ def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Me
 
 
 def mesh_platform() -> str:
-    """What the mesh in force is made of: 'cpu', 'gpu' or 'tpu'. A mesh of devices that are only described counts, too."""
+    """What the mesh in force is made of: 'cpu', 'gpu' or 'tpu'. A mesh of devices that are only described counts,
+    too."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

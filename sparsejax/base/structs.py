@@ -17,7 +17,8 @@ def struct(cls: type[T]) -> type[T]:
 
 @struct
 class Batch:
-    """One batch of packed rows. Integer arrays are int32. Documents in a row are told apart by `segments`; 0 is padding."""
+    """One batch of packed rows. Integer arrays are int32. Documents in a row are told apart by `segments`; 0 is
+    padding."""
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]

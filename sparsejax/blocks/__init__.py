@@ -1,4 +1,5 @@
-"""Floor 3: blocks, `(x, context, cache) -> BlockOutput`, and the registry of what a config may name in its layer pattern."""
+"""Floor 3: blocks, `(x, context, cache) -> BlockOutput`, and the registry of what a config may name in its layer
+pattern."""
 
 from sparsejax.base.registry import Registry
 from sparsejax.blocks.dense import DenseSpec

@@ -34,9 +34,8 @@ class Context:
 class Totals:
     """What one step's sums are divided by: counted over all of its microbatches before the first forward pass.
 
-    `reports` holds the summed reports of a counting pass, when a loss needs the loads of the whole step and there are several
-    microbatches.
-    """
+    `reports` holds the summed reports of a counting pass, when a loss needs the loads of the whole step and there are
+    several microbatches."""
 
     targets: Int[Array, ""]
     tokens: Int[Array, ""]

@@ -35,7 +35,9 @@ class MoESpec:
     gated: bool = False
     activation: Activation = "gelu"
     shared_experts: int = 0  # experts of the same width that every token also goes through, fused into one network
-    group_size: Optional[int] = None  # tokens routed together; None: one row. Must divide what a device holds of a microbatch
+    group_size: Optional[int] = (
+        None  # tokens routed together; None: one row. Must divide what a device holds of a microbatch
+    )
     capacity_factor: float = 1.25  # in training
     eval_capacity_factor: float = 2.0  # in evaluation; generation has a slot for every token
     capacity_convention: CapacityConvention = "per_choice"
@@ -54,7 +56,9 @@ class MoESpec:
             if value is not None and value <= 0:
                 raise ConfigError(name, f"{value} is not positive")
         if k > self.num_experts:
-            raise ConfigError("router.selection.k", f"{k} experts per token, but there are only num_experts={self.num_experts}")
+            raise ConfigError(
+                "router.selection.k", f"{k} experts per token, but there are only num_experts={self.num_experts}"
+            )
         if self.shared_experts < 0:
             raise ConfigError("shared_experts", f"{self.shared_experts} is negative")
 
@@ -79,7 +83,9 @@ class MoESpec:
         """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
         if mode == "generate":
             return np.arange(group_size + 1, dtype=np.int32)
-        return capacity_table(group_size, self.num_experts, self.experts_per_token, self.factor(mode), self.capacity_convention)
+        return capacity_table(
+            group_size, self.num_experts, self.experts_per_token, self.factor(mode), self.capacity_convention
+        )
 
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
         attention_key, moe_key = jax.random.split(key)
@@ -130,10 +136,18 @@ class MoELayer(nnx.Module):
         keys_B = _row_keys(context) if spec.router.jitter else None
 
         def local(x_BTD, mask_BT, keys_B, router_DE, *weights):
-            return _routed(x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec, context.mode, self.experts.activation)
+            return _routed(
+                x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec, context.mode, self.experts.activation
+            )
 
         rows = P(BATCH_AXES)
-        in_specs = (P(BATCH_AXES, None, None), P(BATCH_AXES, None), None if keys_B is None else rows, P(), *weight_specs)
+        in_specs = (
+            P(BATCH_AXES, None, None),
+            P(BATCH_AXES, None),
+            None if keys_B is None else rows,
+            P(),
+            *weight_specs,
+        )
         run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()))
         router_DE = gather_for_compute(self.router[...])
         y_BTD, moe = run(x_BTD.astype(self.experts.dtype), batch.segments > 0, keys_B, router_DE, *weights)
@@ -151,7 +165,9 @@ def _row_keys(context: Context) -> Optional[Array]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
 
 
-def _routed(x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec: MoESpec, mode: Mode, activation: Activation):
+def _routed(
+    x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec: MoESpec, mode: Mode, activation: Activation
+):
     """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
     groups, size = _groups(x_BTD.shape[0], x_BTD.shape[1], spec, mode)
     x_GSD, mask_GS = x_BTD.reshape(groups, size, -1), mask_BT.reshape(groups, size)
@@ -164,7 +180,9 @@ def _routed(x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec: MoES
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
     out_EGCD = _expert_parallel(z_EGCD, weights, weight_specs, activation)
     with jax.named_scope("combine"):
-        y_GSD = movement.combine(checkpoint_name(out_EGCD, "experts"), decision.weights_GSK, decision.pairs, decision.slots)
+        y_GSD = movement.combine(
+            checkpoint_name(out_EGCD, "experts"), decision.weights_GSK, decision.pairs, decision.slots
+        )
         if "tensor" in weight_specs[0]:
             y_GSD = jax.lax.psum(y_GSD, "tensor")
     moe = _with_local_balance(report(decision, mask_GS), decision, mask_BT, spec)
@@ -180,10 +198,12 @@ def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int
 
 
 def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
-    """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered here, so that
-    their gradients leave by reduce-scatter."""
+    """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered
+    here, so that their gradients leave by reduce-scatter."""
     exchange = weight_specs[0][0] == "expert"
-    weights = tuple(_gather_data(weight, weight_spec) for weight, weight_spec in zip(weights, weight_specs, strict=True))
+    weights = tuple(
+        _gather_data(weight, weight_spec) for weight, weight_spec in zip(weights, weight_specs, strict=True)
+    )
     if exchange:
         with jax.named_scope("exchange"):
             z_EGCD = jax.lax.all_to_all(z_EGCD, "expert", split_axis=0, concat_axis=1, tiled=True)

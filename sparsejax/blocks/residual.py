@@ -14,7 +14,9 @@ from sparsejax.nn.linear import RMSNorm
 
 
 class FeedForward(Protocol):
-    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Optional[MoEReport]]: ...
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Optional[MoEReport]]: ...
 
 
 class TransformerBlock(nnx.Module):

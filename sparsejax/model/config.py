@@ -49,7 +49,9 @@ class ModelConfig(Backbone):
     tied_head: bool = True  # the output head is the embedding table
     logit_soft_cap: Optional[float] = None  # c · tanh(logits / c)
     scan: bool = True  # compile the pattern once and scan over repeats; False unrolls, with the same parameters
-    remat: Remat = "none"  # recompute in the backward pass: nothing, all, all but matrix products, all but `remat_names`
+    remat: Remat = (
+        "none"  # recompute in the backward pass: nothing, all, all but matrix products, all but `remat_names`
+    )
     remat_names: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -67,7 +69,9 @@ class ModelConfig(Backbone):
             for name in getattr(self, where):
                 if name not in self.blocks:
                     known = ", ".join(sorted(self.blocks))
-                    raise ConfigError(where, f"no block {name!r} in model.blocks; known: {known}.{did_you_mean(name, self.blocks)}")
+                    raise ConfigError(
+                        where, f"no block {name!r} in model.blocks; known: {known}.{did_you_mean(name, self.blocks)}"
+                    )
         if self.repeats < 0:
             raise ConfigError("repeats", f"{self.repeats} is negative")
         if self.num_layers == 0:
@@ -75,11 +79,16 @@ class ModelConfig(Backbone):
 
     def _check_remat(self) -> None:
         if self.remat == "names" and not self.remat_names:
-            raise ConfigError("remat_names", "is empty, but remat=names keeps what it names; set names, or remat=full to keep nothing")
+            raise ConfigError(
+                "remat_names", "is empty, but remat=names keeps what it names; set names, or remat=full to keep nothing"
+            )
         known = sorted({name for layer in self.layers for name in self.blocks[layer.block].checkpoint_names})
         for name in self.remat_names:
             if name not in known:
-                raise ConfigError("remat_names", f"{name!r} matches nothing in this model; known: {', '.join(known)}.{did_you_mean(name, known)}")
+                raise ConfigError(
+                    "remat_names",
+                    f"{name!r} matches nothing in this model; known: {', '.join(known)}.{did_you_mean(name, known)}",
+                )
 
     @property
     def num_layers(self) -> int:
@@ -107,5 +116,9 @@ class ModelConfig(Backbone):
         if not self.pattern or self.repeats == 0:
             reasons["scan"] = "there is no repeated pattern"
         used = {layer.block for layer in self.layers}
-        reasons |= {f"blocks.{name}": "no layer of prefix, pattern or suffix uses it" for name in self.blocks if name not in used}
+        reasons |= {
+            f"blocks.{name}": "no layer of prefix, pattern or suffix uses it"
+            for name in self.blocks
+            if name not in used
+        }
         return reasons

@@ -92,5 +92,3 @@ def moe_layers(config: ModelConfig, reports: Reports) -> dict[str, MoEReport]:
         if moe is not None:
             layers[layer.name] = moe if layer.repeat is None else jax.tree.map(lambda leaf: leaf[layer.repeat], moe)
     return layers
-
-

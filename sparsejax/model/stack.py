@@ -31,7 +31,9 @@ class Unit(nnx.Module):
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig):
         keys = jax.random.split(key, len(config.pattern))
-        self.blocks = nnx.List([config.blocks[name].build(k, config) for name, k in zip(config.pattern, keys, strict=True)])
+        self.blocks = nnx.List(
+            [config.blocks[name].build(k, config) for name, k in zip(config.pattern, keys, strict=True)]
+        )
 
 
 class Stack(nnx.Module):
@@ -66,7 +68,9 @@ class Stack(nnx.Module):
             return getattr(self, where)[int(number)]
         return jax.tree.map(lambda leaf: leaf[layer.repeat], self.units).blocks[int(number)]
 
-    def _run(self, blocks, where: str, x_BTD, context: Context, caches: Optional[Caches], first_layer: int | Int[Array, ""]):
+    def _run(
+        self, blocks, where: str, x_BTD, context: Context, caches: Optional[Caches], first_layer: int | Int[Array, ""]
+    ):
         """Blocks one after the other, each recomputed in the backward pass as `remat` says."""
         reports, new_caches = {}, {}
         for i, block in enumerate(blocks):
@@ -81,7 +85,9 @@ class Stack(nnx.Module):
         if self.units is None:
             return x_BTD, {}, {}
         config = self.config
-        caches_R = None if caches is None else {p: caches[p] for p in (f"pattern_{i}" for i in range(len(config.pattern)))}
+        caches_R = (
+            None if caches is None else {p: caches[p] for p in (f"pattern_{i}" for i in range(len(config.pattern)))}
+        )
         first_R = first_layer + len(config.pattern) * jnp.arange(config.repeats)
 
         def step(x_BTD, of_unit):

@@ -30,10 +30,17 @@ class KVCache:
 
 
 class Attention(nnx.Module):
-    """Causal within a document. With a cache, `positions` say where the new keys go, and queries see all that is written."""
+    """Causal within a document. With a cache, `positions` say where the new keys go, and queries see all that is
+    written."""
 
     def __init__(self, key: PRNGKeyArray, backbone: Backbone):
-        d, n, m, h, dtype = backbone.d_model, backbone.num_heads, backbone.kv_heads, backbone.width_of_head, backbone.dtype
+        d, n, m, h, dtype = (
+            backbone.d_model,
+            backbone.num_heads,
+            backbone.kv_heads,
+            backbone.width_of_head,
+            backbone.dtype,
+        )
         keys = jax.random.split(key, 4)
         into = {"stddev": d**-0.5, "out_spec": HEADS_SPEC, "dtype": dtype}
         self.q = Linear(keys[0], "btd,dnh->btnh", (d, n, h), ("embed", "heads", None), **into)
@@ -47,7 +54,11 @@ class Attention(nnx.Module):
         self.rope_theta, self.soft_cap, self.kind = backbone.rope_theta, backbone.attention_soft_cap, backbone.attention
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"], cache: Optional[KVCache]
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        cache: Optional[KVCache],
     ) -> tuple[Float[Array, "B T D"], Optional[KVCache]]:
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None and self.k_norm is not None:
@@ -69,9 +80,11 @@ class Attention(nnx.Module):
             order = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
             return xla_attention(q, k, v, segments, segments, order, self.soft_cap)
 
-        # Pallas calls carry no varying-axes types, hence check_vma; nothing here is replicated, so there is nothing to check.
+        # Pallas calls carry no varying-axes types, hence check_vma; nothing here is replicated, so nothing to check.
         specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, ROWS_SPEC)
-        return jax.shard_map(local, in_specs=specs, out_specs=HEADS_SPEC, check_vma=False)(q_BTNH, k_BTMH, v_BTMH, segments_BT)
+        return jax.shard_map(local, in_specs=specs, out_specs=HEADS_SPEC, check_vma=False)(
+            q_BTNH, k_BTMH, v_BTMH, segments_BT
+        )
 
     def _over_cache(self, q_BTNH, k_BTMH, v_BTMH, positions_BT, segments_BT, cache):
         def local(q, k, v, positions, segments, cache):

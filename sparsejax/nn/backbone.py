@@ -29,11 +29,18 @@ class Backbone:
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is not positive")
         if self.head_dim is None and self.d_model % self.num_heads:
-            raise ConfigError("num_heads", f"{self.num_heads} does not divide d_model={self.d_model}; set head_dim, or use {_divisors(self.d_model)}")
+            raise ConfigError(
+                "num_heads",
+                f"{self.num_heads} does not divide d_model={self.d_model}; "
+                f"set head_dim, or use {_divisors(self.d_model)}",
+            )
         if self.width_of_head % 2:
             raise ConfigError("head_dim", f"{self.width_of_head} is odd; rotary positions turn pairs of features")
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
-            raise ConfigError("num_kv_heads", f"{self.num_kv_heads} does not divide num_heads={self.num_heads}; allowed: {_divisors(self.num_heads)}")
+            raise ConfigError(
+                "num_kv_heads",
+                f"{self.num_kv_heads} does not divide num_heads={self.num_heads}; allowed: {_divisors(self.num_heads)}",
+            )
         for name in ("attention_soft_cap", "rope_theta", "norm_epsilon"):
             value = getattr(self, name)
             if value is not None and value <= 0:

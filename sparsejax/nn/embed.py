@@ -12,8 +12,8 @@ from sparsejax.nn.linear import normal, param
 
 
 class Embedding(nnx.Module):
-    """A row per token id, scaled by √D on its way in. Tied, it is the output head, too: hence the small initial values of GPT-2,
-    with which a token's own row does not win before anything is learned."""
+    """A row per token id, scaled by √D on its way in. Tied, it is the output head, too: hence the small initial
+    values of GPT-2, with which a token's own row does not win before anything is learned."""
 
     def __init__(self, key: PRNGKeyArray, vocab_size: int, d_model: int, dtype: str):
         self.table = param(normal(key, (vocab_size, d_model), 0.02), ("vocab", "embed"), "embedding")

@@ -50,7 +50,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale over the last axis, in float32, returned in the dtype of `x` (Zhang & Sennrich, arXiv:1910.07467)."""
+    """x / rms(x) · scale over the last axis, in float32, returned in the dtype of `x` (Zhang & Sennrich,
+    arXiv:1910.07467)."""
 
     def __init__(self, width: int, epsilon: float):
         self.scale = param(jnp.ones(width, jnp.float32), (None,), "norm")

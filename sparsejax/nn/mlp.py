@@ -42,7 +42,9 @@ class MLP(nnx.Module):
 class Experts(nnx.Module):
     """E feed-forward networks, each with its own initial values, stacked along the first axis."""
 
-    def __init__(self, key: PRNGKeyArray, backbone: Backbone, num_experts: int, d_ff: int, *, gated: bool, activation: Activation):
+    def __init__(
+        self, key: PRNGKeyArray, backbone: Backbone, num_experts: int, d_ff: int, *, gated: bool, activation: Activation
+    ):
         d_model = backbone.d_model
         keys = jax.random.split(key, 3)
         up_axes = ("experts", "embed", "mlp")
@@ -59,7 +61,9 @@ class Experts(nnx.Module):
         return tuple(weight[...].astype(self.dtype) for weight in stored)
 
 
-def expert_ffn(z_END: Float[Array, "E N D"], weights: tuple[Float[Array, "E ..."], ...], activation: Activation) -> Float[Array, "E N D"]:
+def expert_ffn(
+    z_END: Float[Array, "E N D"], weights: tuple[Float[Array, "E ..."], ...], activation: Activation
+) -> Float[Array, "E N D"]:
     """Every expert on its own N rows: two (three, when gated) batched matrix products. Works on any part of E or F."""
     act, (w_in, w_out, *gate) = ACTIVATIONS[activation], weights
     hidden_ENF = jnp.einsum("end,edf->enf", z_END, w_in)

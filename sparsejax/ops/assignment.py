@@ -1,9 +1,8 @@
 """The router's decision in its canonical form, and the slots it is given.
 
-A decision is a flat list of pairs *in the order in which slots are filled*. A pair's slot is its stable position among the pairs
-of its expert; a position at or beyond the capacity means that the pair is dropped. Everything downstream (any dispatch, the
-combine weights, the ledger) reads this list and nothing else.
-"""
+A decision is a flat list of pairs *in the order in which slots are filled*. A pair's slot is its stable position
+among the pairs of its expert; a position at or beyond the capacity means that the pair is dropped. Everything
+downstream (any dispatch, the combine weights, the ledger) reads this list and nothing else."""
 
 import math
 from fractions import Fraction
@@ -21,10 +20,11 @@ CapacityConvention = Literal["per_choice", "per_token"]
 
 @struct
 class Pairs:
-    """(token, expert, weight) pairs of each group, in the order in which slots are filled. Integers are int32, weights float32.
+    """(token, expert, weight) pairs of each group, in the order in which slots are filled. Integers are int32,
+    weights float32.
 
-    `of_token` lists, for every token of the group, the K pairs it appears in: what lets the movement of rows be a gather both ways.
-    """
+    `of_token` lists, for every token of the group, the K pairs it appears in: what lets the movement of rows be a
+    gather both ways."""
 
     token: Int[Array, "G P"]
     expert: Int[Array, "G P"]
@@ -43,17 +43,20 @@ class Slots:
     processed: Int[Array, " E"]  # pairs in a slot, counted from the slots
 
 
-def capacity(tokens: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention) -> int:
+def capacity(
+    tokens: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention
+) -> int:
     """Slots of one expert for a group of `tokens` tokens, exact in rational arithmetic.
 
-    `per_choice`: ⌈CF · k · S / E⌉, so that CF = 1 is just enough for balanced routing (V-MoE). `per_token`: ⌈CF · S / E⌉, in which
-    k is not counted (Switch, Mesh-TensorFlow): top-2 at CF 1.25 then has 0.625 slots a choice.
-    """
+    `per_choice`: ⌈CF · k · S / E⌉, so that CF = 1 is just enough for balanced routing (V-MoE). `per_token`: ⌈CF · S /
+    E⌉, in which k is not counted (Switch, Mesh-TensorFlow): top-2 at CF 1.25 then has 0.625 slots a choice."""
     k = experts_per_token if convention == "per_choice" else 1
     return min(tokens, math.ceil(Fraction(str(factor)) * k * tokens / num_experts))
 
 
-def capacity_table(group_size: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention) -> np.ndarray:
+def capacity_table(
+    group_size: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention
+) -> np.ndarray:
     """`capacity` for 0 … `group_size` unmasked tokens, int32: padding in a group must not buy slots for the others."""
     sizes = range(group_size + 1)
     return np.array([capacity(n, num_experts, experts_per_token, factor, convention) for n in sizes], np.int32)
@@ -78,12 +81,13 @@ def choice_major_pairs(experts_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G
 def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Array, " G"]) -> Slots:
     """Gives every valid pair the next free slot of its expert; beyond `limit_G` (≤ `num_slots` = C) pairs are dropped.
 
-    One stable sort by expert; no scatter and no array of size S × E × C. Keys are `expert · P + index`, all different, so that a
-    single-operand sort is stable by construction. Needs (E + 1) · P < 2³¹.
-    """
+    One stable sort by expert; no scatter and no array of size S × E × C. Keys are `expert · P + index`, all
+    different, so that a single-operand sort is stable by construction. Needs (E + 1) · P < 2³¹."""
     groups, size = pairs.expert.shape
     if (num_experts + 1) * size >= 2**31:
-        raise ValueError(f"{num_experts} experts × {size} pairs of a group overflow the 32-bit sort key: use a smaller group_size")
+        raise ValueError(
+            f"{num_experts} experts × {size} pairs of a group overflow the 32-bit sort key: use a smaller group_size"
+        )
     expert_GP = jnp.where(pairs.valid, pairs.expert, num_experts)
     key_GP = jnp.sort(expert_GP * size + jnp.arange(size, dtype=jnp.int32), axis=-1)
     order_GP = key_GP % size  # pairs by expert, then by their place in the list
@@ -120,7 +124,9 @@ def served_tokens(pairs: Pairs, slots: Slots) -> Bool[Array, "G S"]:
     return gather_pairs(slots.keep, pairs.of_token).any(-1)
 
 
-def gather_pairs(values_GP: Float[Array, "G P"] | Bool[Array, "G P"] | Int[Array, "G P"], of_token_GSK: Int[Array, "G S K"]):
+def gather_pairs(
+    values_GP: Float[Array, "G P"] | Bool[Array, "G P"] | Int[Array, "G P"], of_token_GSK: Int[Array, "G S K"]
+):
     """A per-pair array laid out by token, `[G, S, K]`."""
     groups, size, k = of_token_GSK.shape
     return jnp.take_along_axis(values_GP, of_token_GSK.reshape(groups, size * k), axis=-1).reshape(groups, size, k)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+
 def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
     """Rotary position embedding (Su et al., arXiv:2104.09864), pairing feature i with i + H/2; computed in float32."""
     half = x_BTNH.shape[-1] // 2
@@ -16,7 +17,9 @@ def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def visible(q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], q_order: Int[Array, "B T"]) -> Bool[Array, "B 1 T S"]:
+def visible(
+    q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], q_order: Int[Array, "B T"]
+) -> Bool[Array, "B 1 T S"]:
     """A query sees the keys of its own segment that stand no later than it does; keys stand at 0, 1, …, S − 1."""
     same = q_segments[:, :, None] == k_segments[:, None, :]
     past = jnp.arange(k_segments.shape[1])[None, None, :] <= q_order[:, :, None]
@@ -53,14 +56,17 @@ def splash_attention(
     soft_cap: Optional[float] = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """The same over a whole row by JAX's Pallas flash kernel for TPU: no T × T array. `interpret` runs it anywhere, slowly."""
+    """The same over a whole row by JAX's Pallas flash kernel for TPU: no T × T array. `interpret` runs it anywhere,
+    slowly."""
     # The kernel module is heavy and only a TPU (or its compiler) needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads, width = q_BTNH.shape[1:]
     causal = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-    kernel = splash.make_splash_mha(causal, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap, interpret=interpret)
+    kernel = splash.make_splash_mha(
+        causal, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap, interpret=interpret
+    )
 
     def one_row(q_NTH, k_MTH, v_MTH, segments_T):
         return kernel(q_NTH, k_MTH, v_MTH, segment_ids=splash.SegmentIds(q=segments_T, kv=segments_T))

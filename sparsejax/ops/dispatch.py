@@ -1,8 +1,9 @@
-"""Movement: tokens to the slots of their experts and back. What moves is decided elsewhere, so movements give the same numbers.
+"""Movement: tokens to the slots of their experts and back. What moves is decided elsewhere, so movements give the
+same numbers.
 
-`einsum` is the reference: one-hot masks of size S × E × C, matrix products forward and backward. `gather` moves rows by index only;
-since a slot holds one pair and a pair has one slot, both its backward passes are gathers as well, never a scatter of rows.
-"""
+`einsum` is the reference: one-hot masks of size S × E × C, matrix products forward and backward. `gather` moves rows
+by index only; since a slot holds one pair and a pair has one slot, both its backward passes are gathers as well,
+never a scatter of rows."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -15,7 +16,8 @@ from sparsejax.ops.assignment import Pairs, Slots, gather_pairs
 
 
 class Movement(Protocol):
-    """`dispatch` fills the slots (empty ones are 0); `combine` returns Σ over a token's pairs of weight · its slot's output.
+    """`dispatch` fills the slots (empty ones are 0); `combine` returns Σ over a token's pairs of weight · its slot's
+    output.
 
     A token without a kept pair gets exactly 0.
     """
@@ -83,14 +85,19 @@ def token_of_slot(pairs: Pairs, slots: Slots) -> Int[Array, " N"]:
 
 def choice_of_slot(pairs: Pairs, slots: Slots) -> Int[Array, " N"]:
     """For each slot, in the order E, G, C: which of its token's K pairs it holds; 0 where it is empty."""
-    groups, size, k = pairs.of_token.shape
+    groups, _, k = pairs.of_token.shape
     choice_GSK = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), pairs.of_token.shape)
-    choice_GP = jnp.zeros_like(pairs.token).at[jnp.arange(groups)[:, None, None], pairs.of_token].set(choice_GSK, unique_indices=True)
+    choice_GP = (
+        jnp.zeros_like(pairs.token)
+        .at[jnp.arange(groups)[:, None, None], pairs.of_token]
+        .set(choice_GSK, unique_indices=True)
+    )
     return _per_slot(choice_GP, slots, fill=0).transpose(1, 0, 2).reshape(-1)
 
 
 def slot_of_token(pairs: Pairs, slots: Slots) -> Int[Array, "T K"]:
-    """For each token of the flattened groups and each of its K pairs: the slot's number in the order E, G, C; E·G·C if dropped."""
+    """For each token of the flattened groups and each of its K pairs: the slot's number in the order E, G, C; E·G·C
+    if dropped."""
     groups, num_experts, num_slots = slots.pair.shape
     group_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
     slot_GP = (pairs.expert * groups + group_G1) * num_slots + slots.position
@@ -127,12 +134,20 @@ _dispatch_rows.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def _combine_rows(out_ND, weights_TK, token_N, choice_N, slot_TK):
-    terms = (weights_TK[:, k, None].astype(out_ND.dtype) * _rows(out_ND, slot_TK[:, k]) for k in range(slot_TK.shape[1]))
+    terms = (
+        weights_TK[:, k, None].astype(out_ND.dtype) * _rows(out_ND, slot_TK[:, k]) for k in range(slot_TK.shape[1])
+    )
     return sum(terms)
 
 
 def _combine_fwd(out_ND, weights_TK, token_N, choice_N, slot_TK):
-    return _combine_rows(out_ND, weights_TK, token_N, choice_N, slot_TK), (out_ND, weights_TK, token_N, choice_N, slot_TK)
+    return _combine_rows(out_ND, weights_TK, token_N, choice_N, slot_TK), (
+        out_ND,
+        weights_TK,
+        token_N,
+        choice_N,
+        slot_TK,
+    )
 
 
 def _combine_bwd(residuals, dy_TD):
@@ -140,7 +155,10 @@ def _combine_bwd(residuals, dy_TD):
     weight_N = weights_TK.at[token_N, choice_N].get(mode="fill", fill_value=0)
     dout_ND = weight_N[:, None].astype(dy_TD.dtype) * _rows(dy_TD, token_N)
     # Float32: a weight's gradient is a sum over the model width.
-    columns = [jnp.einsum("td,td->t", dy_TD, _rows(out_ND, slot_TK[:, k]), preferred_element_type=jnp.float32) for k in range(slot_TK.shape[1])]
+    columns = [
+        jnp.einsum("td,td->t", dy_TD, _rows(out_ND, slot_TK[:, k]), preferred_element_type=jnp.float32)
+        for k in range(slot_TK.shape[1])
+    ]
     return dout_ND, jnp.stack(columns, axis=-1).astype(weights_TK.dtype), None, None, None
 
 
@@ -148,6 +166,7 @@ _combine_rows.defvjp(_combine_fwd, _combine_bwd)
 
 
 def _vary_like(value: Array, like: Array) -> Array:
-    """Inside `shard_map`: `value`, typed as varying over every mesh axis `like` varies over, so that its cotangent may."""
+    """Inside `shard_map`: `value`, typed as varying over every mesh axis `like` varies over, so that its cotangent
+    may."""
     missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(value).manual_axis_type.varying)
     return jax.lax.pcast(value, missing, to="varying") if missing else value

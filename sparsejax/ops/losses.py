@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def cross_entropy_sum(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
+def cross_entropy_sum(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> Float[Array, ""]:
     """Σ over unmasked positions of −log softmax(logits)[target], nats, in float32.
 
-    The target's logit is picked by comparison, not by index: that works as it stands on a vocabulary split over the mesh.
-    """
+    The target's logit is picked by comparison, not by index: that works as it stands on a vocabulary split over the
+    mesh."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     at_target = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
     picked_BT = jnp.sum(jnp.where(at_target, logits_BTV, 0), axis=-1)
@@ -22,8 +24,8 @@ def load_balance(
 ) -> Float[Array, "*U"]:
     """E/k · Σ_e f_e · P_e for each unit of tokens: 1 when balanced, E/k when every token goes to the same k experts.
 
-    f_e = pairs of e / tokens (so Σ f = k), P_e = mean probability. Gradients flow through P only. Shazeer et al. 2017 in the
-    form of Switch Transformers (arXiv:2101.03961, eq. 4–6), rescaled for k > 1. A unit without tokens gives 0.
+    f_e = pairs of e / tokens (so Σ f = k), P_e = mean probability. Gradients flow through P only. Shazeer et al. 2017
+    in the form of Switch Transformers (arXiv:2101.03961, eq. 4–6), rescaled for k > 1. A unit without tokens gives 0.
     """
     tokens = jnp.maximum(tokens, 1).astype(jnp.float32)[..., None]
     num_experts = counts.shape[-1]

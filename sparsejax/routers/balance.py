@@ -32,19 +32,22 @@ class NoBalance:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadBalance:
-    """E/k · Σ_e f_e · P_e over the tokens of one unit, averaged over units (Switch, arXiv:2101.03961, eq. 4, for any k).
+    """E/k · Σ_e f_e · P_e over the tokens of one unit, averaged over units (Switch, arXiv:2101.03961, eq. 4, for any
+    k).
 
-    The narrower the unit, the more the loss forbids experts to specialise: a row (`sequence`), what one device holds of a
-    microbatch (`device`), a microbatch, or the tokens of the whole step (`global`). `sequence` and `global` do not depend on mesh
-    or accumulation; with accumulation `global` costs one more forward pass, in which the loads are counted.
-    """
+    The narrower the unit, the more the loss forbids experts to specialise: a row (`sequence`), what one device holds
+    of a microbatch (`device`), a microbatch, or the tokens of the whole step (`global`). `sequence` and `global` do
+    not depend on mesh or accumulation; with accumulation `global` costs one more forward pass, in which the loads are
+    counted."""
 
     coefficient: float = 0.01
     scope: Scope = "global"
 
     def __post_init__(self):
         if self.coefficient <= 0:
-            raise ConfigError("coefficient", f"{self.coefficient} is not positive; for no balance loss choose balance = 'none'")
+            raise ConfigError(
+                "coefficient", f"{self.coefficient} is not positive; for no balance loss choose balance = 'none'"
+            )
 
 
 BALANCES = Registry("balance", {"load_balance": LoadBalance, "none": NoBalance})

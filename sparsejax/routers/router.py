@@ -56,7 +56,9 @@ class Decision:
     experts_GSK: Int[Array, "G S K"]
 
 
-def decide(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], config: RouterConfig, capacities: np.ndarray) -> Decision:
+def decide(
+    logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], config: RouterConfig, capacities: np.ndarray
+) -> Decision:
     """The decision for each group, from float32 logits.
 
     Args:
@@ -80,7 +82,8 @@ def decide(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], confi
 
 
 def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
-    """The decision's sums and counts over these groups; the balance fields are left at 0 for whoever knows the units."""
+    """The decision's sums and counts over these groups; the balance fields are left at 0 for whoever knows the
+    units."""
     slots, p_GSE = decision.slots, decision.probabilities_GSE
     dropped_GP = decision.pairs.valid & ~slots.keep
     num_experts = slots.pair.shape[1]
@@ -109,7 +112,8 @@ def count_experts(expert: Int[Array, "..."], valid: Bool[Array, "..."], num_expe
 
 
 def jitter(x_BTD: Float[Array, "B T D"], keys_B: Optional[Array], amount: float) -> Float[Array, "B T D"]:
-    """x ⊙ U[1 − amount, 1 + amount], a row's noise being drawn from its own key: the same on any mesh and any accumulation."""
+    """x ⊙ U[1 − amount, 1 + amount], a row's noise being drawn from its own key: the same on any mesh and any
+    accumulation."""
     if keys_B is None or amount == 0:
         return x_BTD
     draw = lambda key, x_TD: jax.random.uniform(key, x_TD.shape, x_TD.dtype, 1 - amount, 1 + amount)  # noqa: E731

@@ -24,7 +24,8 @@ class Softmax:
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid:
-    """Each expert judged alone; combine weights are usually renormalised over the selected (DeepSeek-V3, arXiv:2412.19437)."""
+    """Each expert judged alone; combine weights are usually renormalised over the selected (DeepSeek-V3,
+    arXiv:2412.19437)."""
 
     def __call__(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
         return jax.nn.sigmoid(logits_GSE)

@@ -24,8 +24,9 @@ class Selector(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Each token takes its k best experts; slots go choice-major. Ties go to the lower expert, so a router of zeros sends every
-    token to experts 0 … k − 1. Switch Transformers (arXiv:2101.03961) is k = 1, GShard (arXiv:2006.16668) k = 2."""
+    """Each token takes its k best experts; slots go choice-major. Ties go to the lower expert, so a router of zeros
+    sends every token to experts 0 … k − 1. Switch Transformers (arXiv:2101.03961) is k = 1, GShard (arXiv:2006.16668)
+    k = 2."""
 
     k: int = 2
 
@@ -37,7 +38,9 @@ class TopK:
     def experts_per_token(self) -> int:
         return self.k
 
-    def __call__(self, scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]) -> tuple[Pairs, Int[Array, "G S K"]]:
+    def __call__(
+        self, scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]
+    ) -> tuple[Pairs, Int[Array, "G S K"]]:
         _, experts_GSK = jax.lax.top_k(jax.lax.stop_gradient(scores_GSE), self.k)
         return choice_major_pairs(experts_GSK, mask_GS), experts_GSK
 

@@ -1,8 +1,7 @@
 """Axis 5, combine weight: scores of the selected experts → what their outputs are multiplied with.
 
-Called once capacity is known. A dropped pair gets no weight, because no slot returns anything for it; `keep_GSK` matters only to
-those that share its part out among the survivors.
-"""
+Called once capacity is known. A dropped pair gets no weight, because no slot returns anything for it; `keep_GSK`
+matters only to those that share its part out among the survivors."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,7 +15,8 @@ from sparsejax.base.registry import Registry
 class Weight(Protocol):
     @property
     def constant_for_one(self) -> bool:
-        """Whether a single selected expert always gets the same weight, so that k = 1 leaves the router without a gradient."""
+        """Whether a single selected expert always gets the same weight, so that k = 1 leaves the router without a
+        gradient."""
         ...
 
     def __call__(self, scores_GSK: Float[Array, "G S K"], keep_GSK: Bool[Array, "G S K"]) -> Float[Array, "G S K"]: ...
@@ -38,7 +38,8 @@ class Raw:
 
 @dataclass(frozen=True, kw_only=True)
 class Renormalized:
-    """Scores over their sum: over all selected, `before` any is dropped (GShard, Mixtral), or over the survivors, `after`."""
+    """Scores over their sum: over all selected, `before` any is dropped (GShard, Mixtral), or over the survivors,
+    `after`."""
 
     drop: Literal["before", "after"] = "before"
     scale: float = 1.0

@@ -90,8 +90,8 @@ class ExperimentConfig:
             near = ", ".join(str(n) for n in (lower, lower + parts) if n)
             raise ConfigError(
                 "data.batch_size",
-                f"{self.data.batch_size} rows do not split evenly over train.accumulation={self.train.accumulation} × "
-                f"mesh.data={self.mesh.data} × mesh.expert={self.mesh.expert} = {parts} parts; nearest that fit: {near}",
+                f"{self.data.batch_size} rows do not split evenly over train.accumulation={self.train.accumulation} "
+                f"× mesh.data={self.mesh.data} × mesh.expert={self.mesh.expert} = {parts} parts; nearest: {near}",
             )
 
     def _check_splits(self) -> None:
@@ -117,8 +117,8 @@ class ExperimentConfig:
                 near = sorted(sorted(fits, key=lambda n: abs(n - spec.group_size))[:6])
                 raise ConfigError(
                     f"model.blocks.{name}.group_size",
-                    f"{spec.group_size} does not divide the {tokens} tokens that one device holds of a microbatch; sizes that fit: "
-                    + ", ".join(map(str, near)),
+                    f"{spec.group_size} does not divide the {tokens} tokens that one device holds of a microbatch; "
+                    f"sizes that fit: {', '.join(map(str, near))}",
                 )
 
     def _used_specs(self) -> list[tuple[str, BlockSpec]]:

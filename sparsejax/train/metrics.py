@@ -35,7 +35,8 @@ class Window:
         return int(self.last.tokens), flops
 
     def take(self) -> tuple[Row, Arrays]:
-        """(metrics of the window, its routing arrays), and begins a new one. Losses and norms are those of its last step."""
+        """(metrics of the window, its routing arrays), and begins a new one. Losses and norms are those of its last
+        step."""
         assert self.last is not None and self._reports is not None
         last, reports, self._reports = self.last, self._reports, None
         row: Row = {
@@ -48,7 +49,8 @@ class Window:
 
 
 def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
-    """The metrics of a whole evaluation pass from its summed host report. The auxiliary losses are those of the pass as one batch."""
+    """The metrics of a whole evaluation pass from its summed host report. The auxiliary losses are those of the pass
+    as one batch."""
     targets = max(float(total.targets), 1.0)
     cross_entropy = float(total.cross_entropy_sum) / targets
     totals = Totals(
@@ -81,7 +83,8 @@ def moe_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -> 
 
 
 def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
-    """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` and `dropped`."""
+    """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` and
+    `dropped`."""
     arrays: Arrays = {}
     for name, report in moe_layers(config, reports).items():
         arrays[f"{name}/dropped"] = np.asarray(report.dropped)

@@ -51,7 +51,8 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
 
 
 def state_specs(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
-    """The `PartitionSpec` of every array of the state: moments lie where their parameters lie. Needs the mesh to be set."""
+    """The `PartitionSpec` of every array of the state: moments lie where their parameters lie. Needs the mesh to be
+    set."""
     _, params, model_state = abstract_model(config.model)
     param_specs = variable_specs(params, config.mesh.rules)
     return TrainState(
@@ -65,7 +66,8 @@ def state_specs(config: ExperimentConfig, tx: optax.GradientTransformation) -> T
 
 
 def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
-    """A new run's state, a pure function of `train.seed`: the same values on every mesh. To be called under `jax.jit`."""
+    """A new run's state, a pure function of `train.seed`: the same values on every mesh. To be called under
+    `jax.jit`."""
     specs = state_specs(config, tx)
     model = LanguageModel(jax.random.key(config.train.seed), config.model)
     _, params, model_state = nnx.split(model, nnx.Param, ...)
@@ -84,8 +86,8 @@ def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> Tr
 def new_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
     """`init_state`, compiled and run. Needs the mesh to be set.
 
-    On CPU it is compiled without optimisation: the random bits of each parameter take LLVM a second otherwise, to run once.
-    """
+    On CPU it is compiled without optimisation: the random bits of each parameter take LLVM a second otherwise, to run
+    once."""
     options = {"xla_backend_optimization_level": 0} if mesh_platform() == "cpu" else None
     return jax.jit(lambda: init_state(config, tx)).lower().compile(compiler_options=options)()
 

@@ -53,10 +53,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Microbatches], tuple[TrainState, StepReport]]:
     """The step of `config`. Needs the mesh to be set, here and where the step is traced.
 
-    Loss and gradient are those of the whole batch, whatever `train.accumulation`: sums over microbatches, divided by totals that
-    are counted before the first forward pass. (With a balance scope of `device` or `microbatch` the balance loss is by definition
-    another one for another accumulation.) A step whose loss or gradient is not finite leaves parameters and optimizer untouched.
-    """
+    Loss and gradient are those of the whole batch, whatever `train.accumulation`: sums over microbatches, divided by
+    totals that are counted before the first forward pass. (With a balance scope of `device` or `microbatch` the
+    balance loss is by definition another one for another accumulation.) A step whose loss or gradient is not finite
+    leaves parameters and optimizer untouched."""
     grads_of_step = make_grads_of_step(config)
 
     def train_step(state: TrainState, microbatches: Microbatches) -> tuple[TrainState, StepReport]:
@@ -92,7 +92,8 @@ def make_train_step(
 
 
 def make_grads_of_step(config: ExperimentConfig):
-    """`(params, model_state, microbatches, step) -> ((loss, (nll, terms, reports)), grads)`, summed over microbatches."""
+    """`(params, model_state, microbatches, step) -> ((loss, (nll, terms, reports)), grads)`, summed over
+    microbatches."""
     graph, _, _ = abstract_model(config.model)
     count_first = config.train.accumulation > 1 and _needs_counts(config)
 
@@ -138,7 +139,8 @@ def make_eval_step(config: ExperimentConfig) -> Callable[[TrainState, Microbatch
 
 
 def attended_keys(positions: Int[Array, "A B T"], segments: Int[Array, "A B T"]) -> Float[Array, ""]:
-    """Σ over unmasked tokens of the keys each may attend to: what attention costs on packed documents. Float32: it passes 2³¹."""
+    """Σ over unmasked tokens of the keys each may attend to: what attention costs on packed documents. Float32: it
+    passes 2³¹."""
     return jnp.sum(jnp.where(segments > 0, positions + 1, 0), dtype=jnp.float32)
 
 
