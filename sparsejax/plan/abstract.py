@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.base.sharding import AXES, BATCH_AXES, MeshConfig
@@ -18,7 +18,7 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(config.shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract_batch(config: ExperimentConfig, mesh: AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The fields of `Batch` for a whole step, `[A, B, …]`, as the training loop puts them on the mesh."""
     sharding = NamedSharding(mesh, P(None, BATCH_AXES))
     rows = (config.train.accumulation, config.microbatch_size)

@@ -47,7 +47,7 @@ def plan(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]] = ()) 
         flops_per_step=tokens * per_token.flops_per_token["training"],
         layouts=tuple(layout(each) for each in configs),
         unused=unused(config),
-        notes=_notes(config),
+        notes=what_is_left_out(config),
     )
 
 
@@ -64,8 +64,8 @@ def _on_mesh(config: ExperimentConfig, shape: tuple[int, int, int]) -> Experimen
     return dataclasses.replace(config, mesh=mesh)
 
 
-def _notes(config: ExperimentConfig) -> tuple[str, ...]:
-    """What the numbers leave out."""
+def what_is_left_out(config: ExperimentConfig) -> tuple[str, ...]:
+    """Sentences about what the numbers of `config` do not count."""
     model, parts = config.model, config.train.accumulation
     notes = [NOT_MODELLED, FLOPS]
     if model.remat != "none":

@@ -73,7 +73,7 @@ def layout(config: ExperimentConfig) -> Layout:
         bytes_per_device=sizes | {"total": sum(sizes.values())},
         estimates={"saved_for_backward": saved.total()} | buffers(config),
         saved_largest=dict(saved.most_common(5)),
-        groups_per_device=_groups(config),
+        groups_per_device=groups_per_device(config),
         tensors=tensors,
     )
 
@@ -108,7 +108,8 @@ def _bytes(tree: Any) -> int:
     return sum(device_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _groups(config: ExperimentConfig) -> dict[str, int]:
+def groups_per_device(config: ExperimentConfig) -> dict[str, int]:
+    """Routing groups that a device holds of one microbatch, by block; an evaluation batch is of the same size."""
     length = config.data.sequence_length
     tokens = config.microbatch_size // config.mesh.batch_shards * length
     return {name: tokens // group_size(spec, length) for name, spec in moe_blocks(config.model).items()}
