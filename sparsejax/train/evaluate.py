@@ -1,7 +1,9 @@
 """Evaluation: a pass over the validation split, and the `eval` command."""
 
 import argparse
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -19,7 +21,7 @@ from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.metrics import Arrays, Row, bits_per_byte, eval_row
 from sparsejax.train.parity import parity
-from sparsejax.train.record import check_corpus
+from sparsejax.train.record import check_corpus, check_platform, other_corpus
 from sparsejax.train.state import TrainState, abstract_state, make_optimizer
 from sparsejax.train.step import EvalReport, make_eval_step
 
@@ -57,28 +59,33 @@ def host_rows(batch_size: int, accumulation: int) -> np.ndarray:
 
 
 def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], args: argparse.Namespace) -> int:
-    """Restores the newest good checkpoint (or `--step`) and prints its metrics as one JSON object; with `--parity`, compares meshes."""
-    config = loaded.config
+    """Restores the newest good checkpoint (or `--step`) and prints its metrics as one JSON object. With `--parity`, compares meshes
+    instead, and fails if they differ."""
     if args.parity:
-        print(json.dumps(parity(config, args.mesh)))
-        return 0
+        result = parity(loaded.config, args.mesh)
+        print(json.dumps(_json_values(result), allow_nan=False))
+        return 0 if result["equal"] else 1
     assert workdir is not None  # the command line sees to it
+    config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
     corpus = open_corpus(config.data)
     check_corpus(config, corpus)
     mesh = make_mesh(config.mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every)
+    check_platform(config, mesh)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every
+    )
     with jax.set_mesh(mesh):
         target = abstract_state(config, make_optimizer(config), mesh)
         state, progress, step = checkpoints.restore(target, args.step)
         row, _ = Evaluator(config, corpus, mesh)(state)
-    flagged = _other_corpus(loaded, corpus)
-    print(json.dumps({"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"], **flagged}))
+    row = {"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"]}
+    flagged = other_corpus(workdir, corpus.info)
+    print(json.dumps(_json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))
     return 0
 
 
-def _other_corpus(loaded: Loaded[ExperimentConfig], corpus: Corpus) -> dict[str, Any]:
-    """A remark for the result when the run was trained on another text than it is evaluated on."""
-    trained_on = loaded.environment.get("corpus", {}).get("hash")
-    if trained_on in (None, corpus.info.hash):
-        return {}
-    return {"warning": f"trained on corpus {trained_on[:12]}, evaluated on {corpus.info.hash[:12]}: not comparable"}
+def _json_values(values: Any) -> Any:
+    """As `metrics.jsonl` has them: NaN and infinity, which JSON lacks, become null."""
+    if isinstance(values, dict):
+        return {key: _json_values(value) for key, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values

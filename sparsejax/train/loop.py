@@ -19,12 +19,12 @@ from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.diagnose import first_bad_module
 from sparsejax.train.evaluate import Evaluator, host_rows
-from sparsejax.train.metrics import Row, Window, bits_per_byte
+from sparsejax.train.metrics import Arrays, Row, Window, bits_per_byte
 from sparsejax.train.optimizer import learning_rate_at
 from sparsejax.train.progress import Display
-from sparsejax.train.record import check_corpus, enter
+from sparsejax.train.record import changes_since, check_corpus, check_platform, write_config
 from sparsejax.train.signals import StopOnSignal
-from sparsejax.train.state import TrainState, abstract_state, init_state, make_optimizer
+from sparsejax.train.state import TrainState, abstract_state, make_optimizer, new_state
 from sparsejax.train.step import StepReport, make_train_step
 from sparsejax.train.summary import closing_lines
 from sparsejax.train.workdir import open_workdir
@@ -41,17 +41,19 @@ def train(loaded: Loaded[ExperimentConfig], workdir: Path, allow_config_change: 
     corpus = open_corpus(config.data)
     check_corpus(config, corpus)
     mesh = make_mesh(config.mesh)
+    check_platform(config, mesh)
     saving = config.checkpoint
     with open_workdir(workdir) as folder, jax.set_mesh(mesh), StopOnSignal() as stop:
         checkpoints = Checkpoints(folder / "checkpoints", saving.every, saving.keep, saving.keep_every)
         with contextlib.closing(checkpoints), contextlib.closing(Display()) as display:
             resume_step = checkpoints.latest_good()
-            resuming = resume_step is not None
-            changes = enter(folder, loaded, corpus.info, resuming=resuming, allow_change=allow_config_change)
+            changes = [] if resume_step is None else changes_since(folder, loaded, corpus.info, allow_config_change)
             run = _Run(config, corpus, mesh, folder, checkpoints, display, stop)
+            state = run.begin(resume_step)
+            write_config(folder, loaded, corpus.info)  # not before the checkpoint has been found to fit
             for line in changes:
                 display.note(f"changed: {line}")
-            return run.go(resume_step)
+            return run.go(state, resume_step or 0)
 
 
 class _Run:
@@ -74,47 +76,49 @@ class _Run:
         self.evaluator = Evaluator(config, corpus, mesh)
         self.window = Window(config.model)
         self.clock = _Clock()
-        self.tokens, self.flops, self.nonfinite = 0, 0.0, 0
+        self.tokens, self.flops, self.nonfinite, self.evaluated = 0, 0.0, 0, 0
 
-    def go(self, resume_step: Optional[int]) -> int:
-        """Restores or initialises, then trains to the end."""
-        config, first = self.config, resume_step or 0
-        state = self._begin(resume_step)
-        writer = MetricsWriter(self.folder, first, config.train.tensorboard)
+    def begin(self, resume_step: Optional[int]) -> TrainState:
+        """A new state, or that of a checkpoint. Raises `RequestError` when the checkpoint is of another model."""
+        if resume_step is None:
+            return jax.block_until_ready(new_state(self.config, self.tx))
+        target = abstract_state(self.config, self.tx, self.mesh)
+        state, progress, step = self.checkpoints.restore(target, resume_step)
+        self.tokens, self.flops, self.evaluated = progress["tokens"], progress["flops"], progress["evaluated"]
+        self.clock.before = progress["seconds"]
+        self.nonfinite = int(state.nonfinite)
+        self.display.note(f"resumed from checkpoint {step} ({self.tokens:,} tokens seen)")
+        return state
+
+    def go(self, state: TrainState, first: int) -> int:
+        """From the state after step `first` to the end, or to a signal."""
+        steps = self.config.train.steps
+        writer = MetricsWriter(self.folder, first, self.config.train.tensorboard)
         with contextlib.closing(writer):
-            if first >= config.train.steps:
+            if first >= steps:
+                self.display.note(f"finished: this run has done its {first} steps (train.steps={steps})")
                 row, arrays = self._evaluate(state, first, writer)
-                self.display.note(f"finished: this run has done its {first} steps (train.steps={config.train.steps})")
             else:
                 state, step = self._steps(state, first, writer)
-                if self.stop.requested:
-                    self.checkpoints.save(step, state, self._progress())
-                    self.checkpoints.wait()
-                    name = self.stop.received.name if self.stop.received else "a signal"
+                if self.stop.received is not None:
+                    self._save(step, state)
+                    name = self.stop.received.name
                     self.display.note(f"stopped by {name} after step {step}, saved; the same command resumes there")
                     return 0
                 row, arrays = self._evaluate(state, step, writer)
-                self.checkpoints.save(step, state, self._progress())
-                self.checkpoints.wait()
+                self.display.update(row)
+                self._save(step, state)
         self.display.close()
         for line in closing_lines(_shortest(self.folder), row, arrays):
             self.display.note(line)
         return 0
 
-    def _begin(self, resume_step: Optional[int]) -> TrainState:
-        if resume_step is None:
-            return jax.jit(lambda: init_state(self.config, self.tx))()
-        target = abstract_state(self.config, self.tx, self.mesh)
-        state, progress, step = self.checkpoints.restore(target, resume_step)
-        self.tokens, self.flops = progress["tokens"], progress["flops"]
-        self.clock.before = progress["seconds"]
-        self.display.note(f"resumed from checkpoint {step} ({self.tokens:,} tokens seen)")
-        return state
-
     def _steps(self, state: TrainState, first: int, writer: MetricsWriter) -> tuple[TrainState, int]:
         """Steps first + 1 … train.steps, or fewer when asked to stop. Returns the state and the number of the last step."""
         config, train = self.config, self.config.train
         self.display.start(train.steps, first)
+        if self._evaluation_due(first):  # the run was stopped before it came to it
+            self.display.update(self._evaluate(state, first, writer)[0])
         data = batches(
             train_rows(self.corpus, config.data, train.seed),
             batch_size=config.data.batch_size,
@@ -147,8 +151,8 @@ class _Run:
                 if last:
                     break
                 with self.clock.paused():
-                    if step % config.eval.every == 0:
-                        self._evaluate(state, step, writer)
+                    if self._evaluation_due(step):
+                        self.display.update(self._evaluate(state, step, writer)[0])
                     if self.checkpoints.due(step):
                         self.checkpoints.save(step, state, self._progress())
         return state, step
@@ -162,31 +166,45 @@ class _Run:
         if bool(report.finite):
             return
         self.nonfinite = int(state.nonfinite)
-        streak = int(state.nonfinite_streak)
-        self.display.note(f"step {int(state.step)}: loss or gradient is not finite; the step is skipped ({streak} in a row)")
+        streak, step = int(state.nonfinite_streak), int(state.step)
+        self.display.note(f"step {step}: loss or gradient is not finite; the step is skipped ({streak} in a row)")
         if streak >= self.config.train.max_nonfinite:
             cause = first_bad_module(self.config, state, batch)
             raise RunError(f"{streak} steps in a row were not finite (train.max_nonfinite): {cause}")
 
     def _log(self, step: int, writer: MetricsWriter) -> None:
         row, arrays = self.window.take()
-        self._write(step, "train", row, arrays, writer, self.clock.take())
-
-    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> tuple[Row, dict[str, Any]]:
-        row, arrays = self.evaluator(state)
-        self._write(step, "eval", row, {}, writer, {"seconds": self.clock.seconds})
-        return row, arrays
-
-    def _write(self, step: int, split: str, row: Row, arrays: dict[str, Any], writer: MetricsWriter, timing: Row) -> None:
         if self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
-        seen = {"tokens": self.tokens, "flops": self.flops, "learning_rate": float(self.learning_rate(step - 1)), "nonfinite_steps": self.nonfinite}
-        row = {"step": step, "split": split, **row, **seen, **timing}
+        row = self._row(step, "train", row) | self.clock.take()
         writer.write(row, arrays)
         self.display.update(row)
 
+    def _evaluation_due(self, step: int) -> bool:
+        return step % self.config.eval.every == 0 and step > self.evaluated
+
+    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> tuple[Row, Arrays]:
+        """The row, which it also writes unless the file has it, and the routing arrays."""
+        row, arrays = self.evaluator(state)
+        row = self._row(step, "eval", row) | {"seconds": self.clock.seconds}
+        writer.write(row)
+        self.evaluated = step
+        return row, arrays
+
+    def _row(self, step: int, split: str, measured: Row) -> Row:
+        """What was measured, after its place in the run and before what the run has spent so far."""
+        spent = {"tokens": self.tokens, "flops": self.flops, "learning_rate": float(self.learning_rate(step - 1))}
+        return {"step": step, "split": split, **measured, **spent, "nonfinite_steps": self.nonfinite}
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Returns when the checkpoint is on the disk."""
+        self.checkpoints.save(step, state, self._progress())
+        self.checkpoints.wait()
+
     def _progress(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.clock.seconds}
+        """What the next process needs to know beside the state."""
+        seconds = self.clock.seconds
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds, "evaluated": self.evaluated}
 
 
 class _Clock:
@@ -227,10 +245,10 @@ class _Clock:
     def take(self) -> Row:
         """The timing of the window, and begins a new one."""
         spent = max(time.perf_counter() - self._window - self._out, 1e-9)
-        steps = max(self._steps, 1)
         timing = {
+            "window_steps": self._steps,
             "seconds": self.seconds,
-            "step_seconds": spent / steps,
+            "step_seconds": spent / self._steps,
             "tokens_per_second": self._tokens / spent,
             "data_wait_fraction": self._wait / spent,
         }

@@ -5,7 +5,7 @@ import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import jax
 
@@ -13,15 +13,37 @@ from sparsejax.base.config import Loaded, diff, from_json, to_json
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.writers import write_atomically
 from sparsejax.data.corpus import Corpus, CorpusInfo
+from sparsejax.data.loader import num_eval_batches
 from sparsejax.train.config import ExperimentConfig
 
-FREE = ("mesh.", "eval.", "checkpoint.", "train.log_every", "train.profile", "train.tensorboard", "data.cache", "data.prefetch", "data.workers")
+FREE = (
+    "mesh.",
+    "eval.",
+    "checkpoint.",
+    "train.log_every",
+    "train.max_nonfinite",
+    "train.profile",
+    "train.tensorboard",
+    "data.cache",
+    "data.prefetch",
+    "data.workers",
+)
 """Settings that may differ when a run resumes: they change where and what is written, not what is learned."""
 
 
 def environment(corpus: CorpusInfo) -> dict[str, Any]:
     """What a run depends on beside its config: corpus, versions, devices."""
-    packages = ("sparsejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    packages = (
+        "sparsejax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "tensorflow-datasets",
+        "numpy",
+    )
     return {
         "corpus": asdict(corpus),
         "python": platform.python_version(),
@@ -41,7 +63,8 @@ def _version(package: str) -> str:
 
 
 def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
-    """Raises `ConfigError` when the model has fewer embeddings than the tokenizer has tokens."""
+    """Raises `ConfigError` when the model has fewer embeddings than the tokenizer has tokens, or there is no text to evaluate on."""
+    num_eval_batches(corpus, config.data, config.microbatch_size)
     if config.model.vocab_size < corpus.tokenizer.vocab_size:
         raise ConfigError(
             "model.vocab_size",
@@ -49,34 +72,53 @@ def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
         )
 
 
-def enter(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo, *, resuming: bool, allow_change: bool) -> list[str]:
-    """Writes `config.json`, and returns lines that say what changed since the run began.
+def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises `ConfigError` when the model needs another kind of device than the mesh has."""
+    platform = mesh.devices.flat[0].platform
+    if config.model.attention == "splash" and platform != "tpu":
+        raise ConfigError(
+            "model.attention", f"'splash' is a kernel for TPU and this is a {platform}; allowed here: auto, xla"
+        )
+
+
+def changes_since(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo, allowed: bool) -> list[str]:
+    """Lines that say what changed since the run in `workdir`, which is to be resumed, wrote its `config.json`.
 
     Raises:
-      RequestError: the folder holds a checkpoint of a run that learns something else, and `allow_change` is False. Nothing is
-        written then.
+      RequestError: something changed that the run learns from, and that is not `allowed`.
     """
     path = workdir / "config.json"
-    changes: list[str] = []
-    if resuming and path.is_file():
-        changes, binding = _changes(path, loaded, corpus)
-        if binding and not allow_change:
-            raise RequestError(
-                f"{workdir} holds a run with another config: {'; '.join(binding)}. Use another --workdir, or --allow-config-change"
-            )
-    write_atomically(path, to_json(loaded.config, loaded.provenance, environment(corpus)).encode())
+    if not path.is_file():
+        return []
+    changes, binding = _changes(path, loaded, corpus)
+    if binding and not allowed:
+        raise RequestError(
+            f"{workdir} holds a run with another config: {'; '.join(binding)}. Use another --workdir, or --allow-config-change"
+        )
     return changes
+
+
+def write_config(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -> None:
+    """Writes `config.json`. Raises `RunError` when the disk refuses it."""
+    write_atomically(workdir / "config.json", to_json(loaded.config, loaded.provenance, environment(corpus)).encode())
+
+
+def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
+    """What sets `corpus` apart from the one that the run in `workdir` was trained on; None when it is the same, or unknown."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        return None
+    before, now = from_json(ExperimentConfig, path.read_text(), str(path)).environment["corpus"], asdict(corpus)
+    differs = [key for key in ("hash", "tokenizer") if before[key] != now[key]]
+    described = ", ".join(f"{key} was {before[key][:12]}, is {now[key][:12]}" for key in differs)
+    return f"the corpus is another one: {described}; losses do not compare" if differs else None
 
 
 def _changes(path: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -> tuple[list[str], list[str]]:
     """(all changes since `path` was written, those of them that change what is learned)."""
     before = from_json(ExperimentConfig, path.read_text(), str(path))
-    pairs = diff(before.config, loaded.config)
-    text = {key: f"config.{key} was {old!r}, is {new!r}" for key, old, new in pairs}
+    text = {key: f"config.{key} was {old!r}, is {new!r}" for key, old, new in diff(before.config, loaded.config)}
     binding = [line for key, line in text.items() if not key.startswith(FREE)]
-    lines = list(text.values())
-    old_hash = before.environment["corpus"]["hash"]
-    if old_hash != corpus.hash:
-        line = f"the corpus was {old_hash[:12]}, is {corpus.hash[:12]}: losses before and after do not compare"
-        return [*lines, line], [*binding, line]
-    return lines, binding
+    flagged = other_corpus(path.parent, corpus)
+    more = [] if flagged is None else [flagged]
+    return [*text.values(), *more], [*binding, *more]

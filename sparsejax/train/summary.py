@@ -8,6 +8,14 @@ import numpy as np
 from sparsejax.train.metrics import Arrays, Row
 
 BARS = " ▁▂▃▄▅▆▇█"
+FILES = {
+    "config.json": "every setting and where it came from",
+    "metrics.jsonl": "losses, speed, routing",
+    "tensorboard": "the same as curves",
+    "routing": "counts per layer and expert, STEP.npz",
+    "checkpoints": "to resume, evaluate or generate from",
+    "profile": "trace of the steps that were asked for",
+}
 
 
 def load_picture(arrays: Mapping[str, np.ndarray], width: int = 64) -> list[str]:
@@ -29,15 +37,14 @@ def closing_lines(workdir: Path, row: Row, arrays: Arrays) -> list[str]:
     if "bits_per_byte" in row:
         quality += f", {row['bits_per_byte']:.4f} bits per byte"
     picture = load_picture(arrays)
+    written = {name: what for name, what in FILES.items() if (workdir / name).exists()}
+    width = max(len(f"{workdir}/{name}") for name in FILES)
     loads = ["expert load on the validation split (▄ is an even share):", *picture] if picture else []
     return [
         f"validation: {quality}",
         *loads,
         "written:",
-        f"  {workdir}/config.json      every setting and where it came from",
-        f"  {workdir}/metrics.jsonl    losses, speed, routing; also {workdir}/tensorboard",
-        f"  {workdir}/routing/         counts per layer and expert, STEP.npz",
-        f"  {workdir}/checkpoints/     to resume, evaluate or generate from",
+        *(f"  {f'{workdir}/{name}':<{width}}  {what}" for name, what in written.items()),
         "next:",
         f"  python -m sparsejax generate --workdir={workdir} --prompt='def '",
         f"  python -m sparsejax eval --workdir={workdir}",

@@ -1,0 +1,128 @@
+"""Whole commands on a model of a few thousand parameters, in this process (fast) or in one of their own (real)."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from sparsejax import cli
+from sparsejax.base import devices
+
+ROOT = Path(__file__).parent.parent
+CONFIG = f"--config={ROOT / 'configs' / 'tiny.py'}"
+STEPS, LOG_EVERY, EVAL_EVERY, SAVE_EVERY = 12, 4, 5, 3
+SMALL = {
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "data.sequence_length": 16,
+    "train.steps": STEPS,
+    "train.log_every": LOG_EVERY,
+    "train.tensorboard": False,
+    "eval.every": EVAL_EVERY,
+    "eval.batches": 2,
+    "checkpoint.every": SAVE_EVERY,
+    "checkpoint.keep": 4,
+}
+"""What every command that has `CONFIG` runs on. A row falls on step 1, 4, 8 and 12, an evaluation on 5, 10 and 12, and
+checkpoints on 3, 6, 9 and 12, so that none of the three hides behind another."""
+
+
+class Result(NamedTuple):
+    """What a command left on the terminal."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a request was refused with."""
+        assert self.status == 2, (self.status, self.out, self.err)
+        assert self.out == ""
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1 and self.err.endswith("\n"), self.err
+        return self.err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The object on the last line of what was printed."""
+        assert self.status == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+
+def arguments(verb: str, *more: str, **overrides: object) -> list[str]:
+    """The words of a command on the small experiment. `a__b=c` is `--config.a.b=c`."""
+    settings = SMALL | {key.replace("__", "."): value for key, value in overrides.items()}
+    return [verb, CONFIG, *(f"--config.{key}={value}" for key, value in settings.items()), *more]
+
+
+def here(*argv: str | Path) -> Result:
+    """Runs a command in this process, on the devices that it has."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(devices, "prepare_devices", lambda count: None)
+        status = cli.main([str(word) for word in argv])
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process of its own: compiled programs are kept, and are as cheap as those of the tests."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return os.environ | settings | more
+
+
+def command(*argv: str | Path) -> list[str]:
+    return [sys.executable, "-m", "sparsejax", *map(str, argv)]
+
+
+def process(*argv: str | Path, **options: Any) -> Result:
+    """Runs a command as a user does."""
+    done = subprocess.run(
+        command(*argv), capture_output=True, text=True, check=False, env=environment(), timeout=300, **options
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def started(*argv: str | Path) -> Iterator[subprocess.Popen]:
+    """A command that goes on meanwhile; it is gone when the block ends."""
+    with subprocess.Popen(
+        command(*argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def rows(workdir: Path, split: str) -> dict[int, dict[str, Any]]:
+    """Step → row. Raises when the file has a broken line, or a step twice."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == split:
+            assert row["step"] not in found, f"step {row['step']} stands twice"
+            found[row["step"]] = row
+    return found
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {step: row["loss"] for step, row in rows(workdir, "train").items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, but for those of the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
