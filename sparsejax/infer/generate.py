@@ -105,7 +105,7 @@ class Generator:
     def _prefill(self, model: Model, prompts: Prompts, max_tokens: int) -> Caches:
         """Caches that hold the prompts, with room for the samples.
 
-        Padding leaves `segments` 0 where it stands, which nothing sees, until a sample takes the place.
+        Padding goes to no expert, and stands after every query until samples have taken its places.
         """
         rows, length = prompts.tokens.shape
         order_T = jnp.arange(length, dtype=jnp.int32)

@@ -29,9 +29,7 @@ def generators():
 
 
 class TestCaches:
-    @pytest.mark.parametrize(
-        ("config", "shape"), [(SPARSE, ONE), (SPARSE, CUBE), (SWITCH, ONE), (SWITCH, CUBE), (DENSE, ONE)]
-    )
+    @pytest.mark.parametrize(("config", "shape"), [(SPARSE, ONE), (SPARSE, CUBE), (SWITCH, CUBE), (DENSE, ONE)])
     def test_decoding_step_by_step_gives_the_logits_of_the_whole_row(self, config, shape):
         length, starts = 12, np.array([3, 7, 1, 6])
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, length))
