@@ -1,16 +1,14 @@
 """What every block is given beside the residual stream, and what it gives back."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional, Protocol
+from typing import Literal, Optional
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparsejax.base.reports import Report, Reports
 from sparsejax.base.structs import Batch, struct
 from sparsejax.nn.attention import KVCache
-from sparsejax.nn.backbone import Backbone
 
 Mode = Literal["train", "eval", "generate"]
 """train: noise, training capacity. eval: no noise, evaluation capacity. generate: no noise, a slot for every token."""
@@ -49,25 +47,3 @@ class BlockOutput:
     x: Float[Array, "B T D"]
     report: Report
     cache: Optional[KVCache] = None
-
-
-class BlockSpec(Protocol):
-    """A config's description of one kind of block."""
-
-    @property
-    def checkpoint_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def counts_first(self) -> bool:
-        """Whether `losses` wants the loads of the whole step (`counted`) when it has several microbatches."""
-        ...
-
-    def build(self, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module: ...
-
-    def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
-        """Named loss terms of the block's (possibly stacked) report, weighted and summed over its layers."""
-        ...
-
-    def settle(self, report: Report) -> Report:
-        """The step's report, once its microbatches are summed, with what only the whole step can tell."""
-        ...

@@ -9,33 +9,28 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import Report
-from sparsejax.blocks.context import Context, Totals
+from sparsejax.blocks.context import Context
 from sparsejax.blocks.residual import TransformerBlock
+from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Activation, Backbone
-from sparsejax.nn.mlp import MLP
+from sparsejax.nn.mlp import MLP, ffn_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseSpec:
+class DenseSpec(BlockSpec):
     """Config of a dense block."""
 
     d_ff: Optional[int] = None  # None: 4 · d_model
     gated: bool = False
     activation: Activation = "gelu"
 
-    @property
-    def checkpoint_names(self) -> tuple[str, ...]:
-        """Values that `model.remat_names` may keep."""
-        return ("attention", "mlp")
-
     def __post_init__(self):
         if self.d_ff is not None and self.d_ff < 1:
             raise ConfigError("d_ff", f"{self.d_ff} is not positive")
 
     @property
-    def counts_first(self) -> bool:
-        return False
+    def checkpoint_names(self) -> tuple[str, ...]:
+        return ("attention", "mlp")
 
     def hidden(self, backbone: Backbone) -> int:
         return 4 * backbone.d_model if self.d_ff is None else self.d_ff
@@ -45,11 +40,11 @@ class DenseSpec:
         mlp = MLP(mlp_key, backbone, self.hidden(backbone), gated=self.gated, activation=self.activation)
         return TransformerBlock(attention_key, backbone, DenseFeedForward(mlp))
 
-    def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
-        return {}
+    def costs(self, backbone: Backbone) -> dict[str, Cost]:
+        return {"mlp": Cost.of_matrices(ffn_weights(backbone, self.hidden(backbone), self.gated))}
 
-    def settle(self, report: Report) -> Report:
-        return report
+    def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
+        return {"d_ff": (self.hidden(backbone), "mlp")}
 
 
 class DenseFeedForward(nnx.Module):

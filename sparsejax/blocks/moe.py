@@ -17,9 +17,10 @@ from sparsejax.base.reports import MoEReport, Report
 from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
+from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Activation, Backbone
 from sparsejax.nn.linear import normal, param
-from sparsejax.nn.mlp import MLP, Experts, expert_ffn
+from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights
 from sparsejax.ops.assignment import CapacityConvention, capacity_table
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.ops.losses import load_balance
@@ -27,7 +28,7 @@ from sparsejax.routers.router import Decision, RouterConfig, count_experts, deci
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoESpec:
+class MoESpec(BlockSpec):
     """Config of a mixture-of-experts block."""
 
     num_experts: int = 8
@@ -46,7 +47,6 @@ class MoESpec:
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:
-        """Values that `model.remat_names` may keep."""
         return ("attention", "slots", "experts") + (("mlp",) if self.shared_experts else ())
 
     def __post_init__(self):
@@ -91,6 +91,30 @@ class MoESpec:
         attention_key, moe_key = jax.random.split(key)
         return TransformerBlock(attention_key, backbone, MoELayer(moe_key, backbone, self))
 
+    def costs(self, backbone: Backbone) -> dict[str, Cost]:
+        k, weights = self.experts_per_token, ffn_weights(backbone, self.hidden(backbone), self.gated)
+        routed = k * self.pair_flops(backbone)
+        experts = Cost(parameters=self.num_experts * weights, active=k * weights, routed=routed)
+        costs = {"router": Cost.of_matrices(backbone.d_model * self.num_experts), "experts": experts}
+        return costs | (
+            {"shared_experts": Cost.of_matrices(self.shared_experts * weights)} if self.shared_experts else {}
+        )
+
+    def pair_flops(self, backbone: Backbone) -> int:
+        return 2 * ffn_weights(backbone, self.hidden(backbone), self.gated)
+
+    def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
+        return {"d_ff": (self.hidden(backbone), "mlp"), "num_experts": (self.num_experts, "experts")}
+
+    def check_tokens(self, tokens: int) -> None:
+        if self.group_size is not None and tokens % self.group_size:
+            fits = sorted((n for n in range(1, tokens + 1) if tokens % n == 0), key=lambda n: abs(n - self.group_size))
+            raise ConfigError(
+                "group_size",
+                f"{self.group_size} does not divide the {tokens} tokens that one device holds of a microbatch; "
+                f"sizes that fit: {', '.join(map(str, sorted(fits[:6])))}",
+            )
+
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
         """Balance and z-loss, each coefficient · the layer's value, summed over the layers stacked in `report`."""
         moe, balance = report.moe, self.router.balance
@@ -104,7 +128,7 @@ class MoESpec:
         return {"balance": balance.coefficient * value.sum(), "router_z": self.router.z_loss * z.sum()}
 
     def settle(self, report: Report) -> Report:
-        """The step's report once its microbatches are summed: a global balance is that of the summed loads."""
+        """A global balance is that of the summed loads."""
         if self.router.balance.scope != "global":
             return report
         return dataclasses.replace(report, moe=whole_balance(report.moe, self.experts_per_token))

@@ -7,9 +7,9 @@ from typing import Literal, Optional
 from sparsejax.base.errors import ConfigError, did_you_mean
 from sparsejax.base.registry import choices
 from sparsejax.blocks import BLOCKS
-from sparsejax.blocks.context import BlockSpec
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.spec import BlockSpec
 from sparsejax.nn.backbone import Backbone
 
 Remat = Literal["none", "full", "dots", "names"]

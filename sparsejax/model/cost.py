@@ -5,12 +5,9 @@ every key that a query attends to (`causal_keys` on a row of one document), and 
 are all processed. Training is 3 × the forward pass; element-wise work, the optimizer and recomputation are left out.
 """
 
-from dataclasses import dataclass
 from typing import Optional
 
-from sparsejax.blocks.context import BlockSpec
-from sparsejax.blocks.dense import DenseSpec
-from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.spec import Cost
 from sparsejax.model.config import ModelConfig
 
 TRAINING = 3
@@ -29,34 +26,13 @@ COMPONENTS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Of one component. `active` are the parameters that a token's forward pass uses: k of E experts, all else whole.
-
-    An embedding table counts whole, too, as is usual, though a token reads one row of it.
-    """
-
-    parameters: int = 0
-    active: int = 0
-    per_token: int = 0
-    per_key: int = 0
-    routed: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
-
-    def flops(self, keys: float) -> float:
-        """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped."""
-        return self.per_token + keys * self.per_key + self.routed
-
-
 def component_costs(config: ModelConfig) -> dict[str, Cost]:
-    """Component → cost over all layers; those of `COMPONENTS` that the model has, in that order."""
+    """Component → cost over all layers: those of `COMPONENTS` that the model has, in that order, then any others."""
     costs = {"embedding": _table(config, per_token=0), "head": _head(config), "norm": _norms(config)}
     for layer in config.layers:
-        for name, cost in (_attention(config) | _feed_forward(config, config.blocks[layer.block])).items():
+        for name, cost in (_attention(config) | config.blocks[layer.block].costs(config)).items():
             costs[name] = costs.get(name, Cost()) + cost
-    return {name: costs[name] for name in COMPONENTS if name in costs}
+    return {name: costs[name] for name in dict.fromkeys([*COMPONENTS, *costs]) if name in costs}
 
 
 def total(config: ModelConfig) -> Cost:
@@ -72,17 +48,10 @@ def causal_keys(sequence_length: int) -> float:
 def forward_flops(config: ModelConfig, tokens: float, keys: float, routed: Optional[float] = None) -> float:
     """FLOPs of a forward pass over `tokens` tokens with `keys` (query, key) pairs in each layer.
 
-    Args:
-      routed: FLOPs of the experts over all layers, Σ processed pairs · `pair_flops`: ideal work is what was selected
-        and not dropped. None: every token's k pairs, in every layer.
-    """
+    Args: routed: FLOPs of the experts over all layers, Σ processed pairs · `BlockSpec.pair_flops`: ideal work is what
+      was selected and not dropped. None: every token's k pairs, in every layer."""
     cost = total(config)
     return tokens * cost.per_token + keys * cost.per_key + (tokens * cost.routed if routed is None else routed)
-
-
-def pair_flops(config: ModelConfig, spec: BlockSpec) -> int:
-    """FLOPs of one expert on one token; 0 for a block without experts."""
-    return 2 * _ffn_weights(config, spec.hidden(config), spec.gated) if isinstance(spec, MoESpec) else 0
 
 
 def _table(config: ModelConfig, per_token: int) -> Cost:
@@ -108,23 +77,3 @@ def _attention(config: ModelConfig) -> dict[str, Cost]:
         "attention_projections": Cost(parameters=size, active=size, per_token=2 * size),
         "attention_scores": Cost(per_key=2 * 2 * n * h),  # queries · keys, weights · values
     }
-
-
-def _feed_forward(config: ModelConfig, spec: BlockSpec) -> dict[str, Cost]:
-    if isinstance(spec, DenseSpec):
-        return {"mlp": _everywhere(_ffn_weights(config, spec.hidden(config), spec.gated))}
-    if isinstance(spec, MoESpec):
-        k, expert = spec.experts_per_token, _ffn_weights(config, spec.hidden(config), spec.gated)
-        routed = Cost(parameters=spec.num_experts * expert, active=k * expert, routed=k * pair_flops(config, spec))
-        parts = {"router": _everywhere(config.d_model * spec.num_experts), "experts": routed}
-        return parts | ({"shared_experts": _everywhere(spec.shared_experts * expert)} if spec.shared_experts else {})
-    raise TypeError(f"no cost model for {type(spec).__name__}")
-
-
-def _everywhere(weights: int) -> Cost:
-    """Of matrices that every token is multiplied with."""
-    return Cost(parameters=weights, active=weights, per_token=2 * weights)
-
-
-def _ffn_weights(config: ModelConfig, d_ff: int, gated: bool) -> int:
-    return (3 if gated else 2) * config.d_model * d_ff

@@ -18,6 +18,11 @@ def residual_scale(backbone: Backbone) -> float:
     return (2 * backbone.num_layers) ** -0.5
 
 
+def ffn_weights(backbone: Backbone, d_ff: int, gated: bool) -> int:
+    """Weights of one feed-forward network."""
+    return (3 if gated else 2) * backbone.d_model * d_ff
+
+
 class MLP(nnx.Module):
     """act(x W_in) W_out, or (act(x W_gate) ⊙ x W_in) W_out when gated (Shazeer, arXiv:2002.05202)."""
 

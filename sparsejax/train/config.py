@@ -6,9 +6,7 @@ from typing import Any, Optional
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import choice
 from sparsejax.base.sharding import MeshConfig
-from sparsejax.blocks.context import BlockSpec
-from sparsejax.blocks.dense import DenseSpec
-from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.spec import BlockSpec
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.train.optimizer import OPTIMIZERS, Optimizer, learning_rate_at
@@ -103,23 +101,18 @@ class ExperimentConfig:
         _divides(model.kv_heads, kv_name, "tensor", mesh)
         _divides(model.vocab_size, "model.vocab_size", "tensor", mesh)
         for name, spec in self._used_specs():
-            key = f"model.blocks.{name}"
-            if isinstance(spec, (DenseSpec, MoESpec)):
-                _divides(spec.hidden(model), f"{key}.d_ff", "tensor", mesh)
-            if isinstance(spec, MoESpec):
-                _divides(spec.num_experts, f"{key}.num_experts", rules.experts, mesh)
+            for key, (size, axis) in spec.splits(model).items():
+                # Activations of the hidden width are split whatever the rule for its parameters.
+                mesh_axis = rules.experts if axis == "experts" else "tensor"
+                _divides(size, f"model.blocks.{name}.{key}", mesh_axis, mesh)
 
     def _check_groups(self) -> None:
         tokens = self.microbatch_size // self.mesh.batch_shards * self.data.sequence_length
         for name, spec in self._used_specs():
-            if isinstance(spec, MoESpec) and spec.group_size is not None and tokens % spec.group_size:
-                fits = [n for n in range(1, tokens + 1) if tokens % n == 0]
-                near = sorted(sorted(fits, key=lambda n: abs(n - spec.group_size))[:6])
-                raise ConfigError(
-                    f"model.blocks.{name}.group_size",
-                    f"{spec.group_size} does not divide the {tokens} tokens that one device holds of a microbatch; "
-                    f"sizes that fit: {', '.join(map(str, near))}",
-                )
+            try:
+                spec.check_tokens(tokens)
+            except ConfigError as error:
+                raise error.below(f"model.blocks.{name}") from None
 
     def _used_specs(self) -> list[tuple[str, BlockSpec]]:
         return [(name, self.model.blocks[name]) for name in sorted(set(self.model.positions.values()))]

@@ -10,7 +10,7 @@ from sparsejax.base.reports import MoEReport, Report, add, summarize_moe, to_hos
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import TRAINING, forward_flops, pair_flops
+from sparsejax.model.cost import TRAINING, forward_flops
 from sparsejax.model.lm import auxiliary_losses, moe_layers
 from sparsejax.train.step import EvalReport, StepReport
 
@@ -96,4 +96,4 @@ def processed_flops(config: ModelConfig, reports: dict[str, Report]) -> float:
     """Forward FLOPs of the pairs that experts really processed, over all layers."""
     layers = moe_layers(config, reports)
     blocks = {layer.name: config.blocks[layer.block] for layer in config.layers}
-    return sum(float(report.processed.sum()) * pair_flops(config, blocks[name]) for name, report in layers.items())
+    return sum(float(report.processed.sum()) * blocks[name].pair_flops(config) for name, report in layers.items())

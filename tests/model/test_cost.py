@@ -10,7 +10,7 @@ from flax import nnx
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import COMPONENTS, component_costs, forward_flops, pair_flops, total
+from sparsejax.model.cost import COMPONENTS, component_costs, forward_flops, total
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.train.state import abstract_model
@@ -85,13 +85,13 @@ def test_flops_counted_by_hand():
     }
     assert {part: cost.flops(keys=7) for part, cost in component_costs(config).items()} == expected
     assert forward_flops(config, tokens=5, keys=35) == 5 * sum(expected.values())
-    assert pair_flops(config, spec) == 2 * 3 * 16 * 24
-    processed = 11 * pair_flops(config, spec)
+    assert spec.pair_flops(config) == 2 * 3 * 16 * 24
+    processed = 11 * spec.pair_flops(config)
     assert forward_flops(config, 5, 35, processed) == 5 * (sum(expected.values()) - expected["experts"]) + processed
 
 
 def test_two_blocks_with_different_k_add_up():
     config = CONFIGS["prefix and suffix"]
-    pairs = 4 * 2 * pair_flops(config, SHARED) + 2 * 3 * pair_flops(config, SMALL)
+    pairs = 4 * 2 * SHARED.pair_flops(config) + 2 * 3 * SMALL.pair_flops(config)
     assert component_costs(config)["experts"].routed == pairs
-    assert pair_flops(config, DenseSpec()) == 0
+    assert DenseSpec().pair_flops(config) == 0

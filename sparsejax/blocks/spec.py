@@ -1,0 +1,84 @@
+"""What a kind of block tells the rest of the house: how it is built, what it costs, how it splits, which losses it
+adds.
+
+A new kind is one file with a `BlockSpec`, and one line in `blocks.BLOCKS`; model, optimizer step, plan and config
+checks ask the spec and know no kind by name."""
+
+import abc
+from dataclasses import dataclass
+from typing import Optional
+
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sparsejax.base.reports import Report
+from sparsejax.blocks.context import Totals
+from sparsejax.nn.backbone import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one component. `active` are the parameters that a token's forward pass uses: k of E experts, all else whole.
+
+    FLOPs are 2 × the multiply-adds of matrix products, forward: `per_token` for every token, `per_key` for every key
+    that a query attends to, `routed` for a token all of whose k pairs are processed. An embedding table counts whole
+    among the active parameters, as is usual, though a token reads one row of it."""
+
+    parameters: int = 0
+    active: int = 0
+    per_token: int = 0
+    per_key: int = 0
+    routed: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+    def flops(self, keys: float) -> float:
+        """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped."""
+        return self.per_token + keys * self.per_key + self.routed
+
+    @staticmethod
+    def of_matrices(weights: int) -> "Cost":
+        """Of matrices that every token is multiplied with."""
+        return Cost(parameters=weights, active=weights, per_token=2 * weights)
+
+
+class BlockSpec(abc.ABC):
+    """A config's description of one kind of block: the base of the frozen dataclasses in `blocks.BLOCKS`."""
+
+    @abc.abstractmethod
+    def build(self, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module:
+        """A block: `(x, context, cache) -> BlockOutput`."""
+
+    @abc.abstractmethod
+    def costs(self, backbone: Backbone) -> dict[str, Cost]:
+        """Component → cost of what comes beside attention and norms."""
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """Values that `model.remat_names` may keep."""
+        return ("attention",)
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether `losses` wants the loads of the whole step (`counted`) when the step has several microbatches."""
+        return False
+
+    def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
+        """Config field → (size, logical axis) of what the mesh must split evenly."""
+        return {}
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises `ConfigError` unless the block can take `tokens` tokens: what a device holds of one microbatch."""
+
+    def pair_flops(self, backbone: Backbone) -> int:
+        """FLOPs of one expert on one token; 0 for a block without experts."""
+        return 0
+
+    def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
+        """Named loss terms of the block's (possibly stacked) report, weighted and summed over its layers."""
+        return {}
+
+    def settle(self, report: Report) -> Report:
+        """The step's report, once its microbatches are summed, with what only the whole step can tell."""
+        return report
