@@ -64,10 +64,11 @@ def load(schema: type[T], file: str | None, overrides: Iterable[tuple[str, str]]
       RequestError: one line that names what is wrong, where, and what is allowed.
     """
     recorded: dict[str, str] = {}
+    environment: dict[str, Any] = {}
     if file is None:
         node = Node(schema, defaults(schema))
     elif file.endswith(".json"):
-        node, recorded, _ = _read_json(schema, _existing(file), file)
+        node, recorded, environment = _read_json(schema, _existing(file), file)
     else:
         node = _run_file(schema, file)
     before = node.to_dict()
@@ -85,7 +86,7 @@ def load(schema: type[T], file: str | None, overrides: Iterable[tuple[str, str]]
     for path, reason in unused(config).items():
         if provenance[path] != DEFAULT:
             raise ConfigError(path, f"{values[path]!r} has no effect: {reason}")
-    return Loaded(config=config, provenance=provenance)
+    return Loaded(config=config, provenance=provenance, environment=environment)
 
 
 def to_json(config: Any, provenance: Mapping[str, str], environment: Mapping[str, Any]) -> str:
