@@ -1,5 +1,6 @@
 """What a step keeps between its forward and its backward pass: an estimate, made before any compiler has seen it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -32,7 +33,8 @@ def saved_for_backward(
     These are the residuals of `jax.vjp` as traced, so `model.remat`, the dtype and the kind of attention count; arrays
     of the state and the batch are left out, and nothing is counted twice. Needs the mesh to be set.
     """
-    graph, _, _ = abstract_model(config.model)
+    # Unrolled, the layers' own slices of the stacked parameters would pass for something that is kept.
+    graph, _, _ = abstract_model(dataclasses.replace(config.model, scan=True))
 
     def residuals(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array]) -> Any:
         microbatch = Batch(**{name: rows[0] for name, rows in arrays.items()})

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from sparsejax.base.config import leaves
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import TRAINING, causal_keys, component_costs, pair_flops, total
+from sparsejax.model.cost import TRAINING, causal_keys, component_costs, total
 from sparsejax.ops.assignment import capacity
 
 SlotMode = Literal["train", "eval"]
@@ -123,7 +123,7 @@ def _slots(config: ModelConfig, block: str, sequence_length: int, mode: SlotMode
     spec = moe_blocks(config)[block]
     size, k = group_size(spec, sequence_length), spec.experts_per_token
     count = slots_per_expert(spec, sequence_length, mode)
-    per_token, per_pair = spec.num_experts * count / size, pair_flops(config, spec)
+    per_token, per_pair = spec.num_experts * count / size, spec.pair_flops(config)
     one_way = 2 * spec.num_experts * count * config.d_model  # a row of [S, E · C] times [E · C, D]
     return Slots(
         block=block,

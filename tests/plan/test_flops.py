@@ -29,16 +29,17 @@ from sparsejax.train.state import abstract_model, abstract_state, make_optimizer
 T = 64
 TOLERANCE = 0.01
 TOP1 = RouterConfig(selection=TopK(k=1), weight=Raw())
+EINSUM = {"dispatch": "einsum", "capacity_factor": 4.0, "router": TOP1}
 MODELS = {
     "gather": {  # with a dense layer, gated networks, grouped queries and a head of its own
         "num_kv_heads": 2,
         "tied_head": False,
         "blocks": {"dense": DenseSpec(gated=True, d_ff=1024), "moe": MoESpec(d_ff=512, capacity_factor=1.5)},
     },
-    "einsum": {  # with top-1 and a shared expert
+    "einsum": {  # with top-1 and a shared expert; many slots and small experts, so that the movement shows
         "pattern": ("moe",),
         "qk_norm": True,
-        "blocks": {"moe": MoESpec(num_experts=4, d_ff=512, shared_experts=1, dispatch="einsum", router=TOP1)},
+        "blocks": {"moe": MoESpec(num_experts=4, d_ff=128, shared_experts=1, **EINSUM)},
     },
 }
 
