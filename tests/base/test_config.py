@@ -570,7 +570,7 @@ def test_json_reproduces_config_and_provenance(write, tmp_path):
 
     saved = tmp_path / "config.json"
     saved.write_text(text)
-    assert override(file=str(saved)) == first
+    assert override(file=str(saved)) == again
     changed = override(("steps", "5"), file=str(saved))
     assert diff(first.config, changed.config) == [("steps", 100, 5)]
     assert changed.provenance == {**first.provenance, "steps": "command line"}
