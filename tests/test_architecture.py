@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import tokenize
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def compares_with_itself(node: ast.AST) -> bool:
     else:
         return False
     fixed = [side for side in sides if not any(isinstance(n, ast.Call) for n in ast.walk(side))]
-    return any(ast.dump(a) == ast.dump(b) for a, b in zip(fixed, fixed[1:], strict=False))
+    return any(ast.dump(a) == ast.dump(b) for a, b in itertools.pairwise(fixed))
 
 
 def test_no_test_compares_a_value_with_itself():
