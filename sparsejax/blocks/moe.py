@@ -107,19 +107,20 @@ class MoESpec(BlockSpec):
         return {"d_ff": (self.hidden(backbone), "mlp"), "num_experts": (self.num_experts, "experts")}
 
     def check_tokens(self, tokens: int) -> None:
-        if self.group_size is not None and tokens % self.group_size:
-            fits = sorted((n for n in range(1, tokens + 1) if tokens % n == 0), key=lambda n: abs(n - self.group_size))
+        size = self.group_size
+        if size is not None and tokens % size:
+            fits = sorted((n for n in range(1, tokens + 1) if tokens % n == 0), key=lambda n: abs(n - size))
             raise ConfigError(
                 "group_size",
-                f"{self.group_size} does not divide the {tokens} tokens that one device holds of a microbatch; "
+                f"{size} does not divide the {tokens} tokens that one device holds of a microbatch; "
                 f"sizes that fit: {', '.join(map(str, sorted(fits[:6])))}",
             )
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
         """Balance and z-loss, each coefficient · the layer's value, summed over the layers stacked in `report`."""
-        moe, balance = report.moe, self.router.balance
+        moe, balance = _moe(report), self.router.balance
         if balance.scope == "global" and counted is not None:
-            value = load_balance(counted.moe.assigned, moe.probability_sum, totals.tokens, self.experts_per_token)
+            value = load_balance(_moe(counted).assigned, moe.probability_sum, totals.tokens, self.experts_per_token)
         elif balance.scope == "sequence":
             value = moe.balance_sum / jnp.maximum(totals.rows, 1)
         else:
@@ -131,7 +132,12 @@ class MoESpec(BlockSpec):
         """A global balance is that of the summed loads."""
         if self.router.balance.scope != "global":
             return report
-        return dataclasses.replace(report, moe=whole_balance(report.moe, self.experts_per_token))
+        return dataclasses.replace(report, moe=whole_balance(_moe(report), self.experts_per_token))
+
+
+def _moe(report: Report) -> MoEReport:
+    assert report.moe is not None  # a block of this kind always has one
+    return report.moe
 
 
 def whole_balance(moe: MoEReport, experts_per_token: int) -> MoEReport:

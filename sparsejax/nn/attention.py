@@ -1,6 +1,6 @@
 """Grouped-query self-attention with rotary positions and an optional key/value cache."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,9 @@ class Attention(nnx.Module):
             attended = xla_attention(q, cache.k, cache.v, segments, cache.segments, positions, self.soft_cap)
             return attended.astype(q.dtype), cache
 
-        cache_specs = KVCache(k=HEADS_SPEC, v=HEADS_SPEC, segments=ROWS_SPEC)
+        heads: Any = HEADS_SPEC  # specs in the places of arrays
+        rows: Any = ROWS_SPEC
+        cache_specs = KVCache(k=heads, v=heads, segments=rows)
         specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, ROWS_SPEC, ROWS_SPEC, cache_specs)
         run = jax.shard_map(local, in_specs=specs, out_specs=(HEADS_SPEC, cache_specs), check_vma=False)
         return run(q_BTNH, k_BTMH, v_BTMH, positions_BT, segments_BT, cache)

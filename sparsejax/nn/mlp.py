@@ -58,7 +58,8 @@ class Experts(nnx.Module):
         self.w_gate = None if gate is None else param(gate, up_axes, "expert")
         stddev = residual_scale(backbone) * d_ff**-0.5
         self.w_out = param(normal(keys[2], (num_experts, d_ff, d_model), stddev), ("experts", "mlp", "embed"), "expert")
-        self.activation, self.dtype = activation, backbone.dtype
+        self.activation: Activation = activation
+        self.dtype = backbone.dtype
 
     def weights(self) -> tuple[Float[Array, "E ..."], ...]:
         """(w_in, w_out) or (w_in, w_out, w_gate), in the compute dtype, as stored on the mesh."""

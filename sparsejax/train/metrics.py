@@ -28,11 +28,11 @@ class Window:
 
     def add(self, report: StepReport) -> tuple[int, float]:
         """Takes one step's report, waiting for it. Returns its (tokens, ideal training FLOPs)."""
-        self.last = to_host(report)
-        self._reports = self.last.reports if self._reports is None else add(self._reports, self.last.reports)
-        pairs = processed_flops(self.config, self.last.reports)
-        flops = TRAINING * forward_flops(self.config, float(self.last.tokens), float(self.last.keys), pairs)
-        return int(self.last.tokens), flops
+        last: StepReport = to_host(report)
+        self.last, self._reports = last, last.reports if self._reports is None else add(self._reports, last.reports)
+        pairs = processed_flops(self.config, last.reports)
+        flops = TRAINING * forward_flops(self.config, float(last.tokens), float(last.keys), pairs)
+        return int(last.tokens), flops
 
     def take(self) -> tuple[Row, Arrays]:
         """(metrics of the window, its routing arrays), and begins a new one. Losses and norms are those of its last

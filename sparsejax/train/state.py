@@ -32,7 +32,9 @@ class TrainState:
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, parameters, other variables) as shapes and dtypes; nothing is allocated. Needs a mesh to be set."""
-    return nnx.split(jax.eval_shape(lambda: LanguageModel(jax.random.key(0), config)), nnx.Param, ...)
+    model = jax.eval_shape(lambda: LanguageModel(jax.random.key(0), config))
+    graph, (params, model_state) = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
+    return graph, params, model_state
 
 
 def variable_specs(variables: nnx.State, rules: Rules) -> nnx.State:
@@ -50,18 +52,19 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
     return build(config.optimizer, config.train.steps, abstract_model(config.model)[1])
 
 
-def state_specs(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
+def state_specs(config: ExperimentConfig, tx: optax.GradientTransformation) -> Any:
     """The `PartitionSpec` of every array of the state: moments lie where their parameters lie. Needs the mesh to be
     set."""
     _, params, model_state = abstract_model(config.model)
     param_specs = variable_specs(params, config.mesh.rules)
+    replicated: Any = P()
     return TrainState(
-        step=P(),
+        step=replicated,
         params=param_specs,
         model_state=variable_specs(model_state, config.mesh.rules),
         opt_state=opt_state_specs(tx, params, param_specs),
-        nonfinite=P(),
-        nonfinite_streak=P(),
+        nonfinite=replicated,
+        nonfinite_streak=replicated,
     )
 
 
@@ -88,7 +91,7 @@ def new_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> Tra
 
     On CPU it is compiled without optimisation: the random bits of each parameter take LLVM a second otherwise, to run
     once."""
-    options = {"xla_backend_optimization_level": 0} if mesh_platform() == "cpu" else None
+    options = {"xla_backend_optimization_level": "0"} if mesh_platform() == "cpu" else None
     return jax.jit(lambda: init_state(config, tx)).lower().compile(compiler_options=options)()
 
 
