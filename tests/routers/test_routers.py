@@ -1,0 +1,189 @@
+"""The axes of a router one by one, and the decision they make together."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import routing as slow
+from support import assert_close, to_numpy
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.ops.assignment import capacity_table
+from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.router import RouterConfig, count_experts, decide, jitter, report
+from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
+from sparsejax.routers.selectors import SELECTORS, TopK
+from sparsejax.routers.weights import Raw, Renormalized
+
+GROUPS, SIZE, EXPERTS = 2, 10, 6
+
+
+def random_logits(seed=0, scale=2.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=(GROUPS, SIZE, EXPERTS)), jnp.float32)
+
+
+MASK = np.ones((GROUPS, SIZE), bool)
+MASK[1, 7:] = False
+
+
+class TestScores:
+    @pytest.mark.parametrize("name", SCORES)
+    def test_against_the_equations(self, name):
+        logits = random_logits()
+        expected = np.apply_along_axis(slow.score, -1, np.asarray(logits, np.float64), name)
+        assert_close(SCORES[name]()(logits), expected.astype(np.float32), 1e-6)
+
+    @pytest.mark.parametrize("name", SCORES)
+    def test_extreme_logits_are_finite_in_value_and_gradient(self, name):
+        logits = jnp.array([[[80.0, -80.0, 0.0], [-80.0, -80.0, -80.0]]])
+        value, grad = jax.value_and_grad(lambda x: as_probabilities(SCORES[name]()(x))[0, :, 0].sum())(logits)
+        assert np.isfinite(value) and np.isfinite(grad).all()
+
+    def test_probabilities_are_scores_over_their_sum(self):
+        scores = Sigmoid()(random_logits())
+        np.testing.assert_allclose(as_probabilities(scores).sum(-1), 1.0, rtol=1e-6)
+        np.testing.assert_allclose(as_probabilities(scores) * scores.sum(-1, keepdims=True), scores, rtol=1e-6)
+
+
+class TestTopK:
+    def test_ties_go_to_the_lower_expert(self):
+        scores = jnp.array([[[0.2, 0.3, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]])
+        _, experts = TopK(k=2)(scores, jnp.ones((1, 2), bool))
+        assert experts.tolist() == [[[1, 2], [0, 1]]]
+
+    def test_the_choice_has_no_gradient(self):
+        grad = jax.grad(lambda s: TopK(k=2)(s, jnp.asarray(MASK))[1].astype(jnp.float32).sum())(random_logits())
+        assert (np.asarray(grad) == 0).all()
+
+    def test_k_must_be_positive(self):
+        with pytest.raises(ConfigError, match="0 is not positive"):
+            TopK(k=0)
+
+
+SCORES_GSK = jnp.array([[[0.6, 0.2], [0.5, 0.3], [0.4, 0.4]]])
+KEEP_GSK = jnp.array([[[True, True], [True, False], [False, False]]])
+
+
+class TestWeights:
+    def test_raw(self):
+        np.testing.assert_allclose(Raw()(SCORES_GSK, KEEP_GSK), SCORES_GSK)
+
+    def test_before_the_drop_a_lost_expert_takes_its_part_with_it(self):
+        weights = Renormalized(drop="before")(SCORES_GSK, KEEP_GSK)
+        np.testing.assert_allclose(weights[0], [[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]], rtol=1e-6)
+
+    def test_after_the_drop_the_survivor_gets_all(self):
+        weights = Renormalized(drop="after")(SCORES_GSK, KEEP_GSK)
+        np.testing.assert_allclose(weights[0, :2, 0], [0.75, 1.0], rtol=1e-6)
+
+    def test_a_token_that_lost_everything_has_a_finite_gradient(self):
+        grad = jax.grad(lambda s: (Renormalized(drop="after")(s, KEEP_GSK) * KEEP_GSK).sum())(SCORES_GSK)
+        assert np.isfinite(grad).all()
+
+    @pytest.mark.parametrize("weight", [Raw, Renormalized])
+    def test_scale(self, weight):
+        np.testing.assert_allclose(weight(scale=2.5)(SCORES_GSK, KEEP_GSK), 2.5 * weight()(SCORES_GSK, KEEP_GSK))
+
+    def test_softmax_then_top_k_then_renormalized_is_top_k_then_softmax(self):
+        logits = random_logits()
+        scores = Softmax()(logits)
+        _, experts = TopK(k=2)(scores, jnp.asarray(MASK))
+        weights = Renormalized()(jnp.take_along_axis(scores, experts, -1), jnp.ones(experts.shape, bool))
+        assert_close(weights, jax.nn.softmax(jnp.take_along_axis(logits, experts, -1), axis=-1), 1e-6)
+
+
+class TestJitter:
+    def test_is_within_bounds_centred_and_a_rows_own(self):
+        x = jnp.ones((4, 50, 20))
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), jnp.arange(4))
+        noise = np.asarray(jitter(x, keys, 0.1))
+        assert noise.min() >= 0.9 and noise.max() <= 1.1 and noise.max() - noise.min() > 0.19
+        np.testing.assert_allclose(noise.mean(), 1.0, atol=4 * 0.2 / math.sqrt(12 * noise.size))
+        alone = np.asarray(jitter(x[2:3], keys[2:3], 0.1))
+        assert np.array_equal(alone[0], noise[2]) and not np.array_equal(noise[1], noise[2])
+
+    def test_none_or_zero_leaves_the_input_alone(self):
+        x = jnp.ones((2, 3, 4))
+        assert jitter(x, None, 0.5) is x
+        assert jitter(x, jax.random.split(jax.random.key(0), 2), 0.0) is x
+
+
+def decided(config, logits, mask=MASK, factor=0.75):
+    capacities = capacity_table(SIZE, EXPERTS, config.selection.experts_per_token, factor, "per_choice")
+    return to_numpy(jax.jit(lambda x, m: decide(x, m, config, capacities))(logits, jnp.asarray(mask))), capacities
+
+
+class TestDecision:
+    @pytest.mark.parametrize("weight", [Raw(), Renormalized(drop="before"), Renormalized(drop="after")])
+    def test_against_the_reference_group_by_group(self, weight):
+        config, logits = RouterConfig(weight=weight), random_logits()
+        decision, capacities = decided(config, logits)
+        for g in range(GROUPS):
+            expected = slow.route(
+                np.asarray(logits[g]),
+                MASK[g],
+                k=2,
+                kind="softmax",
+                weight="raw" if isinstance(weight, Raw) else weight.drop,
+                limit=capacities[MASK[g].sum()],
+                num_slots=capacities[-1],
+            )
+            assert np.array_equal(decision.experts_GSK[g], expected.experts)
+            slot = np.where(decision.slots.pair[g] == 2 * SIZE, -1, decision.slots.pair[g])
+            assert np.array_equal(slot, expected.slots)
+            kept = expected.kept
+            assert_close(decision.weights_GSK[g][kept], expected.weights[kept].astype(np.float32), 1e-6)
+
+    def test_renaming_experts_renames_the_decision(self):
+        config, logits = RouterConfig(), random_logits()
+        order = np.random.default_rng(1).permutation(EXPERTS)
+        first, second = decided(config, logits)[0], decided(config, logits[..., order])[0]
+        assert np.array_equal(order[second.experts_GSK], first.experts_GSK)
+        assert np.array_equal(second.slots.assigned, first.slots.assigned[order])
+        assert np.array_equal(second.slots.pair, first.slots.pair[:, order])
+        assert_close(second.weights_GSK, first.weights_GSK, 1e-6)
+
+    def test_order_of_tokens_does_not_matter_when_nothing_is_dropped(self):
+        config, logits, everyone = RouterConfig(), random_logits(), np.ones_like(MASK)
+        order = np.random.default_rng(2).permutation(SIZE)
+        first, second = (decided(config, x, everyone, factor=10.0)[0] for x in (logits, logits[:, order]))
+        assert first.slots.keep.all() and second.slots.keep.all()
+        assert np.array_equal(second.experts_GSK, first.experts_GSK[:, order])
+        assert_close(second.weights_GSK, first.weights_GSK[:, order], 1e-6)
+
+    def test_a_report_adds_up(self):
+        decision, _ = decided(RouterConfig(), random_logits())
+        moe = to_numpy(jax.jit(report)(decision, jnp.asarray(MASK)))
+        assert np.array_equal(moe.assigned, moe.processed + moe.dropped) and moe.dropped.sum() > 0
+        assert (moe.tokens, moe.masked) == (17, 3)
+        np.testing.assert_allclose(moe.probability_sum.sum(), 17, rtol=1e-6)
+
+
+class TestCounts:
+    def test_are_exact_where_bfloat16_is_not(self):
+        expert = jnp.asarray(np.repeat([0, 1], [257, 1023]))
+        counts = count_experts(expert, jnp.ones(1280, bool), 3)
+        assert counts.dtype == jnp.int32 and counts.tolist() == [257, 1023, 0]
+
+    def test_leave_out_what_is_not_valid(self):
+        assert count_experts(jnp.array([[0, 1], [1, 1]]), jnp.array([[True, False], [True, True]]), 2).tolist() == [
+            1,
+            2,
+        ]
+
+
+class TestConfig:
+    def test_every_single_choice_with_a_constant_weight_is_refused(self):
+        for name in SELECTORS:
+            selection = dataclasses.replace(SELECTORS[name](), k=1)
+            with pytest.raises(ConfigError, match=r"no gradient from the task.*weight=raw"):
+                RouterConfig(selection=selection, weight=Renormalized())
+            assert RouterConfig(selection=selection, weight=Raw()).selection.experts_per_token == 1
+
+    def test_a_balance_loss_of_nothing_has_a_name_of_its_own(self):
+        with pytest.raises(ConfigError, match="balance = 'none'") as error:
+            LoadBalance(coefficient=0.0)
+        assert error.value.key == "coefficient" and NoBalance().coefficient == 0.0
