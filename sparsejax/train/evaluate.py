@@ -59,8 +59,10 @@ def host_rows(batch_size: int, accumulation: int) -> np.ndarray:
 
 
 def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], args: argparse.Namespace) -> int:
-    """Restores the newest good checkpoint (or `--step`) and prints its metrics as one JSON object. With `--parity`, compares meshes
-    instead, and fails if they differ."""
+    """Restores the newest good checkpoint (or `--step`) and prints its metrics as one JSON object.
+
+    With `--parity`, compares meshes instead; the status is 1 when they differ.
+    """
     if args.parity:
         result = parity(loaded.config, args.mesh)
         print(json.dumps(_json_values(result), allow_nan=False))

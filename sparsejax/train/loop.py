@@ -114,7 +114,7 @@ class _Run:
         return 0
 
     def _steps(self, state: TrainState, first: int, writer: MetricsWriter) -> tuple[TrainState, int]:
-        """Steps first + 1 … train.steps, or fewer when asked to stop. Returns the state and the number of the last step."""
+        """Steps first + 1 … train.steps, or fewer when asked to stop. Returns the state and the last step's number."""
         config, train = self.config, self.config.train
         self.display.start(train.steps, first)
         if self._evaluation_due(first):  # the run was stopped before it came to it
@@ -208,7 +208,7 @@ class _Run:
 
 
 class _Clock:
-    """Seconds of a run, and of the window since the last row: steps, waiting for data; without evaluation, saving, compiling."""
+    """Seconds of a run, and of the window since the last row: of its steps, without evaluation, saving, compiling."""
 
     def __init__(self):
         self.before = 0.0  # seconds of the run before this process took it up

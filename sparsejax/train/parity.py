@@ -28,8 +28,11 @@ def parity(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]]) -> 
     """The first training step of `config` on each mesh, compared with one device.
 
     Returns:
-      For every mesh, as 'D,E,T': loss, largest relative gradient difference and where it is, and whether the integers of the
-      ledger are equal; `equal` says that all of it holds within `TOLERANCE`.
+      For every mesh, as 'D,E,T': loss, largest relative gradient difference and where it is, and the counts of the
+      ledger that are not equal; `equal` says that there are none and the rest is within `TOLERANCE`.
+
+    Raises:
+      RequestError: no mesh is given, or the config does not fit one of them.
     """
     if not meshes:
         raise RequestError("eval --parity needs at least one --mesh=D,E,T to compare with one device")

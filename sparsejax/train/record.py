@@ -63,13 +63,11 @@ def _version(package: str) -> str:
 
 
 def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
-    """Raises `ConfigError` when the model has fewer embeddings than the tokenizer has tokens, or there is no text to evaluate on."""
+    """Raises `ConfigError` when the model lacks embeddings for some tokens, or there is no text to evaluate on."""
     num_eval_batches(corpus, config.data, config.microbatch_size)
-    if config.model.vocab_size < corpus.tokenizer.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            f"{config.model.vocab_size} is less than the tokenizer's {corpus.tokenizer.vocab_size} tokens (data.tokenizer)",
-        )
+    size, tokens = config.model.vocab_size, corpus.tokenizer.vocab_size
+    if size < tokens:
+        raise ConfigError("model.vocab_size", f"{size} is less than the tokenizer's {tokens} tokens (data.tokenizer)")
 
 
 def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
@@ -92,9 +90,9 @@ def changes_since(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: Corpu
         return []
     changes, binding = _changes(path, loaded, corpus)
     if binding and not allowed:
-        raise RequestError(
-            f"{workdir} holds a run with another config: {'; '.join(binding)}. Use another --workdir, or --allow-config-change"
-        )
+        what = "; ".join(binding)
+        advice = "Use another --workdir, or --allow-config-change"
+        raise RequestError(f"{workdir} holds a run with another config: {what}. {advice}")
     return changes
 
 
@@ -104,7 +102,7 @@ def write_config(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: Corpus
 
 
 def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
-    """What sets `corpus` apart from the one that the run in `workdir` was trained on; None when it is the same, or unknown."""
+    """How `corpus` differs from the one that the run in `workdir` was trained on; None if it does not, or is unknown."""
     path = workdir / "config.json"
     if not path.is_file():
         return None

@@ -19,7 +19,10 @@ FILES = {
 
 
 def load_picture(arrays: Mapping[str, np.ndarray], width: int = 64) -> list[str]:
-    """One line per MoE layer: a bar per expert, full height being twice the mean load. Beyond `width` experts, the most loaded."""
+    """One line per MoE layer: a bar per expert, full height being twice the mean load.
+
+    Of more than `width` experts, the most loaded.
+    """
     lines = []
     for name in (key.removesuffix("/assigned") for key in arrays if key.endswith("/assigned")):
         load = np.asarray(arrays[f"{name}/assigned"], float)

@@ -1,4 +1,4 @@
-"""What a training run writes down: the rows, the counts, what it spent; one compile; and how it ends when losses are NaN."""
+"""What a training run writes down: rows, counts, what it spent; one compile; and how it ends when losses are NaN."""
 
 import dataclasses
 import json
@@ -111,7 +111,7 @@ def test_the_learning_rate_is_that_of_the_logged_step(finished_run):
 
 
 def test_counts_are_integers_and_nothing_is_lost(finished_run, config):
-    """`assigned = processed + dropped` for every expert, over all steps since the previous row; every token has k pairs."""
+    """`assigned = processed + dropped` for every expert, over all steps since the previous row; a token has k pairs."""
     before = 0
     for step in TRAIN_STEPS:
         arrays = routing(finished_run, step)
