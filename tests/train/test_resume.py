@@ -296,9 +296,8 @@ def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(run_copy, finished_ru
         env=environment(JAX_ENABLE_COMPILATION_CACHE="false"),
     )
     assert done.returncode == 1, done.stderr
-    first, second, *_ = done.stderr.splitlines()
-    assert first == "failed: checkpoint 6 could not be written: File too large"
-    assert second.startswith("Traceback")
+    said = [line for line in done.stderr.splitlines() if not line.startswith(" ")]
+    assert "failed: checkpoint 6 could not be written: File too large" in said
     assert contents(run_copy / "checkpoints") == saved
     assert here(*words).status == 0
     for step, loss in losses(run_copy).items():

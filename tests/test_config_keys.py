@@ -1,0 +1,338 @@
+"""Every key of the config changes something: a key that nothing reads fails here, and so does one without a row.
+
+A row gives another value for a key, and where its effect shows: in the traced program of a part, in numbers that are
+cheap to compute, or in a test elsewhere, which is named and must exist.
+"""
+
+import ast
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sparsejax.base.config import load
+from sparsejax.base.config_schema import Choice, Choices, Group, Leaf, defaults, slots
+from sparsejax.base.sharding import BATCH_AXES, make_mesh
+from sparsejax.data.corpus import open_corpus
+from sparsejax.data.loader import train_rows
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.optimizer import learning_rate_at
+from sparsejax.train.state import abstract_model, abstract_state, init_state, make_optimizer, state_specs
+from sparsejax.train.step import make_eval_step, make_grads_of_step
+
+TESTS = Path(__file__).parent
+TINY = {
+    "model.d_model": "8",
+    "model.num_heads": "2",
+    "model.vocab_size": "256",
+    "model.repeats": "1",
+    "data.name": "synthetic",
+    "data.sequence_length": "8",
+    "data.batch_size": "4",
+    "train.steps": "20",
+}
+Config = ExperimentConfig
+
+
+# Where an effect shows. Each is a function of a config whose results are compared for equality.
+
+
+def parameters(config: Config) -> Any:
+    """Name, shape and type of every parameter."""
+    with jax.set_mesh(make_mesh(config.mesh)):
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_model(config.model)[1])
+        return [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
+
+
+def initial(config: Config) -> Any:
+    """The program that makes a new state, with the seed in it."""
+    return program(config, lambda tx: lambda: init_state(config, tx))
+
+
+def gradients(config: Config) -> Any:
+    """The program of loss and gradients."""
+    return program(
+        config,
+        lambda tx: lambda state, batch: make_grads_of_step(config)(state.params, state.model_state, batch, state.step),
+        abstract_batch(config),
+    )
+
+
+def evaluation(config: Config) -> Any:
+    """The program of an evaluation batch."""
+    return program(config, lambda tx: make_eval_step(config), abstract_batch(config))
+
+
+def update(config: Config) -> Any:
+    """The program of the optimizer."""
+    return program(config, lambda tx: lambda state: tx.update(state.params, state.opt_state, state.params), ())
+
+
+def rates(config: Config) -> list[float]:
+    """The learning rate at some steps."""
+    rate = learning_rate_at(config.optimizer, config.train.steps)
+    return [float(rate(step)) for step in (0, 1, 5, 10, 15, 18, 19)]
+
+
+def rows(config: Config) -> list[np.ndarray]:
+    """What the first batch holds."""
+    source = train_rows(open_corpus(config.data), config.data, config.train.seed)
+    return [array.tolist() for array in source.rows(np.arange(config.data.batch_size)).values()]
+
+
+def mesh_shape(config: Config) -> tuple[int, ...]:
+    return make_mesh(config.mesh).devices.shape
+
+
+def layout(config: Config) -> Any:
+    """Where every array of the state lies."""
+    with jax.set_mesh(make_mesh(config.mesh)):
+        specs = state_specs(config, make_optimizer(config))
+        return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def abstract_batch(config: Config) -> tuple[Any]:
+    accumulation = config.train.accumulation
+    shape = (accumulation, config.data.batch_size // accumulation, config.data.sequence_length)
+    sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(None, BATCH_AXES))
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    batch = dict.fromkeys(("tokens", "targets", "segments", "positions", "domains"), tokens)
+    return (batch | {"loss_mask": tokens.update(dtype=bool), "rows": tokens.update(shape=shape[:2])},)
+
+
+def program(config: Config, make: Callable[[Any], Callable], batch: tuple | None = None) -> str:
+    """The text of what `make(optimizer)` does to the state and, if it takes one, a batch; constants included."""
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(config)
+        arguments = () if batch is None else (abstract_state(config, tx, mesh), *batch)
+        traced = jax.make_jaxpr(make(tx))(*arguments)
+    constants = [np.asarray(jax.random.key_data(c) if is_key(c) else c).tolist() for c in traced.consts]
+    return re.sub(r"0x[0-9a-f]+", "", f"{traced.jaxpr}\n{constants}")
+
+
+def is_key(value: Any) -> bool:
+    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Under the settings `given`, `value` for the key shows in `where`, a function or the name of a test."""
+
+    value: str
+    where: Callable[[Config], Any] | str
+    given: tuple[tuple[str, str], ...] = ()
+
+
+def row(value: object, where: Callable | str, **given: object) -> Row:
+    """A key in `given` has `__` for its dots."""
+    return Row(str(value), where, tuple((key.replace("__", "."), str(text)) for key, text in given.items()))
+
+
+ONLY = "there is no other choice yet"
+MOE, ROUTER = "model.blocks.moe", "model.blocks.moe.router"
+ADAFACTOR = {"optimizer": "adafactor"}
+WSD = {"optimizer__schedule": "wsd"}
+SPREAD = {"mesh__data": 2, "mesh__expert": 2, "mesh__tensor": 2}
+TABLE: dict[str, Row | str] = {
+    "model.d_model": row(16, parameters),
+    "model.num_heads": row(4, parameters),
+    "model.num_kv_heads": row(1, parameters),
+    "model.head_dim": row(8, parameters),
+    "model.qk_norm": row(True, parameters),
+    "model.rope_theta": row(500.0, evaluation),
+    "model.attention_soft_cap": row(30.0, evaluation),
+    "model.attention": row("splash", "tests/train/test_bad_input.py::test_wrong_values"),
+    "model.dtype": row("bfloat16", evaluation),
+    "model.norm_epsilon": row(1e-4, evaluation),
+    "model.vocab_size": row(300, parameters),
+    "model.prefix": row("(dense,)", parameters),
+    "model.pattern": row("(dense,)", parameters),
+    "model.repeats": row(2, parameters),
+    "model.suffix": row("(moe,)", parameters),
+    "model.blocks.dense.name": row("moe", parameters),
+    "model.blocks.dense.d_ff": row(24, parameters),
+    "model.blocks.dense.gated": row(True, parameters),
+    "model.blocks.dense.activation": row("relu", evaluation),
+    "model.blocks.moe.name": row("dense", parameters),
+    f"{MOE}.num_experts": row(4, parameters),
+    f"{MOE}.d_ff": row(24, parameters),
+    f"{MOE}.gated": row(True, parameters),
+    f"{MOE}.activation": row("relu", evaluation),
+    f"{MOE}.shared_experts": row(1, parameters),
+    f"{MOE}.group_size": row(16, evaluation),
+    f"{MOE}.capacity_factor": row(2.0, gradients),
+    f"{MOE}.eval_capacity_factor": row(1.0, evaluation),
+    f"{MOE}.capacity_convention": row("per_token", evaluation),
+    f"{MOE}.dispatch": row("einsum", evaluation),
+    f"{ROUTER}.score.name": row("sigmoid", evaluation),
+    f"{ROUTER}.selection.name": ONLY,
+    f"{ROUTER}.selection.k": row(3, evaluation),
+    f"{ROUTER}.weight.name": row("raw", evaluation),
+    f"{ROUTER}.weight.scale": row(2.0, evaluation),
+    f"{ROUTER}.weight.drop": row("after", evaluation),
+    f"{ROUTER}.weight.scale (raw)": row(2.0, evaluation, **{f"{ROUTER}.weight": "raw"}),
+    f"{ROUTER}.balance.name": row("none", gradients),
+    f"{ROUTER}.balance.coefficient": row(0.5, gradients),
+    f"{ROUTER}.balance.scope": row("sequence", gradients),
+    f"{ROUTER}.z_loss": row(0.5, gradients),
+    f"{ROUTER}.jitter": row(0.01, gradients),
+    "model.tied_head": row(False, parameters),
+    "model.logit_soft_cap": row(30.0, evaluation),
+    "model.scan": row(False, evaluation),
+    "model.remat": row("full", gradients),
+    "model.remat_names": row("(mlp,)", gradients, model__remat="names", model__remat_names="(attention,)"),
+    "data.name": row("no_such_corpus", "tests/train/test_bad_input.py::test_wrong_values"),
+    "data.path": row("x.txt", "tests/train/test_resume.py::test_another_text_is_flagged", data__name="text"),
+    "data.text_feature": row("body", "tests/train/test_bad_input.py::test_a_file_that_holds_no_documents"),
+    "data.validation_fraction": row(0, "tests/train/test_bad_input.py::test_texts_that_cannot_be_trained_on"),
+    "data.tokenizer": row("x.json", "tests/train/test_bad_input.py::test_wrong_values"),
+    "data.sequence_length": row(16, rows),
+    "data.batch_size": row(8, rows),
+    "data.cache": row("/tmp", "tests/test_config_keys.py::test_the_cache_lies_where_it_should"),
+    "data.prefetch": row(0, "tests/test_config_keys.py::test_reading_ahead_is_as_configured"),
+    "data.workers": row(2, "tests/test_config_keys.py::test_reading_ahead_is_as_configured"),
+    "mesh.data": row(2, mesh_shape),
+    "mesh.expert": row(2, mesh_shape),
+    "mesh.tensor": row(2, mesh_shape),
+    "mesh.rules.embed": row(None, layout, **SPREAD),
+    "mesh.rules.mlp": row(None, layout, **SPREAD),
+    "mesh.rules.heads": row(None, layout, **SPREAD),
+    "mesh.rules.kv_heads": row(None, layout, **SPREAD),
+    "mesh.rules.vocab": row(None, layout, **SPREAD),
+    "mesh.rules.experts": row(None, layout, **SPREAD),
+    "optimizer.name": row("adafactor", update),
+    "optimizer.learning_rate": row(0.5, rates),
+    "optimizer.learning_rate (adafactor)": row(0.5, rates, **ADAFACTOR),
+    "optimizer.schedule.name": row("constant", rates),
+    "optimizer.schedule.warmup_steps": row(5, rates),
+    "optimizer.schedule.final_fraction": row(0.5, rates),
+    "optimizer.schedule.final_fraction (wsd)": row(0.5, rates, **WSD),
+    "optimizer.schedule.decay_fraction (wsd)": row(0.5, rates, **WSD),
+    "optimizer.clip_norm": row(0.5, update),
+    "optimizer.weight_decay": row(0.5, update),
+    "optimizer.weight_decay_groups": row("(expert,)", update),
+    "optimizer.b1": row(0.5, update),
+    "optimizer.b2": row(0.5, update),
+    "optimizer.eps": row(1e-3, update),
+    "optimizer.scale_by_parameter (adafactor)": row(False, update, **ADAFACTOR),
+    "optimizer.decay_rate (adafactor)": row(0.5, update, **ADAFACTOR),
+    "optimizer.factored_from (adafactor)": row(2, update, **ADAFACTOR),
+    "optimizer.update_clip (adafactor)": row(2.0, update, **ADAFACTOR),
+    "optimizer.momentum (adafactor)": row(0.5, update, **ADAFACTOR),
+    "train.steps": row(40, rates),
+    "train.seed": row(7, initial),
+    "train.log_every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),
+    "train.accumulation": row(2, gradients),
+    "train.max_nonfinite": row(3, "tests/train/test_loop.py::test_a_run_that_stays_nan_stops_and_names_the_module"),
+    "train.profile": row("(1, 2)", "tests/train/test_loop.py::test_a_profile_is_written_on_request"),
+    "train.tensorboard": row(False, "tests/test_end_to_end.py::test_what_train_leaves_behind"),
+    "eval.every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),
+    "eval.batches": row(1, "tests/train/test_evaluate.py::test_more_batches_can_be_asked_for"),
+    "checkpoint.every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),
+    "checkpoint.keep": row(1, "tests/test_end_to_end.py::test_what_train_leaves_behind"),
+    "checkpoint.keep_every": row(5, "tests/test_end_to_end.py::test_what_train_leaves_behind"),
+}
+
+
+def keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every leaf of the schema, whatever is chosen; ' (ENTRY)' after what only an entry that is no default has."""
+    for name, slot in slots(schema).items():
+        path = prefix + name
+        if isinstance(slot, Leaf):
+            yield path
+        elif isinstance(slot, Group):
+            yield from keys(slot.schema, f"{path}.")
+        elif isinstance(slot, Choices):
+            for entry, of_entry in slot.registry.items():
+                yield f"{path}.{entry}.name"
+                yield from keys(of_entry, f"{path}.{entry}.")
+        elif isinstance(slot, Choice):
+            yield f"{path}.name"
+            default = type(defaults(schema)[name])
+            yield from keys(default, f"{path}.")
+            for entry, of_entry in slot.registry.items():
+                for key in of_entry.__dataclass_fields__:
+                    if definer(of_entry, key) is not definer(default, key):
+                        yield f"{path}.{key} ({entry})"
+
+
+def definer(schema: type, key: str) -> type | None:
+    """The class that gives the field, which may be one above `schema`."""
+    return next((each for each in schema.__mro__ if key in vars(each).get("__annotations__", {})), None)
+
+
+KEYS = list(dict.fromkeys(keys(ExperimentConfig)))
+
+
+def config_of(*settings: tuple[tuple[str, str], ...]) -> Config:
+    """Refuses settings without effect, as the command line does."""
+    merged = dict(TINY) | {path: text for each in settings for path, text in each}
+    return load(ExperimentConfig, None, list(merged.items())).config
+
+
+@functools.cache
+def before(where: Callable, given: tuple[tuple[str, str], ...]) -> Any:
+    return where(config_of(given))
+
+
+def test_every_key_has_a_row_and_every_row_a_key():
+    assert len(KEYS) > 90
+    assert set(KEYS) == set(TABLE), "a key without a row, or a row without a key"
+
+
+@pytest.mark.parametrize("key", [key for key, change in TABLE.items() if not isinstance(change, str)])
+def test_the_key_changes_something(key):
+    change = TABLE[key]
+    assert isinstance(change, Row)
+    if isinstance(change.where, str):
+        file, name = change.where.split("::")
+        functions = [node.name for node in ast.parse((TESTS.parent / file).read_text()).body if hasattr(node, "name")]
+        assert name in functions, f"{change.where} is no test"
+        return
+    path = key.partition(" ")[0]
+    changed = config_of(change.given, ((path, change.value),))
+    assert change.where(changed) != before(change.where, change.given)
+
+
+@pytest.mark.parametrize("where", [parameters, initial, gradients, evaluation, update, rates, rows, layout])
+def test_the_same_config_shows_no_change(where):
+    """Else a difference says nothing: addresses, or the order of a set, may have got into a text."""
+    assert where(config_of()) == before(where, ())
+
+
+def test_what_has_no_other_choice_has_none():
+    from sparsejax.routers.selectors import SELECTORS
+
+    assert [key for key, change in TABLE.items() if change == ONLY] == [f"{ROUTER}.selection.name"]
+    assert len(SELECTORS) == 1
+
+
+def test_the_cache_lies_where_it_should(tmp_path):
+    text = tmp_path / "corpus.txt"
+    text.write_text("some text " * 100)
+    given = (("data.name", "text"), ("data.path", str(text)))
+    open_corpus(config_of(given, (("data.cache", str(tmp_path / "cache")),)).data)
+    assert list((tmp_path / "cache" / "tokens").rglob("train.tokens.bin"))
+
+
+def test_reading_ahead_is_as_configured(monkeypatch):
+    """grain is told how many batches to keep ready and how many threads fill them."""
+    import grain
+
+    from sparsejax.data import loader
+
+    told = []
+    options = grain.ReadOptions
+    monkeypatch.setattr(loader.grain, "ReadOptions", lambda **given: told.append(given) or options(**given))
+    for prefetch, workers in ((4, 1), (2, 3), (0, 1)):
+        data = dataclasses.replace(config_of().data, prefetch=prefetch, workers=workers)
+        loader.eval_batches(open_corpus(data), data, 4, 1).close()
+    assert [tuple(given.values()) for given in told] == [(1, 4), (3, 2), (0, 0)]

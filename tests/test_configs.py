@@ -1,0 +1,64 @@
+"""Every experiment in `configs/` loads and can be built; its header says how to run it and what to expect."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from support import on_mesh
+
+from sparsejax import cli
+from sparsejax.base.config import load
+from sparsejax.model.cost import total
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.state import abstract_model
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def file(request):
+    return request.param
+
+
+@pytest.fixture
+def header(file):
+    return ast.get_docstring(ast.parse(file.read_text()))
+
+
+def test_there_are_some():
+    assert {"quickstart", "tiny"} <= {file.stem for file in FILES}
+
+
+def test_it_is_short(file):
+    assert len(file.read_text().splitlines()) <= 60
+
+
+def test_its_header_says_how_to_run_it(file, header):
+    commands = re.findall(r"^Run:\s+(.*)$", header, re.MULTILINE)
+    assert commands, "no line 'Run: COMMAND'"
+    assert f"python -m sparsejax train --config=configs/{file.name}" in header
+
+
+def test_its_header_says_what_to_expect(header):
+    expected = re.findall(r"^Expect:\s+(.*)$", header, re.MULTILINE)
+    assert len(expected) == 1
+    assert re.search(r"\d", expected[0]), "no number in it"
+
+
+def test_its_model_can_be_built(file, header):
+    """Without allocating anything; and the model costs what its config says."""
+    config = load(ExperimentConfig, str(file), overrides_of(header)).config
+    config = dataclasses.replace(config, mesh=config.mesh.resolve(8))
+    with on_mesh(config.mesh.shape):
+        _, params, _ = abstract_model(config.model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == total(config.model).parameters
+
+
+def overrides_of(header):
+    """Those of the first command in the header: some configs want a `data.path`."""
+    words = re.findall(r"^Run:\s+(.*)$", header, re.MULTILINE)[0].split()
+    return cli._split_overrides(words)[1]
