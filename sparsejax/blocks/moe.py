@@ -1,6 +1,7 @@
 """The mixture-of-experts block: route, dispatch, exchange, compute, combine."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
@@ -55,6 +56,11 @@ class MoESpec(BlockSpec):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(name, f"{value} is not positive")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(self, name) == math.inf:
+                raise ConfigError(
+                    name, f"inf is no number of slots; num_experts={self.num_experts} is room for any routing"
+                )
         if k > self.num_experts:
             raise ConfigError(
                 "router.selection.k", f"{k} experts per token, but there are only num_experts={self.num_experts}"

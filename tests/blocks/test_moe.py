@@ -453,6 +453,12 @@ class TestConfig:
             MoESpec(**{field: 0})
         assert error.value.key == field
 
+    @pytest.mark.parametrize("field", ["capacity_factor", "eval_capacity_factor"])
+    def test_capacity_without_end_is_refused_with_the_number_that_does_it(self, field):
+        with pytest.raises(ConfigError, match="num_experts=8 is room for any routing") as error:
+            MoESpec(**{field: math.inf})
+        assert error.value.key == field
+
     @pytest.mark.parametrize("field, value", [("z_loss", -1.0), ("jitter", 1.0), ("jitter", -0.1)])
     def test_router_numbers_out_of_range(self, field, value):
         with pytest.raises(ConfigError) as error:
