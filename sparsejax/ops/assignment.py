@@ -81,7 +81,7 @@ def choice_major_pairs(experts_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G
 def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Array, " G"]) -> Slots:
     """Gives every valid pair the next free slot of its expert; beyond `limit_G` (≤ `num_slots` = C) pairs are dropped.
 
-    One stable sort by expert; no scatter and no array of size S × E × C. Keys are `expert · P + index`, all
+    One stable sort by expert; no scatter of rows and no array of size S × E × C. Keys are `expert · P + index`, all
     different, so that a single-operand sort is stable by construction. Needs (E + 1) · P < 2³¹."""
     groups, size = pairs.expert.shape
     if (num_experts + 1) * size >= 2**31:
@@ -100,7 +100,6 @@ def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Arra
     rank_GEC = jnp.minimum(start_GE[:, :-1, None] + slot_C, size - 1)
     pair_GEC = jnp.take_along_axis(order_GP, rank_GEC.reshape(groups, -1), axis=-1).reshape(rank_GEC.shape)
 
-    # The inverse of the order is a sort, too: sorting (order · 1) restores list order and carries ranks along.
     rank_GP = _inverse_permutation(order_GP)
     start_of_pair_GP = jnp.take_along_axis(start_GE, expert_GP, axis=-1)
     position_GP = rank_GP - start_of_pair_GP
@@ -114,6 +113,7 @@ def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Arra
 
 
 def _inverse_permutation(order_GP: Int[Array, "G P"]) -> Int[Array, "G P"]:
+    """Where each pair of the list stands in the sorted order."""
     size = order_GP.shape[-1]
     ranks = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), order_GP.shape)
     return jax.vmap(lambda order, rank: jnp.zeros_like(order).at[order].set(rank, unique_indices=True))(order_GP, ranks)
