@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support import MESHES, ONE_DEVICE, assert_close, host_batch, mesh_name, on_mesh, to_numpy
 
 from sparsejax.base.reports import Report
-from sparsejax.base.sharding import MeshConfig, shard_batch
+from sparsejax.base.sharding import RULE_NAMES, MeshConfig, Rules, shard_batch
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
@@ -28,6 +28,8 @@ ROWS, LENGTH, VOCAB, EXPERTS = 16, 6, 16, 4
 
 
 COEFFICIENT = 0.5
+DEFAULT_RULES = Rules()
+ALL_AXES = (2, 2, 2)
 
 
 def moe_spec(scope):
@@ -36,14 +38,14 @@ def moe_spec(scope):
     return MoESpec(num_experts=EXPERTS, d_ff=8, capacity_factor=0.75, router=router)
 
 
-def experiment(shape=ONE_DEVICE, accumulation=1, scopes=("sequence", "global")):
+def experiment(shape=ONE_DEVICE, accumulation=1, scopes=("sequence", "global"), rules=DEFAULT_RULES):
     """A layer for each balance scope; every expert weight is split over what mesh there is."""
     blocks = {scope: moe_spec(scope) for scope in scopes}
     model = {"d_model": 8, "num_heads": 2, "vocab_size": VOCAB, "pattern": scopes, "repeats": 1, "blocks": blocks}
     return ExperimentConfig(
         model=ModelConfig(**model),
         data=DataConfig(batch_size=ROWS, sequence_length=LENGTH),
-        mesh=MeshConfig(data=shape[0], expert=shape[1], tensor=shape[2]),
+        mesh=MeshConfig(data=shape[0], expert=shape[1], tensor=shape[2], rules=rules),
         optimizer=AdamW(learning_rate=0.01),
         train=TrainConfig(accumulation=accumulation, steps=100),
     )
@@ -63,9 +65,9 @@ def first_state(scopes):
 
 
 @functools.cache
-def one_step(shape, accumulation, scopes=("sequence", "global")):
+def one_step(shape, accumulation, scopes=("sequence", "global"), rules=DEFAULT_RULES):
     """(gradients, report, what JAX asks XLA for, what XLA makes of it) of the first step."""
-    config, tx = experiment(shape, accumulation, scopes), gradient_keeper()
+    config, tx = experiment(shape, accumulation, scopes, rules), gradient_keeper()
     with on_mesh(shape) as mesh:
         specs = jax.tree.leaves(state_specs(config, tx), is_leaf=lambda leaf: isinstance(leaf, P))
         leaves, structure = jax.tree.flatten(first_state(scopes))
@@ -79,8 +81,8 @@ def one_step(shape, accumulation, scopes=("sequence", "global")):
     return trace, report, lowered.as_text(), compiled.as_text()
 
 
-def numbers(*setting):
-    return one_step(*setting)[:2]
+def numbers(*setting, **more):
+    return one_step(*setting, **more)[:2]
 
 
 def layers(report):
@@ -91,7 +93,7 @@ def layers(report):
 class TestAccumulation:
     @pytest.mark.parametrize("accumulation", [2, 4])
     def test_is_the_large_batch(self, accumulation):
-        """For balance by sequence and by step: the ledger exactly; loss, its terms, gradients and their norm to 1e-5."""
+        """For balance by sequence and by step: the ledger exactly; loss, terms, gradients and norm to 1e-5."""
         assert_close(numbers(ONE_DEVICE, accumulation), numbers(ONE_DEVICE, 1))
 
     @pytest.mark.slow
@@ -122,6 +124,15 @@ class TestMeshes:
     def test_loss_gradients_and_ledger_are_those_of_one_device(self, shape):
         assert_close(numbers(shape, 2), numbers(ONE_DEVICE, 2))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "whole", [("embed",), ("experts",), ("mlp",), ("heads", "kv_heads"), ("vocab",), RULE_NAMES], ids=str
+    )
+    def test_the_rules_move_arrays_and_no_number(self, whole):
+        """Each kind of parameter on every device, and all of them: no gathering, no exchange, no sum over `tensor`."""
+        rules = Rules(**dict.fromkeys(whole))
+        assert_close(numbers(ALL_AXES, 2, rules=rules), numbers(ONE_DEVICE, 2))
+
     def test_the_ledger_conserves(self):
         for shape in MESHES:
             for layer in layers(numbers(shape, 2)[1]).values():
@@ -145,9 +156,6 @@ class TestCollectives:
         for line in made.splitlines():
             result = line.partition(" all-reduce(")
             assert not (result[1] and re.search(gathered, result[0])), line
-
-
-ALL_AXES = (2, 2, 2)
 
 
 @pytest.fixture(scope="module")
