@@ -443,7 +443,7 @@ class TestModes:
 
 class TestConfig:
     def test_more_experts_per_token_than_experts(self):
-        with pytest.raises(ConfigError, match="4 experts per token.*num_experts=3") as error:
+        with pytest.raises(ConfigError, match=r"4 experts per token.*num_experts=3") as error:
             MoESpec(num_experts=3, router=RouterConfig(selection=TopK(k=4)))
         assert error.value.key == "router.selection.k"
 

@@ -1,6 +1,6 @@
 """What every router owes, with every movement, on every mesh: the ledger's law, and the numbers of one device.
 
-The entries of the routers' registries are found by name, so that a new one is under contract as soon as it can be configured.
+Entries of the routers' registries are found by name: a new one is under contract as soon as it can be configured.
 """
 
 import functools
@@ -90,7 +90,7 @@ def cases():
 
 @functools.cache
 def run(router: str, movement: str, shape: tuple[int, int, int]):
-    """(output, report, gradients in parameters and input) of one layer in training, with capacity for three pairs in four."""
+    """(output, report, gradients in parameters and input) of one layer, with room for three pairs in four."""
     spec = MoESpec(num_experts=EXPERTS, d_ff=6, capacity_factor=0.75, dispatch=movement, router=ROUTERS[router])
     rng = np.random.default_rng(0)
     x, direction = rng.normal(size=(2, ROWS, LENGTH, BACKBONE.d_model)).astype(np.float32)
