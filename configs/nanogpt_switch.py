@@ -17,6 +17,7 @@ def get_config():
     config = runpy.run_path(str(Path(__file__).with_name("nanogpt_dense.py")))["get_config"]()
     config.model.pattern = ("dense", "moe")
     moe = config.model.blocks.moe
-    moe.num_experts, moe.group_size = 8, 768  # the whole step is one group
+    moe.num_experts, moe.capacity_factor = 8, 2.0
+    moe.group_size = 768  # the whole step
     moe.router.selection.k, moe.router.weight = 1, choose(WEIGHTS, "raw")
     return config
