@@ -68,7 +68,7 @@ def load(schema: type[T], file: str | None, overrides: Iterable[tuple[str, str]]
     if file is None:
         node = Node(schema, defaults(schema))
     elif file.endswith(".json"):
-        node, recorded, environment = _read_json(schema, _existing(file), file)
+        node, recorded, environment = _read_json(schema, _text(_existing(file)), file)
     else:
         node = _run_file(schema, file)
     before = node.to_dict()
@@ -120,7 +120,7 @@ def _override(root: Node, path: str, text: str) -> str:
     node: Any = root
     *above, last = path.split(".")
     for depth, key in enumerate(above):
-        if isinstance(node, NamedNodes) and key not in node and above[depth + 1 :] + [last] == ["name"]:
+        if isinstance(node, NamedNodes) and key not in node and [*above[depth + 1 :], last] == ["name"]:
             node[key] = text
             return path
         if key not in node:
@@ -162,23 +162,35 @@ def _at(values: Any, path: str) -> Any:
     return values
 
 
-def _existing(file: str) -> str:
+def _existing(file: str) -> Path:
     path = Path(file)
     if path.is_file():
-        return path.read_text()
+        return path
     siblings = [str(each) for each in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
     raise RequestError(f"--config={file}: no such file.{did_you_mean(file, siblings)}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{path}: not the config.json of a run: it is not UTF-8 text") from None
+    except OSError as error:
+        raise RequestError(f"{path}: could not be read: {error.strerror}") from None
 
 
 def _read_json(schema: type, text: str, name: str) -> tuple[Node, dict[str, str], dict[str, Any]]:
     try:
         record = json.loads(text)
-        values, provenance, environment = (record[key] for key in ("config", "provenance", "environment"))
+        missing = [key for key in ("config", "provenance", "environment") if key not in record]
+        if missing:
+            raise ValueError(f"it has no {' and no '.join(map(repr, missing))}")
+        values, provenance, environment = record["config"], record["provenance"], record["environment"]
         return settle(Group(schema), values, None), dict(provenance), dict(environment)
     except ConfigError as error:
         raise RequestError(f"{name}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{name}: not the config.json of a run: {type(error).__name__}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"{name}: not the config.json of a run: {error}") from None
 
 
 def _run_file(schema: type, file: str) -> Node:
@@ -200,7 +212,7 @@ def _run_file(schema: type, file: str) -> Node:
         return settle(Group(schema), config, None)
     except RequestError as error:
         raise RequestError(f"{_line(error, path)}{error}") from None
-    except Exception as error:  # noqa: BLE001 - the code of a config file may raise anything
+    except Exception as error:  # the code of a config file may raise anything
         raise RequestError(f"{_line(error, path) or f'{path}: '}{type(error).__name__}: {error}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from sparsejax.base.errors import did_you_mean
 
-_SCALARS = {int: "an int", float: "a float", bool: "true or false", str: "a string"}
+_SCALARS = {int: "an int", float: "a finite float", bool: "true or false", str: "a string"}
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -103,9 +103,14 @@ def _convert(hint: Any, value: Any) -> Any:
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or isinstance(value, bool) != (hint is bool):  # a bool is an int to Python
         raise _Refused(value)
-    if hint is float and math.isnan(value):  # differs from itself, which no comparison of configs survives
+    try:
+        converted = hint(value)
+    except OverflowError:  # an int that no float can hold
+        raise _Refused(value) from None
+    # JSON has no infinity, and NaN differs from itself, which no comparison of configs survives.
+    if hint is float and not math.isfinite(converted):
         raise _Refused(value)
-    return hint(value)
+    return converted
 
 
 def _read(hint: Any, text: str) -> Any:

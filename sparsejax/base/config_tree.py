@@ -85,11 +85,13 @@ class Tree(ConfigDict):
 
     def _unknown(self, path: str) -> ConfigError:
         """The error for `path` below this node, whose first part is no key of it; suggests the nearest path."""
-        root: Tree = self
+        root, first = self, path.partition(".")[0]
         while root._parent is not None:
             root = root._parent[0]
         config = "config." if root._registry is None else ""  # else it is what `choose` makes, not in a config yet
-        near = nearest_path(path, self._where(), self._known(), list(root._paths()))
+        paths = list(root._paths())
+        # Where the whole path resembles none, its first part may: `modl.d` is no leaf, but `model` is a group.
+        near = next(filter(None, (nearest_path(p, self._where(), self._known(), paths) for p in (path, first))), "")
         hint = f" Did you mean '{config}{near}'?" if near else ""
         owner = f"{config}{self._where()}".rstrip(".") or "it"
         return ConfigError(path, f"no such key.{hint} {owner} has: {', '.join(self._known()) or 'no settings'}")

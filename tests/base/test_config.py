@@ -177,9 +177,11 @@ def test_accepted_values_get_the_exact_type(c, path, value, expected):
         ("trace", (1, 2.5), "a tuple, each item an int"),
         ("trace", "12", "a tuple, each item an int"),
         ("model.d_model", [1], "an int"),
-        ("model.softcap", "x", "none or a float"),
-        ("model.softcap", False, "none or a float"),
-        ("model.softcap", float("nan"), "none or a float"),
+        ("model.softcap", "x", "none or a finite float"),
+        ("model.softcap", False, "none or a finite float"),
+        ("model.softcap", float("nan"), "none or a finite float"),
+        ("model.softcap", float("-inf"), "none or a finite float"),
+        ("model.softcap", 10**400, "none or a finite float"),
         ("model.head", "teid", "one of: tied, untied. Did you mean 'tied'?"),
         ("data.shuffle", 1, "true or false"),
         ("data.name", 3, "a string"),
@@ -223,6 +225,8 @@ def test_wrong_values_name_key_value_and_what_is_allowed(c, path, value, allowed
         ("optimizer.learnin_rate", "optimizer.learning_rate"),
         ("model.blocks.moe.score.temprature", "model.blocks.moe.score.temperature"),
         ("modle", "model"),
+        ("modle.zzz", "model"),
+        ("model.blokcs.zzz", "model.blocks"),
         ("model.blocks.moe.temprature", "model.blocks.moe.score.temperature"),
         ("model.blocks.meo.num_experts", "model.blocks.moe.num_experts"),
     ],
@@ -398,7 +402,9 @@ def test_text_is_read_by_the_type_of_its_leaf(path, text, expected):
         ("steps", "many", "an int"),
         ("every", "x", "none or an int"),
         ("trace", "1,x", "each item an int"),
-        ("model.softcap", "nan", "a float"),
+        ("model.softcap", "nan", "a finite float"),
+        ("optimizer.learning_rate", "inf", "'inf' is not allowed; must be a finite float."),
+        ("optimizer.learning_rate", "1e999", "a finite float"),
         ("model.head", "untide", "Did you mean 'untied'?"),
         ("data.shuffle", "maybe", "true or false"),
         ("model", "3", "it is a group, set one of its own: d_model"),
@@ -581,9 +587,25 @@ def test_json_that_is_no_run_record():
     for text in ("", "[]", "{}", '{"config": {}, "provenance": 3, "environment": {}}'):
         with pytest.raises(RequestError, match=r"config\.json: not the config\.json of a run"):
             from_json(Root, text)
+    with pytest.raises(RequestError, match=r"not the config.json of a run: it has no 'provenance' and no 'environment'"):
+        from_json(Root, '{"config": {}}')
     record = {"config": {"stepz": 3}, "provenance": {}, "environment": {}}
     with pytest.raises(RequestError, match=r"runs/a: config\.stepz: no such key. Did you mean 'config\.steps'"):
         from_json(Root, json.dumps(record), name="runs/a")
+
+
+def test_json_files_that_cannot_be_read(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    file.write_bytes(b'{"config": "\xff"}')
+    with pytest.raises(RequestError, match=r"config\.json: not the config.json of a run: it is not UTF-8 text"):
+        load(Root, str(file))
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(file), "read_text", refuse)  # root may read anything
+    with pytest.raises(RequestError, match=r"config\.json: could not be read: Permission denied"):
+        load(Root, str(file))
 
 
 def test_diff_names_leaves_that_one_side_lacks():
