@@ -75,7 +75,7 @@ class Stack(nnx.Module):
         reports, new_caches = {}, {}
         for i, block in enumerate(blocks):
             position = f"{where}_{i}"
-            call = _remat(_call_block, self.config)
+            call = _remat(_call_block, self.config, scanned=where == "pattern" and self.config.scan)
             cache = None if caches is None else caches[position]
             out = call(block, x_BTD, context.batch, context.key, cache, first_layer + i, context.mode)
             x_BTD, reports[position], new_caches[position] = out.x, out.report, out.cache
@@ -114,7 +114,7 @@ def _call_block(block, x_BTD, batch, key, cache, layer, mode) -> BlockOutput:
     return block(x_BTD, Context(batch=batch, mode=mode, key=key).at_layer(layer), cache)
 
 
-def _remat(call: Callable[..., BlockOutput], config: ModelConfig) -> Callable[..., Any]:
+def _remat(call: Callable[..., BlockOutput], config: ModelConfig, scanned: bool) -> Callable[..., Any]:
     """`call`, with the values that its backward pass keeps chosen by `config.remat`."""
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
@@ -124,4 +124,4 @@ def _remat(call: Callable[..., BlockOutput], config: ModelConfig) -> Callable[..
     if config.remat == "none":
         return call
     # Under scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-    return jax.checkpoint(call, policy=policies[config.remat], prevent_cse=not config.scan, static_argnums=(6,))
+    return jax.checkpoint(call, policy=policies[config.remat], prevent_cse=not scanned, static_argnums=(6,))

@@ -14,7 +14,7 @@ from sparsejax.base.structs import struct
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear, RMSNorm
 from sparsejax.nn.mlp import residual_scale
-from sparsejax.ops.attention import rope, splash_attention, xla_attention
+from sparsejax.ops.attention import SPLASH_BLOCK, rope, splash_attention, xla_attention
 
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)
 ROWS_SPEC = P(BATCH_AXES, None)
@@ -72,7 +72,8 @@ class Attention(nnx.Module):
 
     def _over_row(self, q_BTNH, k_BTMH, v_BTMH, segments_BT):
         """Attention inside the rows of a batch; a device holds whole rows and whole heads, so nothing is exchanged."""
-        use_splash = self.kind == "splash" or (self.kind == "auto" and mesh_platform() == "tpu")
+        fits = mesh_platform() == "tpu" and q_BTNH.shape[1] % SPLASH_BLOCK == 0
+        use_splash = self.kind == "splash" or (self.kind == "auto" and fits)
 
         def local(q, k, v, segments):
             if use_splash:

@@ -50,16 +50,22 @@ def capacity(
 
     `per_choice`: ⌈CF · k · S / E⌉, so that CF = 1 is just enough for balanced routing (V-MoE). `per_token`: ⌈CF · S /
     E⌉, in which k is not counted (Switch, Mesh-TensorFlow): top-2 at CF 1.25 then has 0.625 slots a choice."""
-    k = experts_per_token if convention == "per_choice" else 1
-    return min(tokens, math.ceil(Fraction(str(factor)) * k * tokens / num_experts))
+    slots = _slots_per_token(num_experts, experts_per_token, factor, convention)
+    return min(tokens, math.ceil(slots * tokens))
 
 
 def capacity_table(
     group_size: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention
 ) -> np.ndarray:
     """`capacity` for 0 … `group_size` unmasked tokens, int32: padding in a group must not buy slots for the others."""
-    sizes = range(group_size + 1)
-    return np.array([capacity(n, num_experts, experts_per_token, factor, convention) for n in sizes], np.int32)
+    slots = _slots_per_token(num_experts, experts_per_token, factor, convention)
+    tokens = np.arange(group_size + 1, dtype=np.int64)
+    return np.minimum(tokens, -(-tokens * slots.numerator // slots.denominator)).astype(np.int32)
+
+
+def _slots_per_token(num_experts: int, experts_per_token: int, factor: float, convention: str) -> Fraction:
+    """Slots of one expert per token of the group, before rounding up."""
+    return Fraction(str(factor)) * (experts_per_token if convention == "per_choice" else 1) / num_experts
 
 
 def choice_major_pairs(experts_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"]) -> Pairs:

@@ -48,6 +48,10 @@ def xla_attention(
     return jnp.einsum("bmgts,bsmh->btmgh", weights, v_BSMH).reshape(q_BTNH.shape)
 
 
+SPLASH_BLOCK = 128
+"""The flash kernel works on blocks of this many tokens; a row must be a multiple of it."""
+
+
 def splash_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTMH: Float[Array, "B T M H"],

@@ -25,8 +25,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "log_every", "accumulation", "max_nonfinite"):
             _at_least_one(self, name)
-        if self.seed < 0:
-            raise ConfigError("seed", f"{self.seed} is negative")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError("seed", f"{self.seed} is outside 0 … 2³² − 1")
         if self.profile and not (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1] <= self.steps):
             raise ConfigError(
                 "profile", f"{self.profile}: two steps first <= last within 1 … train.steps={self.steps}, or ()"

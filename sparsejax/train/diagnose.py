@@ -35,8 +35,10 @@ def first_bad_module(config: ExperimentConfig, state: TrainState, microbatches: 
             if not _finite(output):
                 return f"the output of {name} is not finite"
     _, grads = jax.jit(make_grads_of_step(config))(state.params, state.model_state, microbatches, step)
-    bad = [_name(path) for path, gradient in nnx.to_flat_state(grads) if not _finite(gradient[...])]
-    return f"the gradient of {bad[-1]} is not finite" if bad else "every module is finite when the step is repeated"
+    bad = [path for path, gradient in nnx.to_flat_state(grads) if not _finite(gradient[...])]
+    if not bad:
+        return "every module is finite when the step is repeated"
+    return f"the gradient of {_name(min(bad, key=_distance_from_loss))} is not finite"
 
 
 def _outputs(config: ExperimentConfig, state: TrainState, context: Context) -> Iterator[tuple[str, Array]]:
@@ -72,6 +74,13 @@ def _norm(model: LanguageModel, x_BTD: Array) -> Array:
 
 def _head(model: LanguageModel, x_BTD: Array) -> Array:
     return (model.embedding if model.head is None else model.head).logits(x_BTD)
+
+
+def _distance_from_loss(path: tuple) -> tuple[int, int]:
+    """Sorts parameters from the output of the model to its input; later blocks come before earlier ones."""
+    parts = ("head", "final_norm", "suffix", "units", "prefix", "embedding")
+    place = next(i for i, part in enumerate(parts) if part in path)
+    return place, -next((key for key in path if isinstance(key, int)), 0)
 
 
 def _finite(value: Array) -> bool:

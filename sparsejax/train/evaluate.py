@@ -37,7 +37,9 @@ class Evaluator:
         """The metrics of `state` over `eval.batches` batches, and its routing arrays."""
         config, total = self.config, None
         rows = host_rows(config.microbatch_size, 1)
-        for batch in eval_batches(self.corpus, config.data, config.microbatch_size, config.eval.batches, rows):
+        # A microbatch at a time, as in training: memory and groups are those of a step.
+        number = None if config.eval.batches is None else config.eval.batches * config.train.accumulation
+        for batch in eval_batches(self.corpus, config.data, config.microbatch_size, number, rows):
             arrays = shard_batch(batch, self.mesh, 1)
             if self._step is None:
                 self._step = jax.jit(make_eval_step(config)).lower(state, arrays).compile()

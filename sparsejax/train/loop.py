@@ -133,8 +133,7 @@ class _Run:
             self.clock.start()
             for step in range(first + 1, train.steps + 1):
                 with self.clock.waiting():
-                    rows = next(data)
-                batch = shard_batch(rows, self.mesh, train.accumulation)
+                    batch = shard_batch(next(data), self.mesh, train.accumulation)
                 if compiled is None:
                     with self.clock.compiling():
                         step_fn = jax.jit(make_train_step(config, self.tx), donate_argnums=0)
@@ -151,10 +150,10 @@ class _Run:
                 if last:
                     break
                 with self.clock.paused():
+                    if self.checkpoints.due(step):  # first: an evaluation may be long, a preemption sudden
+                        self.checkpoints.save(step, state, self._progress())
                     if self._evaluation_due(step):
                         self.display.update(self._evaluate(state, step, writer)[0])
-                    if self.checkpoints.due(step):
-                        self.checkpoints.save(step, state, self._progress())
         return state, step
 
     def _account(self, report: StepReport, state: TrainState, batch: Any) -> None:
@@ -193,7 +192,8 @@ class _Run:
 
     def _row(self, step: int, split: str, measured: Row) -> Row:
         """What was measured, after its place in the run and before what the run has spent so far."""
-        spent = {"tokens": self.tokens, "flops": self.flops, "learning_rate": float(self.learning_rate(step - 1))}
+        rate = float(self.learning_rate(step - 1 - self.nonfinite))  # a skipped step does not advance the schedule
+        spent = {"tokens": self.tokens, "flops": self.flops, "learning_rate": rate}
         return {"step": step, "split": split, **measured, **spent, "nonfinite_steps": self.nonfinite}
 
     def _save(self, step: int, state: TrainState) -> None:

@@ -11,7 +11,7 @@ from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, forward_flops
-from sparsejax.model.lm import auxiliary_losses, moe_layers
+from sparsejax.model.lm import auxiliary_losses, moe_layers, settle
 from sparsejax.train.step import EvalReport, StepReport
 
 Row = dict[str, Any]
@@ -51,6 +51,7 @@ class Window:
 def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
     """The metrics of a whole evaluation pass from its summed host report. The auxiliary losses are those of the pass
     as one batch."""
+    reports = settle(config, total.reports)
     targets = max(float(total.targets), 1.0)
     cross_entropy = float(total.cross_entropy_sum) / targets
     totals = Totals(
@@ -59,11 +60,11 @@ def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
         rows=jnp.asarray(float(total.rows)),
         microbatches=1,
     )
-    terms = auxiliary_losses(config, total.reports, totals)
+    terms = auxiliary_losses(config, reports, totals)
     row: Row = {"loss": cross_entropy + sum(float(v) for v in terms.values()), "cross_entropy": cross_entropy}
     row |= {f"loss/{name}": float(value) for name, value in terms.items()}
     row |= {"targets": int(total.targets)}
-    return row | moe_metrics(config, total.reports, "eval"), routing_arrays(config, total.reports)
+    return row | moe_metrics(config, reports, "eval"), routing_arrays(config, reports)
 
 
 def bits_per_byte(cross_entropy: float) -> float:

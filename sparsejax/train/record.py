@@ -14,6 +14,7 @@ from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.writers import write_atomically
 from sparsejax.data.corpus import Corpus, CorpusInfo
 from sparsejax.data.loader import num_eval_batches
+from sparsejax.ops.attention import SPLASH_BLOCK
 from sparsejax.train.config import ExperimentConfig
 
 FREE = (
@@ -71,11 +72,18 @@ def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
 
 
 def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises `ConfigError` when the model needs another kind of device than the mesh has."""
-    platform = mesh.devices.flat[0].platform
-    if config.model.attention == "splash" and platform != "tpu":
+    """Raises `RequestError` when the devices are not those that model and trainer need."""
+    if jax.process_count() > 1:
+        raise RequestError(f"there are {jax.process_count()} processes; a run is driven by one process so far")
+    if config.model.attention != "splash":
+        return
+    platform, length = mesh.devices.flat[0].platform, config.data.sequence_length
+    if platform != "tpu":
+        message = f"'splash' is a kernel for TPU and this is a {platform}; allowed here: auto, xla"
+        raise ConfigError("model.attention", message)
+    if length % SPLASH_BLOCK:
         raise ConfigError(
-            "model.attention", f"'splash' is a kernel for TPU and this is a {platform}; allowed here: auto, xla"
+            "model.attention", f"'splash' takes rows of a multiple of {SPLASH_BLOCK} tokens, not {length}"
         )
 
 
@@ -102,7 +110,8 @@ def write_config(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: Corpus
 
 
 def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
-    """How `corpus` differs from the one that the run in `workdir` was trained on; None if it does not, or is unknown."""
+    """How `corpus` differs from the one that the run in `workdir` was trained on; None if it does not, or is
+    unknown."""
     path = workdir / "config.json"
     if not path.is_file():
         return None

@@ -62,7 +62,7 @@ def make_train_step(
     def train_step(state: TrainState, microbatches: Microbatches) -> tuple[TrainState, StepReport]:
         (loss, (nll, terms, reports)), grads = grads_of_step(state.params, state.model_state, microbatches, state.step)
         totals = _totals(microbatches)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,5 +1,8 @@
 """What a finished run says on the terminal: a picture of the expert loads, the files, and what to do next."""
 
+import contextlib
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +43,7 @@ def closing_lines(workdir: Path, row: Row, arrays: Arrays) -> list[str]:
     if "bits_per_byte" in row:
         quality += f", {row['bits_per_byte']:.4f} bits per byte"
     picture = load_picture(arrays)
+    command, quoted = f"{_interpreter()} -m sparsejax", shlex.quote(str(workdir))
     written = {name: what for name, what in FILES.items() if (workdir / name).exists()}
     width = max(len(f"{workdir}/{name}") for name in FILES)
     loads = ["expert load on the validation split (▄ is an even share):", *picture] if picture else []
@@ -49,7 +53,15 @@ def closing_lines(workdir: Path, row: Row, arrays: Arrays) -> list[str]:
         "written:",
         *(f"  {f'{workdir}/{name}':<{width}}  {what}" for name, what in written.items()),
         "next:",
-        f"  python -m sparsejax generate --workdir={workdir} --prompt='def '",
-        f"  python -m sparsejax eval --workdir={workdir}",
-        f"  python -m sparsejax plan --config={workdir}/config.json",
+        f"  {command} generate --workdir={quoted}",
+        f"  {command} eval --workdir={quoted}",
+        f"  {command} plan --workdir={quoted}",
     ]
+
+
+def _interpreter() -> str:
+    """This Python, relative to the current folder where it lies below it."""
+    path = Path(sys.executable)
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path))

@@ -38,7 +38,7 @@ def show(stream):
 class TestDisplay:
     def test_lines_are_aligned_and_missing_figures_are_dashes(self):
         head, train, note, evaluation = show(io.StringIO()).splitlines()
-        assert head.split() == "step loss bits/byte tokens/s drop % load max/mean ETA".split()
+        assert head.split() == ["step", "loss", "bits/byte", "tokens/s", "drop", "%", "load", "max/mean", "ETA"]
         assert train.split() == ["train", "100/1000", "2.3457", "3.3841", "8,712", "3.12", "1.53", "0:07:30"]
         assert evaluation.split() == ["eval", "200/1000", "nan", "-", "-", "-", "-", "-"]
         assert note == "saved [checkpoint] 100"
