@@ -81,7 +81,10 @@ class JsonlWriter:
         os.close(self._file)
 
     def _take_back(self, resume_step: int) -> None:
-        rows, broken = read_jsonl(self.path)
+        try:
+            rows, broken = read_jsonl(self.path)
+        except OSError as error:
+            raise RunError(f"{self.path} could not be read: {error.strerror}") from error
         kept = []
         for row in rows:
             if self._last.get(row["split"], -1) < row["step"] <= resume_step:
@@ -126,9 +129,10 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1, max_queue=0, flush_secs=10)
 
     def write(self, row: Row) -> None:
-        """Queues the row's numbers; never blocks."""
+        """Queues the row's finite numbers; never blocks."""
         for key, value in row.items():
-            if key not in ("step", "split") and value is not None:
+            # Of any other number tensorboardX itself would warn, at every row.
+            if key not in ("step", "split") and value is not None and math.isfinite(value):
                 self._writer.add_scalar(f"{row['split']}/{key}", float(value), int(row["step"]))
 
     def close(self) -> None:

@@ -277,7 +277,7 @@ def test_schema_types_that_no_config_can_hold_are_refused():
     class Bad:
         table: dict[str, int] = field(default_factory=dict)
 
-    with pytest.raises(TypeError, match="Bad.table"):
+    with pytest.raises(TypeError, match=r"Bad\.table"):
         to_config_dict(Bad())
 
 
@@ -514,7 +514,7 @@ def test_files_that_are_no_config(write, tmp_path):
     file = write([])
     with pytest.raises(RequestError, match=r"exq\.py: no such file\. Did you mean '.*exp\.py'"):
         override(file=file.replace("exp", "exq"))
-    with pytest.raises(RequestError, match="must be FILE.py"):
+    with pytest.raises(RequestError, match=r"must be FILE\.py"):
         override(file=str(tmp_path))
     with pytest.raises(RequestError, match=r"exp\.py: TypeError: get_config\(\) takes 0"):
         override(file=f"{file}:arg")
@@ -587,7 +587,7 @@ def test_json_that_is_no_run_record():
     for text in ("", "[]", "{}", '{"config": {}, "provenance": 3, "environment": {}}'):
         with pytest.raises(RequestError, match=r"config\.json: not the config\.json of a run"):
             from_json(Root, text)
-    with pytest.raises(RequestError, match=r"not the config.json of a run: it has no 'provenance' and no 'environment'"):
+    with pytest.raises(RequestError, match=r"a run: it has no 'provenance' and no 'environment'"):
         from_json(Root, '{"config": {}}')
     record = {"config": {"stepz": 3}, "provenance": {}, "environment": {}}
     with pytest.raises(RequestError, match=r"runs/a: config\.stepz: no such key. Did you mean 'config\.steps'"):

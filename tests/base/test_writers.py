@@ -107,6 +107,11 @@ class TestJsonl:
         JsonlWriter(path, resume_step=2).close()
         assert steps(path) == [("train", 1), ("train", 2)]
 
+    def test_a_folder_in_its_place_is_named(self, path):
+        path.mkdir()
+        with pytest.raises(RunError, match=r"metrics\.jsonl could not be read: Is a directory"):
+            JsonlWriter(path)
+
     def test_a_whole_file_is_left_alone(self, path, caplog):
         write(path, [row(1), row(2)])
         before = path.stat().st_ino
@@ -167,14 +172,17 @@ FULL_DISK = """
 
 
 class TestMetrics:
-    def test_a_row_goes_everywhere(self, tmp_path):
+    def test_a_row_goes_everywhere(self, tmp_path, caplog):
         writer = MetricsWriter(tmp_path)
-        writer.write(row(5, **{"moe/drop_fraction": 0.25, "bad": math.nan}), {"layer_0/assigned": np.arange(4)})
+        bad = {"bad": math.nan, "worse": np.float32("inf")}
+        writer.write(row(5, **{"moe/drop_fraction": 0.25}, **bad), {"layer_0/assigned": np.arange(4)})
         writer.close()
         assert steps(tmp_path / "metrics.jsonl") == [("train", 5)]
         assert (tmp_path / "routing" / "5.npz").exists()
         (events,) = (tmp_path / "tensorboard").iterdir()
         assert b"train/moe/drop_fraction" in events.read_bytes() and b"train/loss" in events.read_bytes()
+        assert b"train/bad" not in events.read_bytes() and b"train/worse" not in events.read_bytes()
+        assert not caplog.records  # tensorboardX would have a warning for each
 
     def test_a_resume_voids_the_later_events(self, tmp_path):
         from tensorboardX.proto.event_pb2 import Event
