@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a one-line cause, then the trace
+    except Exception as error:  # the last line of defence: a one-line cause, then the trace
         cause = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         print(f"failed: {_one_line(cause)}", file=sys.stderr)
         traceback.print_exc()
@@ -59,6 +59,7 @@ def _command(argv: list[str]) -> int:
 
 
 def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    _refuse_inert_flags(verb, args)
     file = _config_file(verb, args)
     meshes: list[Mesh] = args.mesh
     several = verb == "plan" or (verb == "eval" and args.parity)
@@ -79,7 +80,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     if verb != "plan":  # which needs no devices, whatever the mesh
         prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
     if verb == "train":
-        workdir = args.workdir or Path("runs") / (Path(file.partition(".py")[0]).name if file else "default")
+        assert file is not None  # `_config_file` sees to it
+        workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
         return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change)
     if verb == "eval":
         return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
@@ -92,23 +94,32 @@ def _function(module: str, name: str) -> Callable[..., int]:
     return getattr(importlib.import_module(module), name)
 
 
+def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
+    if verb == "eval" and args.parity and args.step is not None:
+        raise RequestError("--step has no effect with --parity, which restores no checkpoint")
+    if verb == "generate" and args.temperature == 0:
+        for flag, value in (("--top-k", args.top_k), ("--top-p", args.top_p)):
+            if value is not None:
+                raise RequestError(f"{flag} has no effect: temperature 0 takes the most likely token")
+
+
 def _config_file(verb: str, args: argparse.Namespace) -> str | None:
-    """`--config`, else the config.json of the run in `--workdir`, else None for the default experiment."""
-    restores = verb == "generate" or (verb == "eval" and not args.parity)
-    if restores and args.workdir is None:
-        raise RequestError(f"{verb} needs --workdir=DIR, the folder of a run")
-    if args.config is not None:
-        if verb == "train" and args.workdir is None and args.config.endswith(".json"):
-            raise RequestError(
-                f"train --config={args.config} needs --workdir=DIR: the same run resumes it, another repeats it"
-            )
-        return args.config
+    """`--config`, else the config.json of the run in `--workdir`, else None for the defaults of every setting."""
     saved = args.workdir / "config.json" if args.workdir is not None else None
-    if saved is not None and saved.is_file():
-        return str(saved)
-    if restores:
+    is_run = saved is not None and saved.is_file()
+    if saved is None and (verb == "generate" or (verb == "eval" and not args.parity)):
+        raise RequestError(f"{verb} needs --workdir=DIR, the folder of a run")
+    if saved is not None and not is_run and verb != "train":
         raise RequestError(f"--workdir={args.workdir}: not the folder of a run (it has no config.json)")
-    return None
+    if args.config is None and not is_run and verb == "train":
+        raise RequestError("train needs --config=FILE.py (configs/quickstart.py is the default experiment)")
+    if args.config is not None and verb == "train" and saved is None and args.config.endswith(".json"):
+        raise RequestError(
+            f"train --config={args.config} needs --workdir=DIR: the same run resumes it, another repeats it"
+        )
+    if args.config is not None:
+        return args.config
+    return str(saved) if is_run else None
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -150,12 +161,12 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"sparsejax {verb}", description=VERBS[verb], allow_abbrev=False)
     add = parser.add_argument
     source = "a Python file with get_config(), or a run's config.json (default: that of --workdir"
-    otherwise = ", else the default experiment)" if verb in ("train", "plan") else ")"
+    otherwise = ", else the defaults of every setting)" if verb in ("eval", "plan") else ")"
     add("--config", metavar="FILE[:arg]", help=source + otherwise)
     # Documents what `_split_overrides` takes out before this parser sees it.
     add("--config.KEY", metavar="VALUE", help="override one value, for example --config.train.steps=50; repeatable")
     default = " (default: runs/NAME for --config=NAME.py)" if verb == "train" else ""
-    add("--workdir", type=Path, metavar="DIR", help=f"folder of the run{default}")
+    add("--workdir", type=_folder, metavar="DIR", help=f"folder of the run{default}")
     add("--mesh", type=_mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
     _FLAGS[verb](add)
     return parser
@@ -192,6 +203,12 @@ _MESH_HELP = dict.fromkeys(VERBS, _ONE_MESH) | {
     "eval": f"{_ONE_MESH}; with --parity repeatable",
     "plan": f"{_ONE_MESH}; repeatable: the meshes to compare",
 }
+
+
+def _folder(text: str) -> Path:
+    if not text:  # of an unset variable, say, which would mean the current folder
+        raise argparse.ArgumentTypeError("'' is not a folder")
+    return Path(text)
 
 
 def _mesh(text: str) -> Mesh:

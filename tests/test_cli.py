@@ -82,7 +82,7 @@ def run(monkeypatch, tmp_path, capsys):
 def saved_run(tmp_path):
     folder = tmp_path / "saved"
     folder.mkdir()
-    provenance = {path: "default" for path in ("mesh.data", "mesh.expert", "mesh.tensor")} | {"steps": "file"}
+    provenance = dict.fromkeys(("mesh.data", "mesh.expert", "mesh.tensor"), "default") | {"steps": "file"}
     (folder / "config.json").write_text(to_json(Experiment(steps=7), provenance, {}))
     return folder
 
@@ -108,18 +108,17 @@ def test_train(run):
     )
     assert (loaded.provenance["steps"], loaded.provenance["mesh.tensor"]) == ("file", "command line")
     assert run.counts == [6]
-    assert run("train", "--workdir=elsewhere", "--allow-config-change") == 0
+    assert run("train", "--config=exp.py", "--workdir=elsewhere", "--allow-config-change") == 0
     assert run.calls[1][1:] == (Path("elsewhere"), True)
-    assert run("train") == 0
-    assert run.calls[2][1] == Path("runs/default")
 
 
 def test_mesh_is_short_for_the_config(run):
     assert run("plan", "--mesh=2,4,1") == 0
     assert run.calls[0][0].config.mesh == Mesh(data=2, expert=4)
     assert run.counts == []  # a plan needs no devices
-    assert run("train", "--mesh=2,4,1") == 0
-    assert run("train", "--mesh=-1,2,1") == 0
+    Path("exp.py").write_text(CONFIG_FILE)
+    assert run("train", "--config=exp.py", "--mesh=2,4,1") == 0
+    assert run("train", "--config=exp.py", "--mesh=-1,2,1") == 0
     assert run.counts == [8, 2]
     assert run("plan", "--mesh=2,4,1", "--mesh=4,4,1") == 0
     assert run.calls[-1][0].config.mesh == Mesh()
@@ -162,17 +161,37 @@ def test_parity_needs_no_run_and_leaves_the_config_alone(run):
         (["train", "--wokrdir=x"], "Did you mean '--workdir'?"),
         (["train", "--allow"], "unknown flag '--allow'"),
         (["train", "stray"], "unexpected argument 'stray'"),
-        (["train", "--config.stepz=3"], "config.stepz: no such key. Did you mean 'config.steps'?"),
-        (["train", "--config.steps=many"], "config.steps: 'many' is not allowed; must be an int."),
+        (["plan", "--config.stepz=3"], "config.stepz: no such key. Did you mean 'config.steps'?"),
+        (["plan", "--config.steps=many"], "config.steps: 'many' is not allowed; must be an int."),
         (["train", "--config.steps"], "--config.steps needs a value: --config.steps=VALUE"),
         (["train", "--config.steps", "--mesh=1,1,1"], "--config.steps needs a value"),
+        (["train", "--config="], "--config=: must be FILE.py"),
         (["train", "--config=nope.py"], "--config=nope.py: no such file."),
         (["train", "--config=runs/a/config.json"], "needs --workdir=DIR"),
         (["train", "--mesh=2,4"], "argument --mesh: '2,4' is not D,E,T"),
-        (["train", "--mesh=1,1,1", "--mesh=1,1,2"], "--mesh is given 2 times; train takes one mesh"),
+        (
+            ["train", "--config=nope.py", "--mesh=1,1,1", "--mesh=1,1,2"],
+            "--mesh is given 2 times; train takes one mesh",
+        ),
         (["train", "--workdir"], "argument --workdir: expected one argument"),
+        (["train", "--workdir="], "argument --workdir: '' is not a folder"),
+        (["plan", "--workdir", ""], "argument --workdir: '' is not a folder"),
+        (["train"], "train needs --config=FILE.py (configs/quickstart.py is the default experiment)"),
+        (["train", "--workdir=new"], "train needs --config=FILE.py (configs/quickstart.py is the default experiment)"),
         (["eval"], "eval needs --workdir=DIR"),
         (["generate", "--workdir=nowhere"], "--workdir=nowhere: not the folder of a run (it has no config.json)"),
+        (["eval", "--workdir=nowhere"], "--workdir=nowhere: not the folder of a run"),
+        (["eval", "--parity", "--workdir=nowhere"], "--workdir=nowhere: not the folder of a run"),
+        (["plan", "--workdir=nowhere"], "--workdir=nowhere: not the folder of a run"),
+        (["eval", "--parity", "--step=0"], "--step has no effect with --parity"),
+        (
+            ["generate", "--temperature=0", "--top-k=3"],
+            "--top-k has no effect: temperature 0 takes the most likely token",
+        ),
+        (
+            ["generate", "--temperature=0", "--top-p=0"],
+            "--top-p has no effect: temperature 0 takes the most likely token",
+        ),
         (["generate", "--max-tokens=0"], "argument --max-tokens: '0' is not an int of at least 1"),
         (["generate", "--top-p=1.5"], "argument --top-p: '1.5' is not a number from 0 to 1"),
         (["generate", "--temperature=hot"], "argument --temperature: 'hot' is not a number of at least 0"),
@@ -186,12 +205,14 @@ def test_wrong_requests_are_one_line_and_status_2(run, argv, message, tmp_path):
 
 
 def test_failures_name_their_cause_before_the_trace(run, monkeypatch):
+    Path("exp.py").write_text(CONFIG_FILE)
+
     def fails(error):
         def train(*_):
             raise error
 
         monkeypatch.setattr(sys.modules["sparsejax.train.loop"], "train", train)
-        status = run("train")
+        status = run("train", "--config=exp.py")
         return status, run.err.splitlines()
 
     status, lines = fails(RunError("loss is\n  not finite"))
