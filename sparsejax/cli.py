@@ -4,10 +4,12 @@ Parses flags, loads the config and hands over to the verb, whose code is importe
 """
 
 import argparse
+import contextlib
 import importlib
+import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +27,8 @@ Mesh = tuple[int, int, int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted."""
     try:
-        return _command(list(sys.argv[1:] if argv is None else argv))
+        with _warnings_on_stderr():
+            return _command(list(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -36,6 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"failed: {_one_line(cause)}", file=sys.stderr)
         traceback.print_exc()
         return 1
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Prints the package's warnings as plain lines, once each, whatever handlers libraries give to the root logger."""
+    logger, handler = logging.getLogger("sparsejax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 def _command(argv: list[str]) -> int:

@@ -3,7 +3,9 @@
 The verbs and the experiment schema are replaced by small ones, so that only the command line is tested here.
 """
 
+import io
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -225,6 +227,23 @@ def test_failures_name_their_cause_before_the_trace(run, monkeypatch):
 def test_verbs_return_their_own_status(run, monkeypatch):
     monkeypatch.setattr(sys.modules["sparsejax.plan.command"], "plan_command", lambda *_: 1)
     assert run("plan") == 1
+
+
+def test_warnings_are_plain_lines_on_stderr_once(run, monkeypatch):
+    def plan(*_):
+        logging.getLogger("sparsejax.base.writers").warning("removed %d rows", 3)
+        logging.getLogger("sparsejax.base.writers").info("a detail")
+        return 0
+
+    others = io.StringIO()  # a library gave the root logger a handler of its own
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(others)])
+    monkeypatch.setattr(sys.modules["sparsejax.plan.command"], "plan_command", plan)
+    for _ in range(2):
+        assert run("plan") == 0
+        assert (run.out, run.err) == ("", "warning: removed 3 rows\n")
+    assert others.getvalue() == ""
+    plan()
+    assert others.getvalue() == "removed 3 rows\n"  # outside commands logging is the caller's
 
 
 def python(*args):
