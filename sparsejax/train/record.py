@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import jax
 
-from sparsejax.base.config import Loaded, diff, from_json, to_json
+from sparsejax.base.config import Loaded, diff, load, to_json
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.writers import write_atomically
 from sparsejax.data.corpus import Corpus, CorpusInfo
@@ -115,7 +115,10 @@ def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
     path = workdir / "config.json"
     if not path.is_file():
         return None
-    before, now = from_json(ExperimentConfig, path.read_text(), str(path)).environment["corpus"], asdict(corpus)
+    recorded, now = load(ExperimentConfig, str(path)).environment, asdict(corpus)
+    if "corpus" not in recorded:
+        return None
+    before = recorded["corpus"]
     differs = [key for key in ("hash", "tokenizer") if before[key] != now[key]]
     described = ", ".join(f"{key} was {before[key][:12]}, is {now[key][:12]}" for key in differs)
     return f"the corpus is another one: {described}; losses do not compare" if differs else None
@@ -123,7 +126,7 @@ def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
 
 def _changes(path: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -> tuple[list[str], list[str]]:
     """(all changes since `path` was written, those of them that change what is learned)."""
-    before = from_json(ExperimentConfig, path.read_text(), str(path))
+    before = load(ExperimentConfig, str(path))
     text = {key: f"config.{key} was {old!r}, is {new!r}" for key, old, new in diff(before.config, loaded.config)}
     binding = [line for key, line in text.items() if not key.startswith(FREE)]
     flagged = other_corpus(path.parent, corpus)
