@@ -1,5 +1,6 @@
 """What has to be settled before JAX starts a backend: the number of CPU devices, and where compiled programs stay."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ def prepare_devices(count: int) -> None:
     on_cpu = (config.jax_platforms or "cpu") == "cpu"
     chosen = config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count > 1 and on_cpu and not chosen:
-        try:
+        # Where the backend runs already and has too few devices, the mesh says so with the numbers.
+        with contextlib.suppress(RuntimeError):
             config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            pass  # the backend runs; if it has too few devices, the mesh says so with the numbers
     if not config.jax_compilation_cache_dir:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         config.update("jax_compilation_cache_dir", str(caches / "sparsejax" / "xla"))

@@ -63,7 +63,7 @@ class _Steps:
     def __init__(self, source: RowSource, batch_size: int, row_indices: Optional[Sequence[int]], steps: int):
         self.source, self.batch_size, self.steps = source, batch_size, steps
         self.indices = np.arange(batch_size) if row_indices is None else np.asarray(row_indices, np.int64)
-        if self.indices.size and not (0 <= self.indices.min() and self.indices.max() < batch_size):
+        if self.indices.size and not (self.indices.min() >= 0 and self.indices.max() < batch_size):
             raise ValueError(f"row_indices must be in [0, {batch_size}): {self.indices}")
 
     def __len__(self) -> int:

@@ -88,7 +88,7 @@ class StdlibSource:
         with filelock.FileLock(place.with_suffix(".lock")):
             try:
                 return self._read(place, split)
-            except Exception:  # noqa: BLE001 a damaged file may raise anything; a second failure is not the file's
+            except Exception:
                 shutil.rmtree(place, ignore_errors=True)
                 return self._read(place, split)
 

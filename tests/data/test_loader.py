@@ -97,7 +97,7 @@ def test_an_empty_validation_split_is_an_error(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("words " * 50)
     config = DataConfig(name="text", path=str(path), validation_fraction=0.0, cache=str(tmp_path / "cache"))
-    with pytest.raises(ConfigError, match="data.validation_fraction: 0.0 of each file leaves nothing"):
+    with pytest.raises(ConfigError, match=r"data.validation_fraction: 0.0 of each file leaves nothing"):
         eval_batches(open_corpus(config), config, 4)
 
 

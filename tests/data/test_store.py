@@ -111,7 +111,7 @@ def test_an_error_in_the_source_leaves_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="data.cache: cannot write .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"data.cache: cannot write .*Not a directory"):
         cached_stores(Fruit(), ByteTokenizer(), tmp_path / "file" / "cache")
 
 

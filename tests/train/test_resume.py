@@ -269,7 +269,7 @@ def test_when_all_checkpoints_are_damaged_the_user_decides(run_copy):
     before = contents(run_copy)
     done = here(*arguments("train", f"--workdir={run_copy}"))
     assert done.status == 1
-    assert done.err.startswith(f"failed: no checkpoint in {run_copy / 'checkpoints'} can be used: {STEPS}: ")
+    assert f"\nfailed: no checkpoint in {run_copy / 'checkpoints'} can be used: {STEPS}: " in done.err
     assert contents(run_copy) == before
 
 
