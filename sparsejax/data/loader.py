@@ -60,7 +60,9 @@ class RowSource:
 class _Steps:
     """The batches of `source` as grain reads them: element s is the part of batch s that this host holds."""
 
-    def __init__(self, source: RowSource, batch_size: int, row_indices: Optional[Sequence[int]], steps: int):
+    def __init__(
+        self, source: RowSource, batch_size: int, row_indices: Optional[Sequence[int] | np.ndarray], steps: int
+    ):
         self.source, self.batch_size, self.steps = source, batch_size, steps
         self.indices = np.arange(batch_size) if row_indices is None else np.asarray(row_indices, np.int64)
         if self.indices.size and not (self.indices.min() >= 0 and self.indices.max() < batch_size):
@@ -84,7 +86,7 @@ def batches(
     *,
     batch_size: int,
     start_step: int = 0,
-    row_indices: Optional[Sequence[int]] = None,
+    row_indices: Optional[Sequence[int] | np.ndarray] = None,
     prefetch: int = DataConfig.prefetch,
     workers: int = DataConfig.workers,
 ) -> grain.DatasetIterator[Arrays]:
@@ -101,7 +103,7 @@ def eval_batches(
     config: DataConfig,
     batch_size: int,
     batches: Optional[int] = None,
-    row_indices: Optional[Sequence[int]] = None,
+    row_indices: Optional[Sequence[int] | np.ndarray] = None,
 ) -> grain.DatasetIterator[Arrays]:
     """The validation split in order, in windows that do not overlap: each target counts once.
 

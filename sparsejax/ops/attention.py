@@ -77,4 +77,5 @@ def splash_attention(
 
     q_BNTH = q_BTNH.transpose(0, 2, 1, 3) / width**0.5
     k_BMTH, v_BMTH = k_BTMH.transpose(0, 2, 1, 3), v_BTMH.transpose(0, 2, 1, 3)
-    return jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT).transpose(0, 2, 1, 3)
+    attended_BNTH = jnp.asarray(jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT))
+    return attended_BNTH.transpose(0, 2, 1, 3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import jax
+import numpy as np
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RunError
@@ -192,7 +193,9 @@ class _Run:
 
     def _row(self, step: int, split: str, measured: Row) -> Row:
         """What was measured, after its place in the run and before what the run has spent so far."""
-        rate = float(self.learning_rate(step - 1 - self.nonfinite))  # a skipped step does not advance the schedule
+        rate = np.asarray(
+            self.learning_rate(step - 1 - self.nonfinite)
+        ).item()  # a skipped step does not advance the schedule
         spent = {"tokens": self.tokens, "flops": self.flops, "learning_rate": rate}
         return {"step": step, "split": split, **measured, **spent, "nonfinite_steps": self.nonfinite}
 

@@ -91,7 +91,7 @@ def new_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> Tra
 
     On CPU it is compiled without optimisation: the random bits of each parameter take LLVM a second otherwise, to run
     once."""
-    options = {"xla_backend_optimization_level": "0"} if mesh_platform() == "cpu" else None
+    options: Any = {"xla_backend_optimization_level": "0"} if mesh_platform() == "cpu" else None
     return jax.jit(lambda: init_state(config, tx)).lower().compile(compiler_options=options)()
 
 
