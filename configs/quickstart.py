@@ -25,7 +25,7 @@ def get_config():
     config.data.sequence_length, config.data.batch_size = 128, 32
     config.optimizer.learning_rate, config.optimizer.b2 = 5e-3, 0.98
     config.optimizer.schedule.warmup_steps = 30
-    config.train.steps = 360
-    config.eval.every, config.eval.batches = 120, 16
-    config.checkpoint.every = 120
+    config.train.steps = 340
+    config.eval.every, config.eval.batches = 170, 32
+    config.checkpoint.every = 170
     return config
