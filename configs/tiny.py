@@ -1,7 +1,7 @@
 """The smallest experiment with a mixture-of-experts block, for tests and trials: the first step comes within seconds.
 
 Run:     python -m sparsejax train --config=configs/tiny.py --workdir=runs/tiny
-Expect:  it falls from 5.5 to about 3 nats per byte; nothing of interest is learned.
+Expect:  about 6.4 bits per byte after its 20 steps; nothing of interest is learned.
 """
 
 from sparsejax import default_config
