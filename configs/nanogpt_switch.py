@@ -3,7 +3,7 @@
 The active FLOPs, learning rate, schedule, data order and every other setting are those of `nanogpt_dense.py`.
 
 Run:     python -m sparsejax train --config=configs/nanogpt_switch.py --config.data.path=input.txt --workdir=runs/switch
-Expect:  TBD
+Expect:  1.64 nats per byte on the whole validation split (seed 0; dense: 1.65; other seeds not yet run)
 """
 
 import runpy
