@@ -5,7 +5,7 @@ step takes `learning rate · weight_decay · parameter` off the parameters of th
 """
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any, Optional, get_args
 
 import jax
 import optax
@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding
 
 from sparsejax.base.errors import ConfigError, did_you_mean
 from sparsejax.base.registry import Registry, choice
+from sparsejax.nn.linear import Group
 from sparsejax.train.schedules import SCHEDULES, Constant
 
-GROUPS = ("dense", "embedding", "norm", "router", "expert")  # what a Param's `group` metadata may say
+GROUPS = get_args(Group)  # what a Param's `group` metadata may say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
