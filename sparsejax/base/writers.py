@@ -67,7 +67,7 @@ class JsonlWriter:
         """
         if row["step"] <= self._last.get(row["split"], -1):
             return False
-        line = json.dumps({key: _json_value(value) for key, value in row.items()}, allow_nan=False).encode() + b"\n"
+        line = json.dumps(json_values(row), allow_nan=False).encode() + b"\n"
         try:
             while line:  # a disk that is filling up takes a part and refuses the rest
                 line = line[os.write(self._file, line) :]
@@ -174,6 +174,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("split"), str) else None
 
 
-def _json_value(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value  # NumPy's and JAX's scalars
+def json_values(value: Any) -> Any:
+    """`value` as JSON can hold it: NumPy's and JAX's scalars as Python's, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {key: json_values(each) for key, each in value.items()}
+    value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RunError
 from sparsejax.base.reports import add, to_host
 from sparsejax.base.sharding import make_mesh, shard_batch
+from sparsejax.base.writers import json_values
 from sparsejax.data.corpus import Corpus, open_corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.train.checkpoint import Checkpoints
@@ -67,7 +67,7 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     """
     if args.parity:
         result = parity(loaded.config, args.mesh)
-        print(json.dumps(_json_values(result), allow_nan=False))
+        print(json.dumps(json_values(result), allow_nan=False))
         return 0 if result["equal"] else 1
     assert workdir is not None  # the command line sees to it
     config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
@@ -84,12 +84,5 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
         row, _ = Evaluator(config, corpus, mesh)(state)
     row = {"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"]}
     flagged = other_corpus(workdir, corpus.info)
-    print(json.dumps(_json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))
+    print(json.dumps(json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))
     return 0
-
-
-def _json_values(values: Any) -> Any:
-    """As `metrics.jsonl` has them: NaN and infinity, which JSON lacks, become null."""
-    if isinstance(values, dict):
-        return {key: _json_values(value) for key, value in values.items()}
-    return None if isinstance(values, float) and not math.isfinite(values) else values
