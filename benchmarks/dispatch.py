@@ -28,9 +28,9 @@ def competitor(tokens: int):
     movement = MOVEMENTS["gather"]
 
     def moved(x, weights, experts):
-        pairs = choice_major_pairs(experts, jnp.ones((1, tokens), bool))
+        pairs = choice_major_pairs(experts, weights, jnp.ones((1, tokens), bool))
         slots = fill_slots(pairs, EXPERTS, slots_each, jnp.full(1, slots_each, jnp.int32))
-        return jnp.sum(movement.combine(movement.dispatch(x, pairs, slots), weights, pairs, slots) * cotangent)
+        return jnp.sum(movement.combine(movement.dispatch(x, pairs, slots), pairs, slots) * cotangent)
 
     step = jax.jit(jax.value_and_grad(moved, argnums=(0, 1)))
     return lambda: step(x, weights, experts)

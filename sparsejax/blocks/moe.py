@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report
@@ -24,8 +24,8 @@ from sparsejax.nn.linear import normal, param
 from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights
 from sparsejax.ops.assignment import CapacityConvention, capacity_table
 from sparsejax.ops.dispatch import MOVEMENTS
-from sparsejax.ops.losses import load_balance
-from sparsejax.routers.router import Decision, RouterConfig, count_experts, decide, jitter, report
+from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
+from sparsejax.routers.router import RouterConfig, decide, jitter, report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,32 +124,25 @@ class MoESpec(BlockSpec):
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
         """Balance and z-loss, each coefficient · the layer's value, summed over the layers stacked in `report`."""
-        moe, balance = _moe(report), self.router.balance
-        if balance.scope == "global" and counted is not None:
-            value = load_balance(_moe(counted).assigned, moe.probability_sum, totals.tokens, self.experts_per_token)
-        elif balance.scope == "sequence":
-            value = moe.balance_sum / jnp.maximum(totals.rows, 1)
-        else:
-            value = moe.balance_sum / jnp.maximum(moe.balance_units, 1) / totals.microbatches
+        moe, k = _moe(report), self.experts_per_token
+        all_pairs = None if counted is None else _moe(counted)
+        balance = balance_loss(
+            moe, self.router.balance, k, totals.tokens, totals.rows, totals.microbatches, counted=all_pairs
+        )
         z = moe.z_sum / jnp.maximum(totals.tokens, 1)
-        return {"balance": balance.coefficient * value.sum(), "router_z": self.router.z_loss * z.sum()}
+        return {"balance": balance, "router_z": self.router.z_loss * z.sum()}
 
     def settle(self, report: Report) -> Report:
         """A global balance is that of the summed loads."""
         if self.router.balance.scope != "global":
             return report
-        return dataclasses.replace(report, moe=whole_balance(_moe(report), self.experts_per_token))
+        moe = with_whole_balance(_moe(report), self.router.balance, self.experts_per_token)
+        return dataclasses.replace(report, moe=moe)
 
 
 def _moe(report: Report) -> MoEReport:
     assert report.moe is not None  # a block of this kind always has one
     return report.moe
-
-
-def whole_balance(moe: MoEReport, experts_per_token: int) -> MoEReport:
-    """`moe` with the balance of all its tokens together as its one unit."""
-    value = load_balance(moe.assigned, moe.probability_sum, moe.tokens, experts_per_token)
-    return dataclasses.replace(moe, balance_sum=value, balance_units=(moe.tokens > 0).astype(jnp.float32))
 
 
 class MoELayer(nnx.Module):
@@ -188,7 +181,7 @@ class MoELayer(nnx.Module):
         router_DE = gather_for_compute(self.router[...])
         y_BTD, moe = run(x_BTD.astype(self.experts.dtype), batch.segments > 0, keys_B, router_DE, *weights)
         if spec.router.balance.scope in ("microbatch", "global"):
-            moe = whole_balance(moe, spec.experts_per_token)
+            moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
         if self.shared is not None:
             y_BTD = y_BTD + checkpoint_name(self.shared(x_BTD), "mlp")
         return y_BTD, moe
@@ -216,12 +209,11 @@ def _routed(
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
     out_EGCD = _expert_parallel(z_EGCD, weights, weight_specs, activation)
     with jax.named_scope("combine"):
-        y_GSD = movement.combine(
-            checkpoint_name(out_EGCD, "experts"), decision.weights_GSK, decision.pairs, decision.slots
-        )
+        y_GSD = movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
         if "tensor" in weight_specs[0]:
             y_GSD = jax.lax.psum(y_GSD, "tensor")
-    moe = _with_local_balance(report(decision, mask_GS), decision, mask_BT, spec)
+    k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
+    moe = with_local_balance(report(decision, mask_GS), decision.pairs, p_GSE, mask_BT, spec.router.balance, k)
     return y_GSD.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
 
 
@@ -255,21 +247,3 @@ def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
 
 def _gather_data(weight: Float[Array, "E ..."], spec: P) -> Float[Array, "E ..."]:
     return jax.lax.all_gather(weight, "data", axis=tuple(spec).index("data"), tiled=True) if "data" in spec else weight
-
-
-def _with_local_balance(moe: MoEReport, decision: Decision, mask_BT: Bool[Array, "B T"], spec: MoESpec) -> MoEReport:
-    """Balance over units that lie on one device. Loads are those before capacity: dropping must not flatter them."""
-    rows, length = mask_BT.shape
-    k, num_experts = spec.experts_per_token, spec.num_experts
-    if spec.router.balance.scope == "sequence":
-        experts = decision.experts_GSK.reshape(rows, length * k)
-        valid = jnp.repeat(mask_BT, k, axis=1)
-        counts = jax.vmap(lambda e, v: count_experts(e, v, num_experts))(experts, valid)
-        p_BTE = jnp.where(mask_BT[..., None], decision.probabilities_GSE.reshape(rows, length, num_experts), 0)
-        tokens = mask_BT.sum(-1)
-        value, units = load_balance(counts, p_BTE.sum(1), tokens, k), tokens > 0
-    elif spec.router.balance.scope == "device":
-        value, units = load_balance(moe.assigned, moe.probability_sum, moe.tokens, k), moe.tokens > 0
-    else:
-        return moe
-    return dataclasses.replace(moe, balance_sum=value.sum(), balance_units=units.sum(dtype=jnp.float32))

@@ -1,8 +1,8 @@
 """The router's decision in its canonical form, and the slots it is given.
 
-A decision is a flat list of pairs *in the order in which slots are filled*. A pair's slot is its stable position
-among the pairs of its expert; a position at or beyond the capacity means that the pair is dropped. Everything
-downstream (any dispatch, the combine weights, the ledger) reads this list and nothing else."""
+A decision is a flat list of (token, expert, weight, valid) pairs *in the order in which slots are filled*. A pair's
+slot is its stable position among the pairs of its expert; a position at or beyond the capacity means that the pair is
+dropped. Everything downstream (any dispatch, the ledger, the balance losses) reads this list and nothing else."""
 
 import math
 from fractions import Fraction
@@ -20,14 +20,15 @@ CapacityConvention = Literal["per_choice", "per_token"]
 
 @struct
 class Pairs:
-    """(token, expert, weight) pairs of each group, in the order in which slots are filled. Integers are int32,
-    weights float32.
+    """(token, expert, weight, valid) pairs of each group, in the order in which slots are filled. No (token, expert)
+    occurs twice among the valid. Integers are int32, weights float32.
 
-    `of_token` lists, for every token of the group, the K pairs it appears in: what lets the movement of rows be a
-    gather both ways."""
+    `of_token` is the list's index: for every token of the group all pairs it appears in, at most K; P stands for
+    none. It lets rows and weights move by gathers both ways."""
 
     token: Int[Array, "G P"]
     expert: Int[Array, "G P"]
+    weight: Float[Array, "G P"]  # as a selector writes it, the pair's score; in a decision, the combine weight
     valid: Bool[Array, "G P"]  # False where the token is padding: such a pair takes no slot and is counted nowhere
     of_token: Int[Array, "G S K"]
 
@@ -68,17 +69,21 @@ def _slots_per_token(num_experts: int, experts_per_token: int, factor: float, co
     return Fraction(str(factor)) * (experts_per_token if convention == "per_choice" else 1) / num_experts
 
 
-def choice_major_pairs(experts_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"]) -> Pairs:
+def choice_major_pairs(
+    experts_GSK: Int[Array, "G S K"], scores_GSK: Float[Array, "G S K"], mask_GS: Bool[Array, "G S"]
+) -> Pairs:
     """Every token's first choice in token order, then every second choice, … (GShard, Switch, V-MoE).
 
     For K > 1 this order is not causal: a later token's first choice goes before an earlier token's second.
     """
     groups, size, k = experts_GSK.shape
+    choice_major = lambda values_GSK: values_GSK.transpose(0, 2, 1).reshape(groups, k * size)  # noqa: E731
     token_P = jnp.tile(jnp.arange(size, dtype=jnp.int32), k)
     of_token_SK = jnp.arange(size, dtype=jnp.int32)[:, None] + size * jnp.arange(k, dtype=jnp.int32)[None, :]
     return Pairs(
         token=jnp.broadcast_to(token_P, (groups, k * size)),
-        expert=experts_GSK.astype(jnp.int32).transpose(0, 2, 1).reshape(groups, k * size),
+        expert=choice_major(experts_GSK.astype(jnp.int32)),
+        weight=choice_major(scores_GSK),
         valid=jnp.tile(mask_GS, (1, k)),
         of_token=jnp.broadcast_to(of_token_SK, (groups, size, k)),
     )
@@ -127,12 +132,33 @@ def _inverse_permutation(order_GP: Int[Array, "G P"]) -> Int[Array, "G P"]:
 
 def served_tokens(pairs: Pairs, slots: Slots) -> Bool[Array, "G S"]:
     """Which tokens have at least one pair in a slot."""
-    return gather_pairs(slots.keep, pairs.of_token).any(-1)
+    return by_token(slots.keep, pairs).any(-1)
 
 
-def gather_pairs(
-    values_GP: Float[Array, "G P"] | Bool[Array, "G P"] | Int[Array, "G P"], of_token_GSK: Int[Array, "G S K"]
-):
-    """A per-pair array laid out by token, `[G, S, K]`."""
-    groups, size, k = of_token_GSK.shape
-    return jnp.take_along_axis(values_GP, of_token_GSK.reshape(groups, size * k), axis=-1).reshape(groups, size, k)
+def by_token(values_GP: Array, pairs: Pairs) -> Array:
+    """A per-pair array laid out by token, `[G, S, K]`; 0 where a token has fewer than K pairs."""
+    groups, size, k = pairs.of_token.shape
+    index_GI = pairs.of_token.reshape(groups, size * k)
+    return jnp.take_along_axis(values_GP, index_GI, axis=-1, mode="fill", fill_value=0).reshape(groups, size, k)
+
+
+@jax.custom_vjp
+def sum_over_pairs(values_GP: Float[Array, "G P"], pairs: Pairs) -> Float[Array, "G S"]:
+    """Each token's sum over its pairs. The transpose of `at_pairs`; both are gathers, forward and backward."""
+    return by_token(values_GP, pairs).sum(-1)
+
+
+@jax.custom_vjp
+def at_pairs(values_GS: Float[Array, "G S"], pairs: Pairs) -> Float[Array, "G P"]:
+    """Each pair's token's value."""
+    return jnp.take_along_axis(values_GS, pairs.token, axis=-1)
+
+
+sum_over_pairs.defvjp(
+    lambda values_GP, pairs: (sum_over_pairs(values_GP, pairs), pairs),
+    lambda pairs, ct_GS: (at_pairs(ct_GS, pairs), None),
+)
+at_pairs.defvjp(
+    lambda values_GS, pairs: (at_pairs(values_GS, pairs), pairs),
+    lambda pairs, ct_GP: (sum_over_pairs(ct_GP, pairs), None),
+)

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.assignment import Pairs, Slots, gather_pairs
+from sparsejax.base.structs import struct
+from sparsejax.ops.assignment import Pairs, Slots
 
 
 class Movement(Protocol):
@@ -24,32 +25,28 @@ class Movement(Protocol):
 
     def dispatch(self, x_GSD: Float[Array, "G S D"], pairs: Pairs, slots: Slots) -> Float[Array, "E G C D"]: ...
 
-    def combine(
-        self, out_EGCD: Float[Array, "E G C D"], weights_GSK: Float[Array, "G S K"], pairs: Pairs, slots: Slots
-    ) -> Float[Array, "G S D"]: ...
+    def combine(self, out_EGCD: Float[Array, "E G C D"], pairs: Pairs, slots: Slots) -> Float[Array, "G S D"]: ...
 
 
 class Einsum:
     """One-hot matrix products: S·E·C memory and 2·S·E·C·D multiply-adds a group. The reference for small shapes."""
 
     def dispatch(self, x_GSD, pairs, slots):
-        mask_GSEC = _slot_masks(pairs, slots).astype(x_GSD.dtype).sum(2)
-        return jnp.einsum("gsd,gsec->egcd", x_GSD, mask_GSEC)
+        mask_GSEC = _at_slots(jnp.ones_like(pairs.weight), pairs, slots)
+        return jnp.einsum("gsd,gsec->egcd", x_GSD, mask_GSEC.astype(x_GSD.dtype))
 
-    def combine(self, out_EGCD, weights_GSK, pairs, slots):
-        weight_GSEC = jnp.einsum("gsk,gskec->gsec", weights_GSK, _slot_masks(pairs, slots).astype(weights_GSK.dtype))
+    def combine(self, out_EGCD, pairs, slots):
+        weight_GSEC = _at_slots(pairs.weight, pairs, slots)
         return jnp.einsum("egcd,gsec->gsd", out_EGCD, weight_GSEC.astype(out_EGCD.dtype))
 
 
-def _slot_masks(pairs: Pairs, slots: Slots) -> Bool[Array, "G S K E C"]:
-    """Whether the k-th pair of a token sits in slot (e, c)."""
-    _, num_experts, num_slots = slots.pair.shape
-    expert_GSK = gather_pairs(pairs.expert, pairs.of_token)
-    position_GSK = gather_pairs(slots.position, pairs.of_token)
-    keep_GSK = gather_pairs(slots.keep, pairs.of_token)
-    in_expert = expert_GSK[..., None] == jnp.arange(num_experts)
-    in_slot = position_GSK[..., None] == jnp.arange(num_slots)
-    return (keep_GSK[..., None] & in_expert)[..., :, None] & in_slot[..., None, :]
+def _at_slots(values_GP: Float[Array, "G P"], pairs: Pairs, slots: Slots) -> Float[Array, "G S E C"]:
+    """Each kept pair's value at its (token, expert, slot), 0 elsewhere."""
+    groups, num_experts, num_slots = slots.pair.shape
+    empty_GSEC = _vary_like(jnp.zeros((groups, pairs.of_token.shape[1], num_experts, num_slots)), values_GP)
+    position_GP = jnp.where(slots.keep, slots.position, num_slots)  # past the end: left out
+    group_G1 = jnp.arange(groups)[:, None]
+    return empty_GSEC.at[group_G1, pairs.token, pairs.expert, position_GP].set(values_GP, mode="drop")
 
 
 class Gather:
@@ -57,109 +54,88 @@ class Gather:
 
     def dispatch(self, x_GSD, pairs, slots):
         groups, size, width = x_GSD.shape
-        x_TD = x_GSD.reshape(groups * size, width)
-        z_ND = _dispatch_rows(x_TD, token_of_slot(pairs, slots), slot_of_token(pairs, slots))
+        z_ND = _dispatch_rows(x_GSD.reshape(groups * size, width), _index(pairs, slots))
         _, num_experts, num_slots = slots.pair.shape
         return z_ND.reshape(num_experts, groups, num_slots, width)
 
-    def combine(self, out_EGCD, weights_GSK, pairs, slots):
-        groups, size, k = weights_GSK.shape
-        weights_TK = _vary_like(weights_GSK.reshape(groups * size, k), out_EGCD)
+    def combine(self, out_EGCD, pairs, slots):
+        groups, size, _ = pairs.of_token.shape
         out_ND = out_EGCD.reshape(-1, out_EGCD.shape[-1])
-        token_N, slot_TK = token_of_slot(pairs, slots), slot_of_token(pairs, slots)
-        choice_N = choice_of_slot(pairs, slots)
-        return _combine_rows(out_ND, weights_TK, token_N, choice_N, slot_TK).reshape(groups, size, -1)
+        weight_P = _vary_like(pairs.weight.reshape(-1), out_EGCD)
+        return _combine_rows(out_ND, weight_P, _index(pairs, slots)).reshape(groups, size, -1)
 
 
 MOVEMENTS: Mapping[str, Movement] = {"gather": Gather(), "einsum": Einsum()}
 
 
-def token_of_slot(pairs: Pairs, slots: Slots) -> Int[Array, " N"]:
-    """For each slot, in the order E, G, C: its token's number in the flattened groups; G·S where the slot is empty."""
-    groups, size = pairs.of_token.shape[:2]
-    token_GEC = _per_slot(pairs.token, slots, fill=size)
-    first_G = size * jnp.arange(groups, dtype=jnp.int32)[:, None, None]
-    token_GEC = jnp.where(token_GEC == size, groups * size, token_GEC + first_G)
-    return token_GEC.transpose(1, 0, 2).reshape(-1)
+@struct
+class Index:
+    """Who is where, over the flattened groups: tokens T = G·S, pairs G·P, slots N = E·G·C in that order of axes. One
+    past the end stands for nobody."""
+
+    token_N: Int[Array, " N"]
+    pair_N: Int[Array, " N"]
+    slot_P: Int[Array, " GP"]
+    pair_TK: Int[Array, "T K"]
 
 
-def choice_of_slot(pairs: Pairs, slots: Slots) -> Int[Array, " N"]:
-    """For each slot, in the order E, G, C: which of its token's K pairs it holds; 0 where it is empty."""
-    groups, _, k = pairs.of_token.shape
-    choice_GSK = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), pairs.of_token.shape)
-    choice_GP = (
-        jnp.zeros_like(pairs.token)
-        .at[jnp.arange(groups)[:, None, None], pairs.of_token]
-        .set(choice_GSK, unique_indices=True)
+def _index(pairs: Pairs, slots: Slots) -> Index:
+    groups, size = pairs.token.shape
+    _, tokens, k = pairs.of_token.shape
+    _, num_experts, num_slots = slots.pair.shape
+    group_G11 = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    everyone = lambda local, size: jnp.where(local == size, groups * size, group_G11 * size + local)  # noqa: E731
+    pair_N = everyone(slots.pair, size).transpose(1, 0, 2).reshape(-1)
+    token_P = (group_G11[..., 0] * tokens + pairs.token).reshape(-1)
+    slot_GP = (pairs.expert * groups + group_G11[..., 0]) * num_slots + slots.position
+    return Index(
+        token_N=token_P.at[pair_N].get(mode="fill", fill_value=groups * tokens),
+        pair_N=pair_N,
+        slot_P=jnp.where(slots.keep, slot_GP, groups * num_experts * num_slots).reshape(-1),
+        pair_TK=everyone(pairs.of_token, size).reshape(-1, k),
     )
-    return _per_slot(choice_GP, slots, fill=0).transpose(1, 0, 2).reshape(-1)
 
 
-def slot_of_token(pairs: Pairs, slots: Slots) -> Int[Array, "T K"]:
-    """For each token of the flattened groups and each of its K pairs: the slot's number in the order E, G, C; E·G·C
-    if dropped."""
-    groups, num_experts, num_slots = slots.pair.shape
-    group_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
-    slot_GP = (pairs.expert * groups + group_G1) * num_slots + slots.position
-    slot_GP = jnp.where(slots.keep, slot_GP, groups * num_experts * num_slots)
-    return gather_pairs(slot_GP, pairs.of_token).reshape(-1, pairs.of_token.shape[-1])
+def _at(values: Array, index: Int[Array, " N"], fill: int = 0) -> Array:
+    """Entries by number; a number one past the end gives `fill`."""
+    return values.at[index].get(mode="fill", fill_value=fill)
 
 
-def _per_slot(values_GP: Int[Array, "G P"], slots: Slots, fill: int) -> Int[Array, "G E C"]:
-    groups, num_experts, num_slots = slots.pair.shape
-    padded = jnp.pad(values_GP, ((0, 0), (0, 1)), constant_values=fill)
-    return jnp.take_along_axis(padded, slots.pair.reshape(groups, -1), axis=-1).reshape(groups, num_experts, num_slots)
-
-
-def _rows(x_TD: Float[Array, "T D"], index: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-    """Rows by number; a number one past the end gives zeros."""
-    return x_TD.at[index].get(mode="fill", fill_value=0)
+def _slots_by_choice(index: Index) -> list[Int[Array, " T"]]:
+    """For each of the K columns of `pair_TK`, the slots of those pairs."""
+    nowhere = index.pair_N.size
+    return [_at(index.slot_P, pair_T, fill=nowhere) for pair_T in index.pair_TK.T]
 
 
 @jax.custom_vjp
-def _dispatch_rows(x_TD, token_N, slot_TK):
-    return _rows(x_TD, token_N)
+def _dispatch_rows(x_TD, index: Index):
+    return _at(x_TD, index.token_N)
 
 
-def _dispatch_fwd(x_TD, token_N, slot_TK):
-    return _rows(x_TD, token_N), slot_TK
+def _dispatch_bwd(index: Index, dz_ND):
+    return sum(_at(dz_ND, slot_T) for slot_T in _slots_by_choice(index)), None
 
 
-def _dispatch_bwd(slot_TK, dz_ND):
-    return sum(_rows(dz_ND, slot_TK[:, k]) for k in range(slot_TK.shape[1])), None, None
-
-
-_dispatch_rows.defvjp(_dispatch_fwd, _dispatch_bwd)
+_dispatch_rows.defvjp(lambda x_TD, index: (_dispatch_rows(x_TD, index), index), _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine_rows(out_ND, weights_TK, token_N, choice_N, slot_TK):
-    terms = (
-        weights_TK[:, k, None].astype(out_ND.dtype) * _rows(out_ND, slot_TK[:, k]) for k in range(slot_TK.shape[1])
-    )
-    return sum(terms)
+def _combine_rows(out_ND, weight_P, index: Index):
+    columns = zip(index.pair_TK.T, _slots_by_choice(index), strict=True)
+    return sum(_at(weight_P, pair_T)[:, None].astype(out_ND.dtype) * _at(out_ND, slot_T) for pair_T, slot_T in columns)
 
 
-def _combine_fwd(out_ND, weights_TK, token_N, choice_N, slot_TK):
-    return _combine_rows(out_ND, weights_TK, token_N, choice_N, slot_TK), (
-        out_ND,
-        weights_TK,
-        token_N,
-        choice_N,
-        slot_TK,
-    )
+def _combine_fwd(out_ND, weight_P, index: Index):
+    return _combine_rows(out_ND, weight_P, index), (out_ND, weight_P, index)
 
 
 def _combine_bwd(residuals, dy_TD):
-    out_ND, weights_TK, token_N, choice_N, slot_TK = residuals
-    weight_N = weights_TK.at[token_N, choice_N].get(mode="fill", fill_value=0)
-    dout_ND = weight_N[:, None].astype(dy_TD.dtype) * _rows(dy_TD, token_N)
+    out_ND, weight_P, index = residuals
+    dy_ND = _at(dy_TD, index.token_N)  # read once for both gradients
+    dout_ND = _at(weight_P, index.pair_N)[:, None].astype(dy_TD.dtype) * dy_ND
     # Float32: a weight's gradient is a sum over the model width.
-    columns = [
-        jnp.einsum("td,td->t", dy_TD, _rows(out_ND, slot_TK[:, k]), preferred_element_type=jnp.float32)
-        for k in range(slot_TK.shape[1])
-    ]
-    return dout_ND, jnp.stack(columns, axis=-1).astype(weights_TK.dtype), None, None, None
+    dweight_N = jnp.einsum("nd,nd->n", dy_ND, out_ND, preferred_element_type=jnp.float32)
+    return dout_ND, _at(dweight_N, index.slot_P).astype(weight_P.dtype), None
 
 
 _combine_rows.defvjp(_combine_fwd, _combine_bwd)

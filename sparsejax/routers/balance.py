@@ -1,10 +1,21 @@
-"""Axis 6, balance: what keeps the load even. Each is 1.0 at perfect balance before its coefficient."""
+"""Axis 6, balance: what keeps the load even. Each is 1.0 at perfect balance before its coefficient.
 
+A balance is a formula over one *unit* of tokens; its scope says what a unit is. The functions below the registry apply
+the formula at the right moment: units that lie on one device inside the layer, wider ones once their counts are
+summed. Loads are always those before capacity: dropping must not flatter them."""
+
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Optional, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
+from sparsejax.base.reports import MoEReport
+from sparsejax.ops.assignment import Pairs
+from sparsejax.ops.losses import load_balance
 
 Scope = Literal["sequence", "device", "microbatch", "global"]
 
@@ -16,10 +27,16 @@ class Balance(Protocol):
     @property
     def scope(self) -> Scope: ...
 
+    def __call__(
+        self, counts: Int[Array, "*U E"], probability_sum: Float[Array, "*U E"], tokens: Int[Array, "*U"], k: int
+    ) -> Float[Array, "*U"]:
+        """The imbalance of each unit, from its pairs by expert, its summed probabilities and its number of tokens."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoBalance:
-    """No pressure; the balance of the whole batch is still measured."""
+    """No pressure; the balance of the whole batch is still measured, as `load_balance` would."""
 
     @property
     def coefficient(self) -> float:
@@ -28,6 +45,9 @@ class NoBalance:
     @property
     def scope(self) -> Scope:
         return "microbatch"
+
+    def __call__(self, counts, probability_sum, tokens, k):
+        return load_balance(counts, probability_sum, tokens, k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,5 +69,71 @@ class LoadBalance:
                 "coefficient", f"{self.coefficient} is not positive; for no balance loss choose balance = 'none'"
             )
 
+    def __call__(self, counts, probability_sum, tokens, k):
+        return load_balance(counts, probability_sum, tokens, k)
+
 
 BALANCES = Registry("balance", {"load_balance": LoadBalance, "none": NoBalance})
+
+
+def with_local_balance(
+    moe: MoEReport,
+    pairs: Pairs,
+    probabilities_GSE: Float[Array, "G S E"],
+    mask_BT: Bool[Array, "B T"],
+    balance: Balance,
+    k: int,
+) -> MoEReport:
+    """One device's report with the balance of the units that lie on it, which the scopes `sequence` and `device`
+    have."""
+    if balance.scope == "device":
+        return with_whole_balance(moe, balance, k)
+    if balance.scope != "sequence":
+        return moe
+    rows, length = mask_BT.shape
+    num_experts = probabilities_GSE.shape[-1]
+    first_G1 = probabilities_GSE.shape[1] * jnp.arange(probabilities_GSE.shape[0], dtype=jnp.int32)[:, None]
+    row_GP = (first_G1 + pairs.token) // length
+    counts_BE = jnp.zeros((rows, num_experts), jnp.int32).at[row_GP, pairs.expert].add(pairs.valid.astype(jnp.int32))
+    p_BTE = jnp.where(mask_BT[..., None], probabilities_GSE.reshape(rows, length, num_experts), 0)
+    tokens_B = mask_BT.sum(-1, dtype=jnp.int32)
+    return _with_units(moe, balance(counts_BE, p_BTE.sum(1), tokens_B, k), tokens_B)
+
+
+def with_whole_balance(moe: MoEReport, balance: Balance, k: int) -> MoEReport:
+    """`moe` with the balance of all its tokens together as its one unit."""
+    return _with_units(moe, balance(moe.assigned, moe.probability_sum, moe.tokens, k), moe.tokens)
+
+
+def balance_loss(
+    moe: MoEReport,
+    balance: Balance,
+    k: int,
+    tokens: Int[Array, ""],
+    rows: Int[Array, ""],
+    microbatches: int,
+    counted: Optional[MoEReport],
+) -> Float[Array, ""]:
+    """What one microbatch adds to the step's loss: its share of the mean over the step's units, summed over the layers
+    stacked in `moe`.
+
+    Args:
+      tokens, rows, microbatches: of the whole step.
+      counted: the step's summed report, when a `global` balance has several microbatches.
+    """
+    if balance.scope == "global" and counted is not None:
+        value = balance(counted.assigned, moe.probability_sum, tokens, k)
+    elif balance.scope == "sequence":
+        value = moe.balance_sum / jnp.maximum(rows, 1)
+    else:
+        value = moe.balance_sum / jnp.maximum(moe.balance_units, 1) / microbatches
+    return balance.coefficient * value.sum()
+
+
+def _with_units(moe: MoEReport, values: Float[Array, "*U"], tokens: Int[Array, "*U"]) -> MoEReport:
+    """`values` of units with so many tokens, as the report's sums."""
+    layers = moe.tokens.ndim  # leading axes that stay: repeats of the layer
+    over = tuple(range(layers, values.ndim))
+    return dataclasses.replace(
+        moe, balance_sum=values.sum(over), balance_units=(tokens > 0).sum(over, dtype=jnp.float32)
+    )

@@ -1,5 +1,6 @@
 """The router: its axes, its one parameter, and the pure function from tokens to a decision."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Optional
 
@@ -12,7 +13,7 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import choice
 from sparsejax.base.reports import MoEReport
 from sparsejax.base.structs import struct
-from sparsejax.ops.assignment import Pairs, Slots, fill_slots, gather_pairs, served_tokens
+from sparsejax.ops.assignment import Pairs, Slots, fill_slots, served_tokens
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
@@ -50,10 +51,8 @@ class Decision:
 
     pairs: Pairs
     slots: Slots
-    weights_GSK: Float[Array, "G S K"]
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
-    experts_GSK: Int[Array, "G S K"]
 
 
 def decide(
@@ -67,17 +66,14 @@ def decide(
     """
     num_experts = logits_GSE.shape[-1]
     scores_GSE = config.score(logits_GSE)
-    pairs, experts_GSK = config.selection(scores_GSE, mask_GS)
+    pairs = config.selection(scores_GSE, mask_GS)
     limit_G = jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)]
     slots = fill_slots(pairs, num_experts, int(capacities[-1]), limit_G)
-    chosen_GSK = jnp.take_along_axis(scores_GSE, experts_GSK, axis=-1)
     return Decision(
-        pairs=pairs,
+        pairs=dataclasses.replace(pairs, weight=config.weight(pairs, slots.keep)),
         slots=slots,
-        weights_GSK=config.weight(chosen_GSK, gather_pairs(slots.keep, pairs.of_token)),
         logits_GSE=logits_GSE,
         probabilities_GSE=as_probabilities(scores_GSE),
-        experts_GSK=experts_GSK,
     )
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
@@ -12,14 +13,13 @@ from sparsejax.ops.assignment import Pairs, choice_major_pairs
 
 
 class Selector(Protocol):
-    """`experts_per_token` is the k of capacity, balance loss and active parameters."""
+    """Writes the list of pairs, each with its score. `experts_per_token` is the k of capacity, balance loss and active
+    parameters."""
 
     @property
     def experts_per_token(self) -> int: ...
 
-    def __call__(
-        self, scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]
-    ) -> tuple[Pairs, Int[Array, "G S K"]]: ...
+    def __call__(self, scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]) -> Pairs: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,9 @@ class TopK:
     def experts_per_token(self) -> int:
         return self.k
 
-    def __call__(
-        self, scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]
-    ) -> tuple[Pairs, Int[Array, "G S K"]]:
+    def __call__(self, scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]) -> Pairs:
         _, experts_GSK = jax.lax.top_k(jax.lax.stop_gradient(scores_GSE), self.k)
-        return choice_major_pairs(experts_GSK, mask_GS), experts_GSK
+        return choice_major_pairs(experts_GSK, jnp.take_along_axis(scores_GSE, experts_GSK, axis=-1), mask_GS)
 
 
 SELECTORS = Registry("selection", {"top_k": TopK})

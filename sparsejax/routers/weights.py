@@ -1,6 +1,6 @@
-"""Axis 5, combine weight: scores of the selected experts → what their outputs are multiplied with.
+"""Axis 5, combine weight: the pairs' scores → what the outputs of their experts are multiplied with.
 
-Called once capacity is known. A dropped pair gets no weight, because no slot returns anything for it; `keep_GSK`
+Called once capacity is known. A dropped pair needs no weight of 0, because no slot returns anything for it; `keep_GP`
 matters only to those that share its part out among the survivors."""
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.base.registry import Registry
+from sparsejax.ops.assignment import Pairs, at_pairs, sum_over_pairs
 
 
 class Weight(Protocol):
@@ -19,7 +20,7 @@ class Weight(Protocol):
         gradient."""
         ...
 
-    def __call__(self, scores_GSK: Float[Array, "G S K"], keep_GSK: Bool[Array, "G S K"]) -> Float[Array, "G S K"]: ...
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class Raw:
     def constant_for_one(self) -> bool:
         return False
 
-    def __call__(self, scores_GSK: Float[Array, "G S K"], keep_GSK: Bool[Array, "G S K"]) -> Float[Array, "G S K"]:
-        return self.scale * scores_GSK
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]:
+        return self.scale * pairs.weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,10 @@ class Renormalized:
     def constant_for_one(self) -> bool:
         return True
 
-    def __call__(self, scores_GSK: Float[Array, "G S K"], keep_GSK: Bool[Array, "G S K"]) -> Float[Array, "G S K"]:
-        counted_GSK = scores_GSK if self.drop == "before" else jnp.where(keep_GSK, scores_GSK, 0)
-        return self.scale * scores_GSK / jnp.maximum(counted_GSK.sum(-1, keepdims=True), 1e-9)
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]:
+        counted_GP = pairs.weight if self.drop == "before" else jnp.where(keep_GP, pairs.weight, 0)
+        total_GS = jnp.maximum(sum_over_pairs(counted_GP, pairs), 1e-9)
+        return self.scale * pairs.weight / at_pairs(total_GS, pairs)
 
 
 WEIGHTS = Registry("weight", {"raw": Raw, "renormalized": Renormalized})

@@ -8,12 +8,14 @@ from reference import routing as slow
 
 from sparsejax.ops.assignment import (
     Pairs,
+    at_pairs,
+    by_token,
     capacity,
     capacity_table,
     choice_major_pairs,
     fill_slots,
-    gather_pairs,
     served_tokens,
+    sum_over_pairs,
 )
 
 
@@ -61,7 +63,9 @@ HAND_WORKED = np.array([[[0, 1], [0, 2], [1, 0]]])  # three tokens, three expert
 
 class TestChoiceMajorOrder:
     def test_every_first_choice_goes_before_any_second(self):
-        pairs = choice_major_pairs(jnp.asarray(HAND_WORKED), jnp.array([[True, False, True]]))
+        scores = jnp.array([[[0.6, 0.1], [0.5, 0.2], [0.4, 0.3]]])
+        pairs = choice_major_pairs(jnp.asarray(HAND_WORKED), scores, jnp.array([[True, False, True]]))
+        assert np.array_equal(pairs.weight, np.float32([[0.6, 0.5, 0.4, 0.1, 0.2, 0.3]]))
         assert pairs.token.tolist() == [[0, 1, 2, 0, 1, 2]]
         assert pairs.expert.tolist() == [[0, 0, 1, 1, 2, 0]]
         assert pairs.valid.tolist() == [[True, False, True, True, False, True]]
@@ -70,17 +74,41 @@ class TestChoiceMajorOrder:
 
     def test_pairs_of_a_token_are_its_own(self):
         experts = np.random.default_rng(0).integers(0, 5, (2, 7, 3))
-        pairs = choice_major_pairs(jnp.asarray(experts), jnp.ones((2, 7), bool))
-        assert np.array_equal(gather_pairs(pairs.expert, pairs.of_token), experts)
-        assert np.array_equal(
-            gather_pairs(pairs.token, pairs.of_token), np.broadcast_to(np.arange(7)[None, :, None], (2, 7, 3))
-        )
+        pairs = choice_major_pairs(jnp.asarray(experts), jnp.asarray(experts / 5), jnp.ones((2, 7), bool))
+        assert np.array_equal(by_token(pairs.expert, pairs), experts)
+        assert np.array_equal(by_token(pairs.weight, pairs), np.float32(experts / 5))
+        assert np.array_equal(by_token(pairs.token, pairs), np.broadcast_to(np.arange(7)[None, :, None], (2, 7, 3)))
+
+
+class TestByToken:
+    """Three pairs: tokens 2, 0, 2; token 1 has none."""
+
+    PAIRS = Pairs(
+        token=jnp.array([[2, 0, 2]]),
+        expert=jnp.array([[0, 0, 1]]),
+        weight=jnp.zeros((1, 3)),
+        valid=jnp.ones((1, 3), bool),
+        of_token=jnp.array([[[1, 3], [3, 3], [0, 2]]]),
+    )
+    VALUES = jnp.array([[5.0, 7.0, 11.0]])
+
+    def test_a_token_without_a_pair_reads_zeros(self):
+        assert by_token(self.VALUES, self.PAIRS).tolist() == [[[7, 0], [0, 0], [5, 11]]]
+        assert sum_over_pairs(self.VALUES, self.PAIRS).tolist() == [[7, 0, 16]]
+
+    def test_a_pair_reads_its_tokens_value(self):
+        assert at_pairs(self.VALUES, self.PAIRS).tolist() == [[11, 5, 11]]
+
+    def test_each_is_the_others_transpose(self):
+        spread = lambda values: at_pairs(values, self.PAIRS)  # noqa: E731
+        collect = lambda values: sum_over_pairs(values, self.PAIRS)  # noqa: E731
+        assert np.array_equal(jax.jacobian(spread)(self.VALUES)[0, :, 0], [[0, 0, 1], [1, 0, 0], [0, 0, 1]])
+        assert np.array_equal(jax.jacobian(collect)(self.VALUES)[0, :, 0], [[0, 1, 0], [0, 0, 0], [1, 0, 1]])
 
 
 def fill_by_hand(num_slots, limit, mask=(True, True, True)):
-    return fill_slots(
-        choice_major_pairs(jnp.asarray(HAND_WORKED), jnp.array([mask])), 3, num_slots, jnp.array([limit], jnp.int32)
-    )
+    pairs = choice_major_pairs(jnp.asarray(HAND_WORKED), jnp.ones((1, 3, 2)), jnp.array([mask]))
+    return fill_slots(pairs, 3, num_slots, jnp.array([limit], jnp.int32))
 
 
 class TestFillSlotsByHand:
@@ -114,7 +142,7 @@ class TestFillSlotsByHand:
         assert slots.assigned.tolist() == [3, 2, 1]
 
     def test_served_tokens(self):
-        pairs = choice_major_pairs(jnp.asarray(HAND_WORKED[:, :, :1]), jnp.ones((1, 3), bool))
+        pairs = choice_major_pairs(jnp.asarray(HAND_WORKED[:, :, :1]), jnp.ones((1, 3, 1)), jnp.ones((1, 3), bool))
         slots = fill_slots(pairs, 3, 1, jnp.array([1], jnp.int32))
         assert served_tokens(pairs, slots).tolist() == [[True, False, True]]
 
@@ -136,6 +164,7 @@ def random_pairs(case: str, groups=3, size=40, num_experts=6):
     return Pairs(
         token=jnp.asarray(token, jnp.int32),
         expert=jnp.asarray(expert, jnp.int32),
+        weight=jnp.ones(expert.shape),
         valid=jnp.asarray(valid),
         of_token=jnp.asarray(token[..., None], jnp.int32),
     )
@@ -180,6 +209,7 @@ class TestFillSlots:
 
     def test_a_group_too_large_for_the_sort_key_is_refused(self):
         wide = jax.ShapeDtypeStruct((1, 2**24), jnp.int32)
-        pairs = Pairs(token=wide, expert=wide, valid=jax.ShapeDtypeStruct(wide.shape, bool), of_token=wide)
+        valid = jax.ShapeDtypeStruct(wide.shape, bool)
+        pairs = Pairs(token=wide, expert=wide, weight=wide, valid=valid, of_token=wide)
         with pytest.raises(ValueError, match="group_size"):
             jax.eval_shape(lambda p: fill_slots(p, 128, 4, jnp.array([4], jnp.int32)), pairs)

@@ -1,5 +1,7 @@
 """Movements against a loop over pairs, and against each other in every gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 from support import assert_close, to_numpy
 
-from sparsejax.ops.assignment import choice_major_pairs, fill_slots
+from sparsejax.ops.assignment import Pairs, choice_major_pairs, fill_slots
 from sparsejax.ops.dispatch import MOVEMENTS
 
 GROUPS, SIZE, WIDTH, EXPERTS, SLOTS = 2, 6, 3, 4, 3
@@ -18,11 +20,12 @@ CASES = {
     "all to the same two": (2, "collapsed"),
     "padding": (2, "padded"),
     "only padding": (1, "empty"),
+    "0 to E pairs a token": (1, "uneven"),
 }
 
 
 def setting(case: str):
-    """(x, expert outputs, weights, pairs, slots) of a case; group 1 has a tighter limit than group 0."""
+    """(x, expert outputs, pairs, slots) of a case; group 1 has a tighter limit than group 0."""
     k, kind = CASES[case]
     rng = np.random.default_rng(3)
     experts = np.argsort(rng.random((GROUPS, SIZE, EXPERTS)), axis=-1)[..., :k]
@@ -31,90 +34,112 @@ def setting(case: str):
     mask = np.ones((GROUPS, SIZE), bool)
     if kind in ("padded", "empty"):
         mask[:, 0 if kind == "empty" else 4 :] = False
-    pairs = choice_major_pairs(jnp.asarray(experts), jnp.asarray(mask))
+    weights = jnp.asarray(rng.random((GROUPS, SIZE, k)) + 0.1, jnp.float32)
+    pairs = choice_major_pairs(jnp.asarray(experts), weights, jnp.asarray(mask))
+    if kind == "uneven":  # as an expert's choice has it: a token appears in any number of pairs, in any order
+        pairs = uneven_pairs(rng)
     slots = fill_slots(pairs, EXPERTS, SLOTS, jnp.array([SLOTS, SLOTS - 1], jnp.int32))
     x, out = rng.normal(size=(GROUPS, SIZE, WIDTH)), rng.normal(size=(EXPERTS, GROUPS, SLOTS, WIDTH))
-    weights = rng.random((GROUPS, SIZE, k)) + 0.1
-    return *(jnp.asarray(a, jnp.float32) for a in (x, out, weights)), pairs, slots
+    return jnp.asarray(x, jnp.float32), jnp.asarray(out, jnp.float32), pairs, slots
 
 
-def by_hand(x, out, weights, pairs, slots):
+def uneven_pairs(rng) -> Pairs:
+    """Token s is in s of the P pairs, up to one with every expert."""
+    each = [[(s, e) for s in range(SIZE) for e in rng.permutation(EXPERTS)[:s]] for _ in range(GROUPS)]
+    lists = np.array([rng.permutation(group) for group in each])
+    of_token = np.full((GROUPS, SIZE, EXPERTS), lists.shape[1])
+    for g, s in np.ndindex(GROUPS, SIZE):
+        mine = np.flatnonzero(lists[g, :, 0] == s)
+        of_token[g, s, : len(mine)] = mine
+    return Pairs(
+        token=jnp.asarray(lists[..., 0], jnp.int32),
+        expert=jnp.asarray(lists[..., 1], jnp.int32),
+        weight=jnp.asarray(rng.random(lists.shape[:2]) + 0.1, jnp.float32),
+        valid=jnp.ones(lists.shape[:2], bool),
+        of_token=jnp.asarray(of_token, jnp.int32),
+    )
+
+
+def by_hand(x, out, pairs, slots):
     """(dispatched, combined), one pair at a time."""
-    x, out, weights, pairs, slots = to_numpy((x, out, weights, pairs, slots))
+    x, out, pairs, slots = to_numpy((x, out, pairs, slots))
     z, y = np.zeros(out.shape, np.float32), np.zeros(x.shape, np.float32)
     for g in range(GROUPS):
-        for s, of_token in enumerate(pairs.of_token[g]):
-            for choice, pair in enumerate(of_token):
-                if slots.keep[g, pair]:
-                    e, c = pairs.expert[g, pair], slots.position[g, pair]
-                    z[e, g, c] += x[g, s]
-                    y[g, s] += weights[g, s, choice] * out[e, g, c]
+        for pair in np.flatnonzero(slots.keep[g]):
+            s, e, c = pairs.token[g, pair], pairs.expert[g, pair], slots.position[g, pair]
+            z[e, g, c] += x[g, s]
+            y[g, s] += pairs.weight[g, pair] * out[e, g, c]
     return z, y
 
 
 @jax.jit(static_argnums=0)
-def move(movement, x, out, weights, pairs, slots):
+def move(movement, x, out, pairs, slots):
     """(dispatched, combined)."""
-    return MOVEMENTS[movement].dispatch(x, pairs, slots), MOVEMENTS[movement].combine(out, weights, pairs, slots)
+    return MOVEMENTS[movement].dispatch(x, pairs, slots), MOVEMENTS[movement].combine(out, pairs, slots)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("movement", MOVEMENTS)
 def test_moves_what_a_loop_over_pairs_moves(movement, case):
-    x, out, weights, pairs, slots = setting(case)
-    assert_close(move(movement, x, out, weights, pairs, slots), by_hand(x, out, weights, pairs, slots))
+    setup = setting(case)
+    assert_close(move(movement, *setup), by_hand(*setup))
 
 
 @pytest.mark.parametrize("movement", MOVEMENTS)
 def test_a_token_without_a_slot_gets_exactly_zero(movement):
-    x, out, weights, pairs, slots = setting("k=1 with drops")
+    x, out, pairs, slots = setting("k=1 with drops")
     dropped = ~np.asarray(slots.keep)
     assert 0 < dropped.sum() < dropped.size
-    y = np.asarray(move(movement, x, out + 7, weights, pairs, slots)[1])
+    y = np.asarray(move(movement, x, out + 7, pairs, slots)[1])
     assert (y[dropped] == 0).all() and (y[~dropped] != 0).all()
 
 
 @pytest.mark.parametrize("movement", MOVEMENTS)
 def test_empty_slots_are_exactly_zero(movement):
-    x, out, weights, pairs, slots = setting("all to the same two")
-    z = np.asarray(move(movement, x + 7, out, weights, pairs, slots)[0])
+    x, out, pairs, slots = setting("all to the same two")
+    z = np.asarray(move(movement, x + 7, out, pairs, slots)[0])
     empty = np.asarray(slots.pair).transpose(1, 0, 2) == 2 * SIZE
     assert empty[0].all() and (z[empty] == 0).all() and (z[~empty] != 0).all()
 
 
+def weighted_combine(movement, pairs, slots):
+    """Combine, as a function of what it is differentiated in."""
+    return lambda out, weight: MOVEMENTS[movement].combine(out, dataclasses.replace(pairs, weight=weight), slots)
+
+
 @jax.jit(static_argnums=0)
-def gradients(movement, x, out, weights, pairs, slots, dz, dy):
-    """Of dispatch in x, and of combine in the expert outputs and in the weights."""
+def gradients(movement, x, out, pairs, slots, dz, dy):
+    """Of dispatch in x, and of combine in the expert outputs and in the pairs' weights."""
     _, dispatch_vjp = jax.vjp(lambda x: MOVEMENTS[movement].dispatch(x, pairs, slots), x)
-    _, combine_vjp = jax.vjp(lambda out, weights: MOVEMENTS[movement].combine(out, weights, pairs, slots), out, weights)
+    _, combine_vjp = jax.vjp(weighted_combine(movement, pairs, slots), out, pairs.weight)
     return *dispatch_vjp(dz), *combine_vjp(dy)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("movement", [name for name in MOVEMENTS if name != "einsum"])
 def test_gradients_are_those_of_the_one_hot_products(movement, case):
-    x, out, weights, pairs, slots = setting(case)
+    x, out, pairs, slots = setting(case)
     rng = np.random.default_rng(5)
     cotangents = [jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in (out, x)]
-    operands = (x, out, weights, pairs, slots, *cotangents)
+    operands = (x, out, pairs, slots, *cotangents)
     assert_close(gradients(movement, *operands), gradients("einsum", *operands))
 
 
 @pytest.mark.parametrize("case", ["k=3 with drops", "padding"])
 def test_gather_gradients_are_those_of_finite_differences(case):
-    x, out, weights, pairs, slots = setting(case)
+    x, out, pairs, slots = setting(case)
     gather = MOVEMENTS["gather"]
     # Wide steps: float32, and both functions are (bi)linear.
     options = {"order": 1, "modes": ["rev"], "atol": 5e-3, "rtol": 5e-3, "eps": 1e-2}
     check_grads(jax.jit(lambda x: gather.dispatch(x, pairs, slots)), (x,), **options)
-    check_grads(jax.jit(lambda out, weights: gather.combine(out, weights, pairs, slots)), (out, weights), **options)
+    check_grads(jax.jit(weighted_combine("gather", pairs, slots)), (out, pairs.weight), **options)
 
 
 def test_bfloat16_rows_keep_their_dtype_and_weights_get_float32_gradients():
-    x, out, weights, pairs, slots = setting("k=2 with drops")
+    x, out, pairs, slots = setting("k=2 with drops")
     x, out = x.astype(jnp.bfloat16), out.astype(jnp.bfloat16)
     for movement in MOVEMENTS:
-        z, y = move(movement, x, out, weights, pairs, slots)
+        z, y = move(movement, x, out, pairs, slots)
         assert z.dtype == y.dtype == jnp.bfloat16
-        dx, dout, dweights = gradients(movement, x, out, weights, pairs, slots, jnp.ones_like(z), jnp.ones_like(y))
+        dx, dout, dweights = gradients(movement, x, out, pairs, slots, jnp.ones_like(z), jnp.ones_like(y))
         assert (dx.dtype, dout.dtype, dweights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)

@@ -11,7 +11,7 @@ from reference import routing as slow
 from support import assert_close, to_numpy
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.ops.assignment import capacity_table
+from sparsejax.ops.assignment import by_token, capacity_table, choice_major_pairs
 from sparsejax.routers.balance import LoadBalance, NoBalance
 from sparsejax.routers.router import RouterConfig, count_experts, decide, jitter, report
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
@@ -51,12 +51,15 @@ class TestScores:
 class TestTopK:
     def test_ties_go_to_the_lower_expert(self):
         scores = jnp.array([[[0.2, 0.3, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]])
-        _, experts = TopK(k=2)(scores, jnp.ones((1, 2), bool))
-        assert experts.tolist() == [[[1, 2], [0, 1]]]
+        pairs = TopK(k=2)(scores, jnp.ones((1, 2), bool))
+        assert by_token(pairs.expert, pairs).tolist() == [[[1, 2], [0, 1]]]
 
-    def test_the_choice_has_no_gradient(self):
-        grad = jax.grad(lambda s: TopK(k=2)(s, jnp.asarray(MASK))[1].astype(jnp.float32).sum())(random_logits())
-        assert (np.asarray(grad) == 0).all()
+    def test_the_gradient_goes_to_the_scores_of_the_selected(self):
+        pairs = TopK(k=2)(random_logits(), jnp.asarray(MASK))
+        grad = jax.grad(lambda s: TopK(k=2)(s, jnp.asarray(MASK)).weight.sum())(random_logits())
+        chosen = np.zeros((GROUPS, SIZE, EXPERTS))
+        np.put_along_axis(chosen, np.asarray(by_token(pairs.expert, pairs)), 1, axis=-1)
+        assert np.array_equal(grad, chosen)
 
     def test_k_must_be_positive(self):
         with pytest.raises(ConfigError, match="0 is not positive"):
@@ -67,31 +70,39 @@ SCORES_GSK = jnp.array([[[0.6, 0.2], [0.5, 0.3], [0.4, 0.4]]])
 KEEP_GSK = jnp.array([[[True, True], [True, False], [False, False]]])
 
 
+def weighed(weight, scores_GSK=SCORES_GSK):
+    """`[G, S, K]` weights of three tokens with two pairs each."""
+    pairs = choice_major_pairs(jnp.zeros_like(scores_GSK, jnp.int32), scores_GSK, jnp.ones(scores_GSK.shape[:2], bool))
+    keep_GP = KEEP_GSK.transpose(0, 2, 1).reshape(1, -1)
+    return by_token(weight(pairs, keep_GP), pairs)
+
+
 class TestWeights:
     def test_raw(self):
-        np.testing.assert_allclose(Raw()(SCORES_GSK, KEEP_GSK), SCORES_GSK)
+        np.testing.assert_allclose(weighed(Raw()), SCORES_GSK)
 
     def test_before_the_drop_a_lost_expert_takes_its_part_with_it(self):
-        weights = Renormalized(drop="before")(SCORES_GSK, KEEP_GSK)
+        weights = weighed(Renormalized(drop="before"))
         np.testing.assert_allclose(weights[0], [[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]], rtol=1e-6)
 
     def test_after_the_drop_the_survivor_gets_all(self):
-        weights = Renormalized(drop="after")(SCORES_GSK, KEEP_GSK)
+        weights = weighed(Renormalized(drop="after"))
         np.testing.assert_allclose(weights[0, :2, 0], [0.75, 1.0], rtol=1e-6)
 
     def test_a_token_that_lost_everything_has_a_finite_gradient(self):
-        grad = jax.grad(lambda s: (Renormalized(drop="after")(s, KEEP_GSK) * KEEP_GSK).sum())(SCORES_GSK)
+        grad = jax.grad(lambda s: (weighed(Renormalized(drop="after"), s) * KEEP_GSK).sum())(SCORES_GSK)
         assert np.isfinite(grad).all()
 
     @pytest.mark.parametrize("weight", [Raw, Renormalized])
     def test_scale(self, weight):
-        np.testing.assert_allclose(weight(scale=2.5)(SCORES_GSK, KEEP_GSK), 2.5 * weight()(SCORES_GSK, KEEP_GSK))
+        np.testing.assert_allclose(weighed(weight(scale=2.5)), 2.5 * weighed(weight()))
 
     def test_softmax_then_top_k_then_renormalized_is_top_k_then_softmax(self):
         logits = random_logits()
         scores = Softmax()(logits)
-        _, experts = TopK(k=2)(scores, jnp.asarray(MASK))
-        weights = Renormalized()(jnp.take_along_axis(scores, experts, -1), jnp.ones(experts.shape, bool))
+        pairs = TopK(k=2)(scores, jnp.asarray(MASK))
+        weights = by_token(Renormalized()(pairs, pairs.valid), pairs)
+        experts = by_token(pairs.expert, pairs)
         assert_close(weights, jax.nn.softmax(jnp.take_along_axis(logits, experts, -1), axis=-1), 1e-6)
 
 
@@ -116,6 +127,16 @@ def decided(config, logits, mask=MASK, factor=0.75):
     return to_numpy(jax.jit(lambda x, m: decide(x, m, config, capacities))(logits, jnp.asarray(mask))), capacities
 
 
+def chosen(decision):
+    """`[G, S, K]` experts."""
+    return np.asarray(by_token(jnp.asarray(decision.pairs.expert), decision.pairs))
+
+
+def weights_of(decision):
+    """`[G, S, K]` combine weights."""
+    return np.asarray(by_token(jnp.asarray(decision.pairs.weight), decision.pairs))
+
+
 class TestDecision:
     @pytest.mark.parametrize("weight", [Raw(), Renormalized(drop="before"), Renormalized(drop="after")])
     def test_against_the_reference_group_by_group(self, weight):
@@ -131,28 +152,28 @@ class TestDecision:
                 limit=capacities[MASK[g].sum()],
                 num_slots=capacities[-1],
             )
-            assert np.array_equal(decision.experts_GSK[g], expected.experts)
+            assert np.array_equal(chosen(decision)[g], expected.experts)
             slot = np.where(decision.slots.pair[g] == 2 * SIZE, -1, decision.slots.pair[g])
             assert np.array_equal(slot, expected.slots)
             kept = expected.kept
-            assert_close(decision.weights_GSK[g][kept], expected.weights[kept].astype(np.float32), 1e-6)
+            assert_close(weights_of(decision)[g][kept], expected.weights[kept].astype(np.float32), 1e-6)
 
     def test_renaming_experts_renames_the_decision(self):
         config, logits = RouterConfig(), random_logits()
         order = np.random.default_rng(1).permutation(EXPERTS)
         first, second = decided(config, logits)[0], decided(config, logits[..., order])[0]
-        assert np.array_equal(order[second.experts_GSK], first.experts_GSK)
+        assert np.array_equal(order[chosen(second)], chosen(first))
         assert np.array_equal(second.slots.assigned, first.slots.assigned[order])
         assert np.array_equal(second.slots.pair, first.slots.pair[:, order])
-        assert_close(second.weights_GSK, first.weights_GSK, 1e-6)
+        assert_close(weights_of(second), weights_of(first), 1e-6)
 
     def test_order_of_tokens_does_not_matter_when_nothing_is_dropped(self):
         config, logits, everyone = RouterConfig(), random_logits(), np.ones_like(MASK)
         order = np.random.default_rng(2).permutation(SIZE)
         first, second = (decided(config, x, everyone, factor=10.0)[0] for x in (logits, logits[:, order]))
         assert first.slots.keep.all() and second.slots.keep.all()
-        assert np.array_equal(second.experts_GSK, first.experts_GSK[:, order])
-        assert_close(second.weights_GSK, first.weights_GSK[:, order], 1e-6)
+        assert np.array_equal(chosen(second), chosen(first)[:, order])
+        assert_close(weights_of(second), weights_of(first)[:, order], 1e-6)
 
     def test_a_report_adds_up(self):
         decision, _ = decided(RouterConfig(), random_logits())
