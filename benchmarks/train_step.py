@@ -37,8 +37,8 @@ class Measured(loop._Run):
         self.of_bare: list[float] = []
         self.mark = 0.0
 
-    def _account(self, report, state, batch):
-        super()._account(report, state, batch)
+    def _add(self, report, batch, state):
+        super()._add(report, batch, state)
         self.of_loop.append(time.perf_counter() - self.mark)
         if len(self.of_loop) % BLOCK == 0:
             with self.clock.paused():

@@ -1,4 +1,4 @@
-"""What has to be settled before JAX starts a backend: the number of CPU devices, and where compiled programs stay."""
+"""This machine: its number of CPU devices, settled before JAX starts a backend, and its cache folder."""
 
 import contextlib
 import os
@@ -8,12 +8,18 @@ from typing import Any
 import jax
 
 
+def cache_root() -> Path:
+    """Where corpora and compiled programs are kept: $SPARSEJAX_CACHE, else `sparsejax` in the user's cache folder."""
+    chosen, caches = os.environ.get("SPARSEJAX_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or Path(caches) / "sparsejax").expanduser()
+
+
 def prepare_devices(count: int) -> None:
     """Makes a machine without accelerators show `count` devices, and keeps compiled programs between processes.
 
     Call it before anything that touches a device; a backend that runs already stays as it is. A count set by the user
-    (`JAX_NUM_CPU_DEVICES`, or in `XLA_FLAGS`) is left alone. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, or below
-    the user's cache folder if that is not set.
+    (`JAX_NUM_CPU_DEVICES`, or in `XLA_FLAGS`) is left alone. Programs are kept in `JAX_COMPILATION_CACHE_DIR`, or in
+    the cache folder if that is not set.
     """
     config: Any = jax.config  # its options are attributes that it defines at run time
     on_cpu = (config.jax_platforms or "cpu") == "cpu"
@@ -23,6 +29,4 @@ def prepare_devices(count: int) -> None:
         with contextlib.suppress(RuntimeError):
             config.update("jax_num_cpu_devices", count)
     if not config.jax_compilation_cache_dir:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        config.update("jax_compilation_cache_dir", str(caches / "sparsejax" / "xla"))
-    config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))

@@ -6,7 +6,7 @@ processed + dropped`."""
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import jax
@@ -63,27 +63,16 @@ def to_host(reports: Any) -> Any:
     )
 
 
-def summarize_moe(
-    layers: Mapping[str, MoEReport], experts_per_token: Mapping[str, int], capacity_factor: Mapping[str, float]
-) -> dict[str, float]:
-    """The `moe/…` metrics: ratios per layer, then the plain mean over layers; dead experts are summed.
-
-    Args:
-      layers: one unstacked host report (`to_host`) per MoE layer, by name.
-      experts_per_token: k of each layer, for the floor of the balance.
-      capacity_factor: asked for, of each layer.
-    """
-    if not layers:
-        return {}
-    rows = [
-        _layer_ratios(report, experts_per_token[name]) | {"moe/capacity_factor": capacity_factor[name]}
-        for name, report in layers.items()
-    ]
-    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    return means | {"moe/dead_experts": float(sum(row["moe/dead_experts"] for row in rows))}
+def over_layers(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of layers as those of the model: the plain mean over the layers that have one; dead experts are
+    summed."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    values = {key: [row[key] for row in rows if key in row] for key in keys}
+    return {key: float(sum(v) if key == "moe/dead_experts" else np.mean(v)) for key, v in values.items()}
 
 
-def _layer_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]:
+def moe_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]:
+    """The `moe/…` metrics of one layer, from its unstacked host report (`to_host`)."""
     load = np.asarray(report.assigned, np.float64)
     mean = max(load.mean(), 1e-9)
     assigned, tokens, slots = max(load.sum(), 1.0), max(float(report.tokens), 1.0), max(float(report.slots), 1.0)

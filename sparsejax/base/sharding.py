@@ -121,8 +121,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulation: int) 
     """Host arrays of this process's rows → global arrays `[A, B/A, …]`, rows split over the batch axes."""
     sharding = NamedSharding(mesh, P(None, BATCH_AXES))
 
-    def place(rows: np.ndarray) -> Array:
-        local = rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, local)
+    def by_microbatch(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
 
-    return {name: place(rows) for name, rows in batch.items()}
+    return jax.make_array_from_process_local_data(sharding, {name: by_microbatch(rows) for name, rows in batch.items()})

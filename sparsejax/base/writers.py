@@ -5,6 +5,7 @@ takes back what was written after it, so every (split, step) stands in the files
 """
 
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,9 +51,14 @@ class JsonlWriter:
     """Appends rows to a JSON-lines file, each in one write. NaN and infinity, which JSON lacks, become null."""
 
     def __init__(self, path: str | os.PathLike, resume_step: int = 0):
-        """Continues the file after `resume_step`; rows of later steps and broken lines are removed, with a warning."""
+        """Continues the file after `resume_step`; rows of later steps and broken lines are removed, with a warning.
+
+        A run that begins anew where another has left rows (its checkpoints are gone) keeps them in a file of their own.
+        """
         self.path = Path(path)
         self._last: dict[str, int] = {}  # split -> its newest step
+        if resume_step == 0 and self.path.is_file():
+            self._set_aside()
         if self.path.exists():
             self._take_back(resume_step)
         try:
@@ -79,6 +85,15 @@ class JsonlWriter:
     def close(self) -> None:
         """Closes the file. The writer cannot be used again."""
         os.close(self._file)
+
+    def _set_aside(self) -> None:
+        numbered = (self.path.with_name(f"{self.path.stem}.{n}{self.path.suffix}") for n in itertools.count(1))
+        old = next(path for path in numbered if not path.exists())
+        try:
+            self.path.rename(old)
+        except OSError as error:
+            raise RunError(f"{self.path} could not be renamed: {error.strerror}") from error
+        log.warning("there is no checkpoint to go on from; the earlier run's %s is now %s", self.path.name, old)
 
     def _take_back(self, resume_step: int) -> None:
         try:

@@ -13,7 +13,7 @@ from sparsejax.blocks.context import Context
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Activation, Backbone
-from sparsejax.nn.mlp import MLP, ffn_weights
+from sparsejax.nn.mlp import MLP, ffn_weights, ffn_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +32,16 @@ class DenseSpec(BlockSpec):
     def checkpoint_names(self) -> tuple[str, ...]:
         return ("attention", "mlp")
 
-    def hidden(self, backbone: Backbone) -> int:
-        return 4 * backbone.d_model if self.d_ff is None else self.d_ff
-
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
         attention_key, mlp_key = jax.random.split(key)
-        mlp = MLP(mlp_key, backbone, self.hidden(backbone), gated=self.gated, activation=self.activation)
+        mlp = MLP(mlp_key, backbone, ffn_width(backbone, self.d_ff), gated=self.gated, activation=self.activation)
         return TransformerBlock(attention_key, backbone, DenseFeedForward(mlp))
 
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
-        return {"mlp": Cost.of_matrices(ffn_weights(backbone, self.hidden(backbone), self.gated))}
+        return {"mlp": Cost.of_matrices(ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated))}
 
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
-        return {"d_ff": (self.hidden(backbone), "mlp")}
+        return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp")}
 
 
 class DenseFeedForward(nnx.Module):

@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import MoEReport, Report
+from sparsejax.base.reports import MoEReport, Report, moe_ratios
 from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Activation, Backbone
 from sparsejax.nn.linear import normal, param
-from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights
+from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights, ffn_width
 from sparsejax.ops.assignment import CapacityConvention, capacity_table
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
@@ -76,9 +76,6 @@ class MoESpec(BlockSpec):
     def counts_first(self) -> bool:
         return self.router.balance.scope == "global"
 
-    def hidden(self, backbone: Backbone) -> int:
-        return 4 * backbone.d_model if self.d_ff is None else self.d_ff
-
     def factor(self, mode: Mode) -> float:
         """The capacity factor asked for; in generation, the one at which nothing can drop."""
         if mode == "generate":
@@ -98,7 +95,7 @@ class MoESpec(BlockSpec):
         return TransformerBlock(attention_key, backbone, MoELayer(moe_key, backbone, self))
 
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
-        k, weights = self.experts_per_token, ffn_weights(backbone, self.hidden(backbone), self.gated)
+        k, weights = self.experts_per_token, ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
         routed = k * self.pair_flops(backbone)
         experts = Cost(parameters=self.num_experts * weights, active=k * weights, routed=routed)
         costs = {"router": Cost.of_matrices(backbone.d_model * self.num_experts), "experts": experts}
@@ -107,10 +104,10 @@ class MoESpec(BlockSpec):
         )
 
     def pair_flops(self, backbone: Backbone) -> int:
-        return 2 * ffn_weights(backbone, self.hidden(backbone), self.gated)
+        return 2 * ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
 
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
-        return {"d_ff": (self.hidden(backbone), "mlp"), "num_experts": (self.num_experts, "experts")}
+        return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
 
     def check_tokens(self, tokens: int) -> None:
         size = self.group_size
@@ -132,6 +129,9 @@ class MoESpec(BlockSpec):
         z = moe.z_sum / jnp.maximum(totals.tokens, 1)
         return {"balance": balance, "router_z": self.router.z_loss * z.sum()}
 
+    def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
+        return moe_ratios(_moe(report), self.experts_per_token) | {"moe/capacity_factor": self.factor(mode)}
+
     def settle(self, report: Report) -> Report:
         """A global balance is that of the summed loads."""
         if self.router.balance.scope != "global":
@@ -152,7 +152,7 @@ class MoELayer(nnx.Module):
         router_key, expert_key, shared_key = jax.random.split(key, 3)
         shape = (backbone.d_model, spec.num_experts)
         self.router = param(normal(router_key, shape, backbone.d_model**-0.5), ("embed", None), "router")
-        d_ff, kind = spec.hidden(backbone), {"gated": spec.gated, "activation": spec.activation}
+        d_ff, kind = ffn_width(backbone, spec.d_ff), {"gated": spec.gated, "activation": spec.activation}
         self.experts = Experts(expert_key, backbone, spec.num_experts, d_ff, **kind)
         shared = spec.shared_experts
         self.shared = MLP(shared_key, backbone, shared * d_ff, **kind) if shared else None

@@ -1,8 +1,8 @@
 """What a kind of block tells the rest of the house: how it is built, what it costs, how it splits, which losses it
 adds.
 
-A new kind is one file with a `BlockSpec`, and one line in `blocks.BLOCKS`; model, optimizer step, plan and config
-checks ask the spec and know no kind by name."""
+A new kind is one file with a `BlockSpec`, and one line in `blocks.BLOCKS`; model, step, metrics and config checks ask
+the spec and know no kind by name."""
 
 import abc
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.reports import Report
-from sparsejax.blocks.context import Totals
+from sparsejax.blocks.context import Mode, Totals
 from sparsejax.nn.backbone import Backbone
 
 
@@ -77,6 +77,10 @@ class BlockSpec(abc.ABC):
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
         """Named loss terms of the block's (possibly stacked) report, weighted and summed over its layers."""
+        return {}
+
+    def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
+        """Ratios of one layer's unstacked host report, by the names of `metrics.jsonl`."""
         return {}
 
     def settle(self, report: Report) -> Report:

@@ -1,10 +1,10 @@
 """From a config to a corpus: tokenizer, tokens of both splits, and what the run's record says about them."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Optional
 
+from sparsejax.base.devices import cache_root
 from sparsejax.base.errors import ConfigError
 from sparsejax.data.config import DataConfig
 from sparsejax.data.documents import Source
@@ -80,8 +80,8 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """`data.cache`, else $SPARSEJAX_CACHE, else ~/.cache/sparsejax."""
-    return Path(config.cache or os.environ.get("SPARSEJAX_CACHE") or "~/.cache/sparsejax").expanduser()
+    """`data.cache`, else that of the machine."""
+    return Path(config.cache).expanduser() if config.cache else cache_root()
 
 
 def _source(config: DataConfig, folder: Path) -> Source:

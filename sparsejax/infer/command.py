@@ -8,25 +8,14 @@ from pathlib import Path
 from typing import Optional
 
 import jax
-from flax import nnx
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import make_mesh
-from sparsejax.base.structs import struct
 from sparsejax.data.tokenizers import load_tokenizer
 from sparsejax.infer.text import START, Sample, encode_prompts, sample_text
-from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
-from sparsejax.train.state import abstract_state, make_optimizer
-
-
-@struct
-class RestoredVariables:
-    """The part of a `TrainState` that a model computes with; the names are those of the checkpoint."""
-
-    params: nnx.State
-    model_state: nnx.State
+from sparsejax.train.restore import restore_variables
 
 
 def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], args: argparse.Namespace) -> int:
@@ -44,7 +33,7 @@ def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     settings = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        variables, step = restore_variables(config, workdir / "checkpoints", mesh, args.step)
+        variables, _, step = restore_variables(config, workdir, mesh, args.step)
         result = sample_text(config, variables, tokenizer, prompts, **settings)
     if jax.process_index() == 0:
         if args.format == "json":
@@ -74,23 +63,6 @@ def read_prompts(given: list[str], file: Optional[Path]) -> list[str]:
         if not line:
             raise RequestError(f"--prompts-file={file}: line {number} is empty; it should have a prompt a line")
     return [*given, *lines]
-
-
-def restore_variables(
-    config: ExperimentConfig, folder: Path, mesh: jax.sharding.Mesh, step: Optional[int] = None
-) -> tuple[RestoredVariables, int]:
-    """(variables on `mesh`, step) of the newest good checkpoint or that of `step`; the optimizer's state is not read.
-
-    Raises:
-      RequestError: there is no such checkpoint, or it is of another model.
-      RunError: it is damaged.
-    """
-    saving = config.checkpoint
-    checkpoints = Checkpoints(folder, saving.every, saving.keep, saving.keep_every)
-    state = abstract_state(config, make_optimizer(config), mesh)
-    target = RestoredVariables(params=state.params, model_state=state.model_state)
-    variables, _, step = checkpoints.restore(target, step, partial=True)
-    return variables, step
 
 
 def as_text(samples: list[Sample]) -> str:

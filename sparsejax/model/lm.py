@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sparsejax.base.reports import MoEReport, Report, Reports
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Context, Mode, Totals
-from sparsejax.model.config import ModelConfig
+from sparsejax.model.config import Layer, ModelConfig
 from sparsejax.model.stack import Caches, Stack
 from sparsejax.nn.attention import HEADS_SPEC, ROWS_SPEC, KVCache
-from sparsejax.nn.embed import Embedding, Head, soft_cap
+from sparsejax.nn.embed import Embedding, Head
 from sparsejax.nn.linear import RMSNorm
+from sparsejax.ops.attention import soft_capped
 
 
 @struct
@@ -50,7 +51,7 @@ class LanguageModel(nnx.Module):
         x_BTD = self.embedding(batch.tokens)
         out = self.stack(x_BTD, Context(batch=batch, mode=mode, key=key), caches)
         head = self.embedding if self.head is None else self.head
-        logits_BTV = soft_cap(head.logits(self.final_norm(out.x)), self.config.logit_soft_cap)
+        logits_BTV = soft_capped(head.logits(self.final_norm(out.x)), self.config.logit_soft_cap)
         return ModelOutput(logits=logits_BTV, reports=out.reports, caches=out.caches)
 
 
@@ -84,11 +85,17 @@ def settle(config: ModelConfig, reports: Reports) -> dict[str, Report]:
     return {position: config.blocks[block].settle(reports[position]) for position, block in config.positions.items()}
 
 
+def layer_reports(config: ModelConfig, reports: Reports) -> dict[str, Report]:
+    """One unstacked report per layer, by `Layer.name`, from the input of the model to its output."""
+
+    def unstacked(layer: Layer) -> Report:
+        report = reports[layer.position]
+        return report if layer.repeat is None else jax.tree.map(lambda leaf: leaf[layer.repeat], report)
+
+    return {layer.name: unstacked(layer) for layer in config.layers}
+
+
 def moe_layers(config: ModelConfig, reports: Reports) -> dict[str, MoEReport]:
-    """One unstacked report per MoE layer, by `Layer.name`, from the input of the model to its output."""
-    layers = {}
-    for layer in config.layers:
-        moe = reports[layer.position].moe
-        if moe is not None:
-            layers[layer.name] = moe if layer.repeat is None else jax.tree.map(lambda leaf: leaf[layer.repeat], moe)
-    return layers
+    """`layer_reports` of the layers that have experts."""
+    layers = layer_reports(config, reports)
+    return {name: report.moe for name, report in layers.items() if report.moe is not None}

@@ -1,7 +1,5 @@
 """Token embedding and output head, tied or not."""
 
-from typing import Optional
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -44,8 +42,3 @@ def _logits(x_BTD: Float[Array, "B T D"], weight_DV: Float[Array, "D V"]) -> Flo
     spec = P(BATCH_AXES, None, "tensor")
     x_BTD = x_BTD.astype(weight_DV.dtype)
     return jnp.einsum("btd,dv->btv", x_BTD, weight_DV, preferred_element_type=jnp.float32, out_sharding=spec)
-
-
-def soft_cap(x: Float[Array, "..."], cap: Optional[float]) -> Float[Array, "..."]:
-    """cap · tanh(x / cap); None leaves `x` alone."""
-    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,5 +1,7 @@
 """The feed-forward network, plain or gated, for one network and for a stack of experts."""
 
+from typing import Optional
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,11 @@ ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 def residual_scale(backbone: Backbone) -> float:
     """Factor on the initial scale of a branch's last matrix: 2L branches add up to unit variance (GPT-2)."""
     return (2 * backbone.num_layers) ** -0.5
+
+
+def ffn_width(backbone: Backbone, d_ff: Optional[int]) -> int:
+    """F: what a config says, or 4 · d_model."""
+    return 4 * backbone.d_model if d_ff is None else d_ff
 
 
 def ffn_weights(backbone: Backbone, d_ff: int, gated: bool) -> int:

@@ -1,4 +1,4 @@
-"""Rotary positions and masked attention, as functions of one device's heads and rows."""
+"""Rotary positions, soft-capped logits and masked attention, as functions of one device's heads and rows."""
 
 from typing import Optional
 
@@ -15,6 +15,11 @@ def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta
     cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def soft_capped(x: Float[Array, "..."], cap: Optional[float]) -> Float[Array, "..."]:
+    """cap · tanh(x / cap); None leaves `x` alone (Gemma 2, arXiv:2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def visible(
@@ -43,7 +48,7 @@ def xla_attention(
     kv_heads = k_BSMH.shape[2]
     q_BTMgH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
     logits = jnp.einsum("btmgh,bsmh->bmgts", q_BTMgH, k_BSMH, preferred_element_type=jnp.float32) / width**0.5
-    logits = jnp.where(mask[:, :, None], soft_cap * jnp.tanh(logits / soft_cap), jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask[:, :, None], soft_capped(logits, soft_cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSMH.dtype)
     return jnp.einsum("bmgts,bsmh->btmgh", weights, v_BSMH).reshape(q_BTNH.shape)
 

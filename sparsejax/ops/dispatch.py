@@ -134,7 +134,7 @@ def _combine_bwd(residuals, dy_TD):
     dy_ND = _at(dy_TD, index.token_N)  # read once for both gradients
     dout_ND = _at(weight_P, index.pair_N)[:, None].astype(dy_TD.dtype) * dy_ND
     # Float32: a weight's gradient is a sum over the model width.
-    dweight_N = jnp.einsum("nd,nd->n", dy_ND, out_ND, preferred_element_type=jnp.float32)
+    dweight_N = jnp.sum((dy_ND * out_ND).astype(jnp.float32), axis=-1)
     return dout_ND, _at(dweight_N, index.slot_P).astype(weight_P.dtype), None
 
 

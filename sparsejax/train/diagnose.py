@@ -17,24 +17,25 @@ from sparsejax.train.state import TrainState, abstract_model
 from sparsejax.train.step import Microbatches, make_grads_of_step
 
 
-def first_bad_module(config: ExperimentConfig, state: TrainState, microbatches: Microbatches) -> str:
+def first_bad_module(config: ExperimentConfig, state: TrainState, microbatches: Microbatches, step: int) -> str:
     """A phrase that names the first module, from input to output, with a non-finite parameter or output.
 
     Failing that, the parameter whose gradient is not finite and lies nearest to the loss.
 
-    `state` is the one that the step on `microbatches` left; as that step was skipped, only its number is another.
+    `state` is the one that step number `step`, on `microbatches`, left: as it was skipped, parameters and noise are
+    those it had.
     """
     for path, parameter in nnx.to_flat_state(state.params):
         if not _finite(parameter[...]):
             return f"parameter {_name(path)} is not finite"
-    step = state.step - 1
-    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    before = jnp.int32(step - 1)  # what the step's noise is drawn from
+    key = jax.random.fold_in(jax.random.key(config.train.seed), before)
     for number in range(config.train.accumulation):
         batch = Batch(**{name: rows[number] for name, rows in microbatches.items()})
         for name, output in _outputs(config, state, Context(batch=batch, mode="train", key=key)):
             if not _finite(output):
                 return f"the output of {name} is not finite"
-    _, grads = jax.jit(make_grads_of_step(config))(state.params, state.model_state, microbatches, step)
+    _, grads = jax.jit(make_grads_of_step(config))(state.params, state.model_state, microbatches, before)
     bad = [path for path, gradient in nnx.to_flat_state(grads) if not _finite(gradient[...])]
     if not bad:
         return "every module is finite when the step is repeated"

@@ -17,24 +17,24 @@ from sparsejax.base.sharding import make_mesh, shard_batch
 from sparsejax.base.writers import json_values
 from sparsejax.data.corpus import Corpus, open_corpus
 from sparsejax.data.loader import eval_batches
-from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.metrics import Arrays, Row, bits_per_byte, eval_row
 from sparsejax.train.parity import parity
 from sparsejax.train.record import check_corpus, check_platform, other_corpus
-from sparsejax.train.state import TrainState, abstract_state, make_optimizer
+from sparsejax.train.restore import restore_variables
+from sparsejax.train.state import Variables
 from sparsejax.train.step import EvalReport, make_eval_step
 
 
 class Evaluator:
-    """Evaluates states of one config on the validation split, always the same rows in the same order. One compile."""
+    """Evaluates models of one config on the validation split, always the same rows in the same order. One compile."""
 
     def __init__(self, config: ExperimentConfig, corpus: Corpus, mesh: jax.sharding.Mesh):
         self.config, self.corpus, self.mesh = config, corpus, mesh
         self._step: Optional[Callable[..., EvalReport]] = None
 
-    def __call__(self, state: TrainState) -> tuple[Row, Arrays]:
-        """The metrics of `state` over `eval.batches` batches, and its routing arrays."""
+    def __call__(self, variables: Variables) -> tuple[Row, Arrays]:
+        """The metrics of a model over `eval.batches` batches, and its routing arrays."""
         config, total = self.config, None
         rows = host_rows(config.microbatch_size, 1)
         # A microbatch at a time, as in training: memory and groups are those of a step.
@@ -42,8 +42,8 @@ class Evaluator:
         for batch in eval_batches(self.corpus, config.data, config.microbatch_size, number, rows):
             arrays = shard_batch(batch, self.mesh, 1)
             if self._step is None:
-                self._step = jax.jit(make_eval_step(config)).lower(state, arrays).compile()
-            report = to_host(self._step(state, arrays))
+                self._step = jax.jit(make_eval_step(config)).lower(variables, arrays).compile()
+            report = to_host(self._step(variables, arrays))
             total = report if total is None else add(total, report)
         if total is None:
             raise RunError("the evaluation has no batch")
@@ -75,13 +75,9 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     check_corpus(config, corpus)
     mesh = make_mesh(config.mesh)
     check_platform(config, mesh)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every
-    )
     with jax.set_mesh(mesh):
-        target = abstract_state(config, make_optimizer(config), mesh)
-        state, progress, step = checkpoints.restore(target, args.step)
-        row, _ = Evaluator(config, corpus, mesh)(state)
+        variables, progress, step = restore_variables(config, workdir, mesh, args.step)
+        row, _ = Evaluator(config, corpus, mesh)(variables)
     row = {"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"]}
     flagged = other_corpus(workdir, corpus.info)
     print(json.dumps(json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))

@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,11 +11,12 @@ import numpy as np
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RunError
-from sparsejax.base.sharding import make_mesh, shard_batch
+from sparsejax.base.sharding import make_mesh, mesh_platform, shard_batch
 from sparsejax.base.writers import MetricsWriter
 from sparsejax.data.corpus import Corpus, open_corpus
 from sparsejax.data.loader import batches, train_rows
 from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.clock import Clock
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.diagnose import first_bad_module
 from sparsejax.train.evaluate import Evaluator, host_rows
@@ -26,7 +26,7 @@ from sparsejax.train.progress import Display
 from sparsejax.train.record import changes_since, check_corpus, check_platform, write_config
 from sparsejax.train.signals import StopOnSignal
 from sparsejax.train.state import TrainState, abstract_state, make_optimizer, new_state
-from sparsejax.train.step import StepReport, make_train_step
+from sparsejax.train.step import Microbatches, StepReport, make_train_step
 from sparsejax.train.summary import closing_lines
 from sparsejax.train.workdir import open_workdir
 
@@ -57,6 +57,14 @@ def train(loaded: Loaded[ExperimentConfig], workdir: Path, allow_config_change: 
             return run.go(state, resume_step or 0)
 
 
+def steps_ahead() -> int:
+    """How many steps may still run while the host goes on with the next.
+
+    None on CPU, where the host's work would only take the step's cores and two executions with collectives in flight
+    can deadlock."""
+    return 0 if mesh_platform() == "cpu" else 1
+
+
 class _Run:
     """One process's part in one run: the state it carries, and the straight line through its steps."""
 
@@ -76,7 +84,7 @@ class _Run:
         self.learning_rate = learning_rate_at(config.optimizer, config.train.steps)
         self.evaluator = Evaluator(config, corpus, mesh)
         self.window = Window(config.model)
-        self.clock = _Clock()
+        self.clock = Clock()
         self.tokens, self.flops, self.nonfinite, self.evaluated = 0, 0.0, 0, 0
 
     def begin(self, resume_step: Optional[int]) -> TrainState:
@@ -128,7 +136,7 @@ class _Run:
             prefetch=config.data.prefetch,
             workers=config.data.workers,
         )
-        step = first
+        step, in_flight, ahead = first, deque[tuple[StepReport, Microbatches]](), steps_ahead()
         with contextlib.closing(data), contextlib.ExitStack() as tracing:
             compiled = None
             self.clock.start()
@@ -142,34 +150,46 @@ class _Run:
                 if train.profile and step == train.profile[0]:
                     tracing.enter_context(jax.profiler.trace(str(self.folder / "profile")))
                 state, report = compiled(state, batch)
-                self._account(report, state, batch)
-                if train.profile and step == train.profile[1]:
-                    tracing.close()
+                in_flight.append((report, batch))
+                self._account(in_flight, state, ahead)
                 last = step == train.steps or self.stop.requested
-                if step == 1 or step % train.log_every == 0 or last:
+                row_due = step == 1 or step % train.log_every == 0 or last
+                trace_ends = step in train.profile[1:]
+                saving = self.checkpoints.due(step)
+                evaluating = self._evaluation_due(step)
+                if row_due or trace_ends or saving or evaluating:
+                    self._account(in_flight, state)
+                if trace_ends:
+                    tracing.close()
+                if row_due:
                     self._log(step, writer)
                 if last:
                     break
                 with self.clock.paused():
-                    if self.checkpoints.due(step):  # first: an evaluation may be long, a preemption sudden
+                    if saving:  # first: an evaluation may be long, a preemption sudden
                         self.checkpoints.save(step, state, self._progress())
-                    if self._evaluation_due(step):
+                    if evaluating:
                         self.display.update(self._evaluate(state, step, writer)[0])
         return state, step
 
-    def _account(self, report: StepReport, state: TrainState, batch: Any) -> None:
-        """Waits for the step (on CPU, two executions with collectives in flight can deadlock) and adds its sums."""
+    def _account(self, in_flight: deque[tuple[StepReport, Microbatches]], state: TrainState, leave: int = 0) -> None:
+        """Waits for the steps in flight, but for the last `leave`, and adds their sums."""
+        while len(in_flight) > leave:
+            self._add(*in_flight.popleft(), state)
+
+    def _add(self, report: StepReport, batch: Microbatches, state: TrainState) -> None:
+        """Waits for one step and adds its sums. `state` is the newest one."""
         tokens, flops = self.window.add(report)
         self.tokens += tokens
         self.flops += flops
         self.clock.step(tokens)
         if bool(report.finite):
             return
-        self.nonfinite = int(state.nonfinite)
-        streak, step = int(state.nonfinite_streak), int(state.step)
+        self.nonfinite += 1
+        step, streak = int(report.step), int(report.nonfinite_streak)
         self.display.note(f"step {step}: loss or gradient is not finite; the step is skipped ({streak} in a row)")
         if streak >= self.config.train.max_nonfinite:
-            cause = first_bad_module(self.config, state, batch)
+            cause = first_bad_module(self.config, state, batch, step)
             raise RunError(f"{streak} steps in a row were not finite (train.max_nonfinite): {cause}")
 
     def _log(self, step: int, writer: MetricsWriter) -> None:
@@ -185,7 +205,7 @@ class _Run:
 
     def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> tuple[Row, Arrays]:
         """The row, which it also writes unless the file has it, and the routing arrays."""
-        row, arrays = self.evaluator(state)
+        row, arrays = self.evaluator(state.variables)
         row = self._row(step, "eval", row) | {"seconds": self.clock.seconds}
         writer.write(row)
         self.evaluated = step
@@ -208,55 +228,6 @@ class _Run:
         """What the next process needs to know beside the state."""
         seconds = self.clock.seconds
         return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds, "evaluated": self.evaluated}
-
-
-class _Clock:
-    """Seconds of a run, and of the window since the last row: of its steps, without evaluation, saving, compiling."""
-
-    def __init__(self):
-        self.before = 0.0  # seconds of the run before this process took it up
-        self._begun = time.perf_counter()
-        self.start()
-
-    def start(self) -> None:
-        """Begins a window."""
-        self._window, self._out, self._wait, self._steps, self._tokens = time.perf_counter(), 0.0, 0.0, 0, 0
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole run, everything included."""
-        return self.before + time.perf_counter() - self._begun
-
-    def step(self, tokens: int) -> None:
-        self._steps += 1
-        self._tokens += tokens
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - begun
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self._out += time.perf_counter() - begun
-
-    compiling = paused
-
-    def take(self) -> Row:
-        """The timing of the window, and begins a new one."""
-        spent = max(time.perf_counter() - self._window - self._out, 1e-9)
-        timing = {
-            "window_steps": self._steps,
-            "seconds": self.seconds,
-            "step_seconds": spent / self._steps,
-            "tokens_per_second": self._tokens / spent,
-            "data_wait_fraction": self._wait / spent,
-        }
-        self.start()
-        return timing
 
 
 def _shortest(folder: Path) -> Path:

@@ -6,12 +6,11 @@ from typing import Any, Optional
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.base.reports import MoEReport, Report, add, summarize_moe, to_host
+from sparsejax.base.reports import MoEReport, Report, add, over_layers, to_host
 from sparsejax.blocks.context import Mode, Totals
-from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, forward_flops
-from sparsejax.model.lm import auxiliary_losses, moe_layers, settle
+from sparsejax.model.lm import auxiliary_losses, layer_reports, moe_layers, settle
 from sparsejax.train.step import EvalReport, StepReport
 
 Row = dict[str, Any]
@@ -45,7 +44,7 @@ class Window:
             "grad_norm": float(last.grad_norm),
         }
         row |= {f"loss/{name}": float(value) for name, value in last.terms.items()}
-        return row | moe_metrics(self.config, reports, "train"), routing_arrays(self.config, reports)
+        return row | layer_metrics(self.config, reports, "train"), routing_arrays(self.config, reports)
 
 
 def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
@@ -64,7 +63,7 @@ def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
     row: Row = {"loss": cross_entropy + sum(float(v) for v in terms.values()), "cross_entropy": cross_entropy}
     row |= {f"loss/{name}": float(value) for name, value in terms.items()}
     row |= {"targets": int(total.targets)}
-    return row | moe_metrics(config, reports, "eval"), routing_arrays(config, reports)
+    return row | layer_metrics(config, reports, "eval"), routing_arrays(config, reports)
 
 
 def bits_per_byte(cross_entropy: float) -> float:
@@ -72,15 +71,10 @@ def bits_per_byte(cross_entropy: float) -> float:
     return cross_entropy / math.log(2)
 
 
-def moe_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -> Row:
-    """The `moe/…` scalars of host reports."""
-    specs = {layer.name: config.blocks[layer.block] for layer in config.layers}
-    moe = {name: spec for name, spec in specs.items() if isinstance(spec, MoESpec)}
-    return summarize_moe(
-        moe_layers(config, reports),
-        experts_per_token={name: spec.experts_per_token for name, spec in moe.items()},
-        capacity_factor={name: spec.factor(mode) for name, spec in moe.items()},
-    )
+def layer_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -> Row:
+    """The scalars that conditional layers report, over all layers."""
+    layers = layer_reports(config, reports)
+    return over_layers([config.blocks[layer.block].metrics(layers[layer.name], mode) for layer in config.layers])
 
 
 def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:

@@ -19,8 +19,17 @@ from sparsejax.train.optimizer import build, opt_state_specs
 
 
 @struct
+class Variables:
+    """What a model computes with: `params` holds its `nnx.Param`s, `model_state` its other variables. The part of a
+    `TrainState` that evaluation and generation restore; the names are those of the checkpoint."""
+
+    params: nnx.State
+    model_state: nnx.State
+
+
+@struct
 class TrainState:
-    """`params` holds the model's `nnx.Param`s, `model_state` its other variables, both as `nnx.State`."""
+    """`params` and `model_state` are those of `Variables`."""
 
     step: Int[Array, ""]  # optimizer steps done, skipped ones included
     params: nnx.State
@@ -28,6 +37,10 @@ class TrainState:
     opt_state: Any
     nonfinite: Int[Array, ""]  # steps skipped so far because loss or gradient was not finite
     nonfinite_streak: Int[Array, ""]  # of those, how many in a row up to now
+
+    @property
+    def variables(self) -> Variables:
+        return Variables(params=self.params, model_state=self.model_state)
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

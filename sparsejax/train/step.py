@@ -16,7 +16,7 @@ from sparsejax.blocks.context import Totals
 from sparsejax.model.lm import auxiliary_losses, settle
 from sparsejax.ops.losses import cross_entropy_sum
 from sparsejax.train.config import ExperimentConfig
-from sparsejax.train.state import TrainState, abstract_model
+from sparsejax.train.state import TrainState, Variables, abstract_model
 
 Microbatches = dict[str, Array]
 """The fields of `Batch`, each `[A, B, …]`."""
@@ -31,6 +31,8 @@ class StepReport:
     terms: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""]
     finite: Bool[Array, ""]
+    step: Int[Array, ""]  # its number, from 1
+    nonfinite_streak: Int[Array, ""]  # steps skipped in a row, up to this one
     targets: Int[Array, ""]
     tokens: Int[Array, ""]
     keys: Float[Array, ""]  # (query, key) pairs of one attention layer
@@ -81,6 +83,8 @@ def make_train_step(
             terms=terms,
             grad_norm=grad_norm,
             finite=finite,
+            step=new_state.step,
+            nonfinite_streak=new_state.nonfinite_streak,
             targets=totals.targets,
             tokens=totals.tokens,
             keys=attended_keys(microbatches["positions"], microbatches["segments"]),
@@ -119,13 +123,13 @@ def make_grads_of_step(config: ExperimentConfig):
     return grads_of_step
 
 
-def make_eval_step(config: ExperimentConfig) -> Callable[[TrainState, Microbatches], EvalReport]:
+def make_eval_step(config: ExperimentConfig) -> Callable[[Variables, Microbatches], EvalReport]:
     """Sums over one evaluation batch `[1, B, …]`: no noise, evaluation capacity."""
     graph, _, _ = abstract_model(config.model)
 
-    def eval_step(state: TrainState, microbatches: Microbatches) -> EvalReport:
+    def eval_step(variables: Variables, microbatches: Microbatches) -> EvalReport:
         batch = Batch(**{name: rows[0] for name, rows in microbatches.items()})
-        out = nnx.merge(graph, state.params, state.model_state)(batch, mode="eval")
+        out = nnx.merge(graph, variables.params, variables.model_state)(batch, mode="eval")
         totals = _totals(microbatches)
         return EvalReport(
             cross_entropy_sum=cross_entropy_sum(out.logits, batch.targets, batch.loss_mask),

@@ -71,6 +71,14 @@ class TestJsonl:
         ] + [("eval", 40)]
         assert "removed 3 rows after step 20" in caplog.text
 
+    def test_a_run_that_begins_anew_keeps_the_rows_it_finds(self, path, caplog):
+        for first in (10, 20, 30):
+            write(path, [row(first), row(first + 1)])
+        assert [steps(path.with_name(name)) for name in ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")] == [
+            [("train", first), ("train", first + 1)] for first in (10, 20, 30)
+        ]
+        assert "no checkpoint to go on from" in caplog.text and "metrics.2.jsonl" in caplog.text
+
     @pytest.mark.parametrize(
         "garbage",
         [

@@ -14,10 +14,10 @@ from sparsejax.base.config import to_json
 from sparsejax.base.sharding import MeshConfig
 from sparsejax.data.config import DataConfig
 from sparsejax.data.tokenizers import ByteTokenizer
-from sparsejax.infer.command import restore_variables
 from sparsejax.infer.text import START, sample_text
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.restore import restore_variables
 from sparsejax.train.state import init_state, make_optimizer
 
 CONFIG = ExperimentConfig(
@@ -116,7 +116,7 @@ def test_variables_are_restored_onto_another_mesh(run_folder, state):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, expert=2, tensor=2))
     mesh = mesh_of(CUBE)
     with jax.set_mesh(mesh):
-        restored, step = restore_variables(config, run_folder / "checkpoints", mesh)
+        restored, _, step = restore_variables(config, run_folder, mesh)
     assert step == 5
     for found, want in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
         assert found.sharding.mesh == mesh

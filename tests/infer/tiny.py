@@ -12,12 +12,11 @@ from sparsejax.base.sharding import BATCH_AXES, MeshConfig, Rules, make_mesh
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
-from sparsejax.infer.command import RestoredVariables
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
-from sparsejax.train.state import abstract_model, variable_specs
+from sparsejax.train.state import Variables, abstract_model, variable_specs
 
 ONE, CUBE = (1, 1, 1), (2, 2, 2)
 
@@ -76,7 +75,7 @@ def variables(config, mesh, seed=0):
     leaves, structure = jax.tree.flatten(params)
     values = [rng.normal(size=leaf.shape).astype(np.float32) / config.d_model**0.5 for leaf in leaves]
     placed = [jax.device_put(value, NamedSharding(mesh, spec)) for value, spec in zip(values, specs, strict=True)]
-    return RestoredVariables(params=structure.unflatten(placed), model_state=model_state)
+    return Variables(params=structure.unflatten(placed), model_state=model_state)
 
 
 def batch_of(tokens_BT, segments_BT, positions_BT, mesh):

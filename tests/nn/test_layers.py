@@ -13,9 +13,10 @@ from support import assert_close, host_batch, put_batch
 
 from sparsejax.model.config import ModelConfig
 from sparsejax.nn.attention import Attention, KVCache
-from sparsejax.nn.embed import Embedding, Head, soft_cap
+from sparsejax.nn.embed import Embedding, Head
 from sparsejax.nn.linear import RMSNorm, normal
 from sparsejax.nn.mlp import MLP, Experts, expert_ffn
+from sparsejax.ops.attention import soft_capped
 
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
 KEY = jax.random.key(0)
@@ -115,10 +116,10 @@ class TestEmbedding:
     def test_bfloat16_products_are_summed_in_float32(self):
         assert Head(KEY, 5, 8, "bfloat16").logits(rows(random(1, 3, 8))).dtype == jnp.float32
 
-    def test_soft_cap(self):
+    def test_soft_capped(self):
         x = jnp.array([-100.0, 0.0, 0.1, 100.0])
-        assert soft_cap(x, None) is x
-        np.testing.assert_allclose(soft_cap(x, 5.0), 5 * np.tanh(np.asarray(x) / 5), rtol=1e-6)
+        assert soft_capped(x, None) is x
+        np.testing.assert_allclose(soft_capped(x, 5.0), 5 * np.tanh(np.asarray(x) / 5), rtol=1e-6)
 
 
 class TestAttention:

@@ -259,6 +259,45 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     assert math.isfinite(losses(workdir)[STEPS])
 
 
+def test_accounting_one_step_behind_writes_the_same(finished_run, tmp_path, monkeypatch):
+    """As on an accelerator: the host reads a step's report while the next step runs."""
+    monkeypatch.setattr(loop, "steps_ahead", lambda: 1)
+    behind = []
+    add = loop._Run._add
+    monkeypatch.setattr(
+        loop._Run,
+        "_add",
+        lambda self, report, batch, state: (
+            behind.append(int(state.step) - int(report.step)),
+            add(self, report, batch, state),
+        ),
+    )
+    workdir = tmp_path / "run"
+    assert here(*arguments("train", f"--workdir={workdir}")).status == 0
+    assert set(behind) == {0, 1} and len(behind) == STEPS
+    timing = SPEED | {"seconds"}
+    for split in ("train", "eval"):
+        found, expected = rows(workdir, split), rows(finished_run, split)
+        assert list(found) == list(expected)
+        for step, row in found.items():
+            assert {k: v for k, v in row.items() if k not in timing} == {
+                k: v for k, v in expected[step].items() if k not in timing
+            }
+    for step in TRAIN_STEPS:
+        ours, theirs = routing(workdir, step), routing(finished_run, step)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_one_step_behind_a_bad_step_is_still_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "steps_ahead", lambda: 1)
+    monkeypatch.setattr(loop, "make_train_step", poisoned_at([2, 3, 7], loop.make_train_step))
+    workdir = tmp_path / "run"
+    done = here(*arguments("train", f"--workdir={workdir}", train__max_nonfinite=3))
+    assert done.status == 0, done.err
+    assert "step 3: loss or gradient is not finite; the step is skipped (2 in a row)" in done.out
+    assert {step: row["nonfinite_steps"] for step, row in rows(workdir, "train").items()} == {1: 0, 4: 2, 8: 3, 12: 3}
+
+
 def test_the_count_of_skipped_steps_survives_a_resume(tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     words = arguments("train", f"--workdir={workdir}", train__steps=STEPS)
@@ -346,7 +385,7 @@ def test_the_first_bad_module_is_the_one_that_was_broken(sound, path, value, rep
     config, state, microbatches, mesh = sound
     with jax.set_mesh(mesh):
         state = dataclasses.replace(state, params=planted(state.params, path, value, repeat))
-        assert first_bad_module(config, state, microbatches) == named
+        assert first_bad_module(config, state, microbatches, int(state.step)) == named
 
 
 def test_a_bad_gradient_is_named_when_all_outputs_are_finite(sound, monkeypatch):
@@ -356,9 +395,15 @@ def test_a_bad_gradient_is_named_when_all_outputs_are_finite(sound, monkeypatch)
         return lambda params, *_: (None, jax.tree.map(lambda a: a / (a.ndim - 1), params))  # of vectors: 1 / 0
 
     with jax.set_mesh(mesh):
-        assert first_bad_module(config, state, microbatches) == "every module is finite when the step is repeated"
+        assert (
+            first_bad_module(config, state, microbatches, int(state.step))
+            == "every module is finite when the step is repeated"
+        )
         monkeypatch.setattr(diagnose, "make_grads_of_step", broken)
-        assert first_bad_module(config, state, microbatches) == "the gradient of final_norm.scale is not finite"
+        assert (
+            first_bad_module(config, state, microbatches, int(state.step))
+            == "the gradient of final_norm.scale is not finite"
+        )
 
 
 def test_evaluation_covers_the_split(finished_run, config):

@@ -123,15 +123,15 @@ def test_an_evaluation_that_the_stop_swallowed_is_made_up_for(finished_run, tmp_
     """Stopped right after step 5, where an evaluation was due: the resumed run begins with it."""
     workdir = tmp_path / "run"
     words = arguments("train", f"--workdir={workdir}")
-    account = loop._Run._account
+    add = loop._Run._add
 
-    def stop_in_step_5(self, report, state, batch):
-        account(self, report, state, batch)
-        if int(state.step) == 5:
+    def stop_in_step_5(self, report, batch, state):
+        add(self, report, batch, state)
+        if int(report.step) == 5:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_account", stop_in_step_5)
+        patch.setattr(loop._Run, "_add", stop_in_step_5)
         assert "stopped by SIGTERM after step 5" in here(*words).out
     assert list(rows(workdir, "eval")) == []
     assert here(*words).status == 0

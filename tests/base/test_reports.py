@@ -1,0 +1,84 @@
+"""Ratios from counts, by hand; what random routing would show, against draws."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sparsejax.base.reports import MoEReport, balance_floor, moe_ratios, over_layers
+
+
+def report(**fields):
+    """Ten tokens with two pairs each over four experts; two pairs are dropped, one token loses everything."""
+    given = {
+        "assigned": [10, 6, 4, 0],
+        "processed": [8, 6, 4, 0],
+        "dropped_capacity": [2, 0, 0, 0],
+        "tokens": 10,
+        "masked": 3,
+        "unserved": 1,
+        "slots": 32,
+        "probability_sum": [4.0, 3.0, 2.0, 1.0],
+        "entropy_sum": 10 * math.log(4) / 2,
+        "z_sum": 25.0,
+        "balance_sum": 2.4,
+        "balance_units": 2.0,
+    } | fields
+    return MoEReport(**{name: np.asarray(value) for name, value in given.items()})
+
+
+def test_ratios_of_a_layer():
+    ratios = moe_ratios(report(), experts_per_token=2)
+    assert ratios.pop("moe/balance_floor") == balance_floor(10, 4, 2)
+    assert ratios == pytest.approx(
+        {
+            "moe/drop_fraction": 2 / 20,
+            "moe/unserved_fraction": 1 / 10,
+            "moe/load_max_over_mean": 2.0,
+            "moe/load_cv": np.std([10, 6, 4, 0]) / 5,
+            "moe/dead_experts": 1,
+            "moe/router_entropy": 0.5,
+            "moe/router_z": 2.5,
+            "moe/slots_per_token": 3.2,
+            "moe/slot_utilisation": 18 / 32,
+            "moe/balance_loss": 1.2,
+        }
+    )
+
+
+def test_an_expert_is_dead_below_a_hundredth_of_the_mean_load():
+    assert moe_ratios(report(assigned=[299, 97, 3, 1]), 2)["moe/dead_experts"] == 0
+    assert moe_ratios(report(assigned=[401, 0, 0, 1]), 2)["moe/dead_experts"] == 3
+
+
+def test_a_layer_that_saw_only_padding_is_finite():
+    nothing = {"assigned": [0] * 4, "processed": [0] * 4, "dropped_capacity": [0] * 4, "tokens": 0, "unserved": 0}
+    sums = {"probability_sum": [0.0] * 4, "entropy_sum": 0.0, "z_sum": 0.0, "balance_sum": 0.0, "balance_units": 0.0}
+    assert np.isfinite(list(moe_ratios(report(**nothing, **sums), 2).values())).all()
+
+
+def test_over_layers_takes_means_of_those_that_have_it_and_sums_dead_experts():
+    rows = [
+        {"moe/drop_fraction": 0.1, "moe/dead_experts": 1.0},
+        {},
+        {"moe/drop_fraction": 0.3, "moe/dead_experts": 2.0},
+    ]
+    assert over_layers(rows) == pytest.approx({"moe/drop_fraction": 0.2, "moe/dead_experts": 3.0})
+    assert over_layers([{}, {}]) == {}
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(40, 8, 1), (400, 8, 2), (4000, 16, 1), (4000, 64, 8), (1000, 2, 1)])
+def test_balance_floor_is_the_mean_maximum_of_random_routing(tokens, experts, k):
+    rng = np.random.default_rng(3)
+    maxima = [
+        np.bincount(rng.random((tokens, experts)).argsort(-1)[:, :k].ravel(), minlength=experts).max()
+        for _ in range(60)
+    ]
+    drawn = np.array(maxima) * experts / (tokens * k)
+    assert balance_floor(tokens, experts, k) == pytest.approx(
+        drawn.mean(), abs=0.02 * (drawn.mean() - 1) + 4 * drawn.std() / math.sqrt(60)
+    )
+
+
+def test_balance_floor_where_nothing_can_be_uneven():
+    assert balance_floor(0, 8, 2) == balance_floor(10, 4, 4) == 1.0
