@@ -1,5 +1,6 @@
 """The README says what is so: its commands run, its tables are those of the code."""
 
+import json
 import os
 import re
 import shlex
@@ -40,6 +41,23 @@ def test_make_target_exists(command):
     words = shlex.split(command)
     assert words[0] == "make"
     assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_make_quickstart(tmp_path):
+    """All of it but the making of an environment: it stays under the bar, and a second time says that it is done."""
+    venv, run = Path(sys.prefix), tmp_path / "run"
+    words = ["make", "quickstart", f"VENV={venv}", f"WORKDIR={run}", "-o", f"{venv}/.installed"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert "expert load on the validation split" in done.stdout and "def __init__(self, " in done.stdout
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["bits_per_byte"] <= 2.3 and rows[-1]["moe/dead_experts"] == 0
+    last = [row for row in rows if row["split"] == "train"][-3:]  # a tenth of the steps
+    assert all(row["moe/drop_fraction"] < 0.05 and row["moe/capacity_factor"] <= 1.25 for row in last)
+    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and "finished: this run has done its 300 steps" in again.stdout
 
 
 def test_axis_letters_are_the_legend():

@@ -27,12 +27,19 @@ class TfdsSource:
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
 
     def documents(self, split: Split) -> Iterator[Document]:
-        """In the order of the files. Without a split 'validation' or 'test', the end of 'train' is held out."""
+        """In the order of the files. Without a split 'validation' or 'test', the end of 'train' is held out.
+
+        Raises `ConfigError` when a file is missing or damaged.
+        """
         splits = self._builder.info.splits
         held_out = next((name for name in ("validation", "test") if name in splits), f"train[-{HELD_OUT}%:]")
         kept = f"train[:-{HELD_OUT}%]" if held_out.startswith("train") else "train"
-        for example in self._builder.as_data_source(split=kept if split == "train" else held_out):
-            yield Document(text=example[self.text_feature].decode("utf-8", errors="replace"), domain=0)
+        try:
+            for example in self._builder.as_data_source(split=kept if split == "train" else held_out):
+                yield Document(text=example[self.text_feature].decode("utf-8", errors="replace"), domain=0)
+        except Exception as error:  # the readers below TFDS have no common class of error
+            where = f"the files of {self.name!r} in {self._builder.data_dir} cannot be read"
+            raise ConfigError("data.name", f"{where}: {_first_line(error)}") from error
 
 
 def _open_builder(name: str) -> Any:
@@ -46,8 +53,7 @@ def _open_builder(name: str) -> Any:
         known = f"known: stdlib, synthetic, text, or a TFDS dataset.{near}"
         raise ConfigError("data.name", f"unknown dataset {name!r}; {known}") from error
     except Exception as error:  # a builder's own code runs here: missing config, version or optional package
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError("data.name", f"TFDS cannot open {name!r}: {cause}") from error
+        raise ConfigError("data.name", f"TFDS cannot open {name!r}: {_first_line(error)}") from error
     if not builder.info.splits or builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         code = (
             f"import tensorflow_datasets as t; t.builder('{name}', file_format='array_record').download_and_prepare()"
@@ -57,6 +63,10 @@ def _open_builder(name: str) -> Any:
             f'{name!r} is not prepared as array_record in {builder.data_dir}; prepare it with `python -c "{code}"`',
         )
     return builder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _check(name: str, info: Any, text_feature: str) -> None:

@@ -1,5 +1,7 @@
 """TFDS datasets by name: read when they are prepared as array_record, refused in one line otherwise."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -7,6 +9,7 @@ import tensorflow_datasets as tfds
 from sparsejax.base.errors import ConfigError
 from sparsejax.data.config import DataConfig
 from sparsejax.data.corpus import open_corpus
+from sparsejax.data.tfds_source import TfdsSource
 
 
 class GardenNotes(tfds.core.GeneratorBasedBuilder):
@@ -55,6 +58,21 @@ def test_a_prepared_dataset_is_read(prepared, tmp_path, name):
     assert corpus.info.validation.documents == 2 and corpus.info.domains == (name,)
     other = open_corpus(config(tmp_path, name, text_feature="title"))
     assert other.info.hash != corpus.info.hash and other.train.tokens.tobytes().startswith(b"a titlea title")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_damaged_files_are_named(prepared, tmp_path, damage):
+    builder = GardenNotes(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    (shard,) = Path(builder.data_dir).glob("*array_record*")
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    source = TfdsSource("garden_notes", "note")
+    source._builder = builder
+    with pytest.raises(ConfigError, match=r"data\.name: the files of 'garden_notes' in .* cannot be read: ."):
+        list(source.documents("train"))
 
 
 @pytest.mark.parametrize(
