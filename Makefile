@@ -5,11 +5,10 @@ RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
 PYTEST := $(RUN) -m pytest -n 2 --dist loadfile -q
 
-# On CPU, XLA takes the memory of a step anew each time: in 2 MiB pages (glibc, Linux) a third of the time goes away.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-
 .PHONY: quickstart test test-all bench lint clean
 
+# On CPU, XLA takes the memory of a step anew each time. In 2 MiB pages (Linux, glibc) this model trains about 1.3 × as fast.
+quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.installed  ## train the default model, evaluate it, show what it learned
 	$(RUN) -m sparsejax train --config=configs/quickstart.py --workdir=$(WORKDIR)
 	$(RUN) -m sparsejax generate --workdir=$(WORKDIR) --prompt='def __init__(self, ' --max-tokens=200 --temperature=0.7
