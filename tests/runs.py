@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,3 +127,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, but for those of the lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def stop_at(step):
+    """`Display.update` during which the process is asked to stop, once the row of this step is shown."""
+
+    def update(self, row):
+        if row["step"] >= step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return update

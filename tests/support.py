@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -16,6 +17,8 @@ from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.nn.backbone import Backbone
+from sparsejax.routers import presets
+from sparsejax.routers.candidates import Candidates, Inputs
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
@@ -108,10 +111,26 @@ def assert_close(actual: Any, desired: Any, tolerance: float = 1e-5, atol: float
     assert not wrong, "\n".join(wrong)
 
 
+def known(mask: np.ndarray, num_slots: int = 1, limit: int | None = None, **more: Any) -> Inputs:
+    """What a router knows of groups of tokens with this mask `[G, S]`, in training."""
+    mask = jnp.asarray(mask)
+    given: dict[str, Any] = {"tokens": jnp.zeros(mask.shape, jnp.int32), "domains": jnp.zeros(mask.shape, jnp.int32)}
+    limits = jnp.full(mask.shape[0], num_slots if limit is None else limit, jnp.int32)
+    return Inputs(mask=mask, limit=limits, num_slots=num_slots, **({"training": True} | given | more))
+
+
+def candidates(scores: Any, mask: np.ndarray | None = None, **more: Any) -> Candidates:
+    """Experts to choose from by their scores `[G, S, E]`."""
+    scores = jnp.asarray(scores, jnp.float32)
+    mask = np.ones(scores.shape[:2], bool) if mask is None else mask
+    return Candidates(scores=scores, ranking=jax.lax.stop_gradient(scores), inputs=known(mask, **more))
+
+
 @functools.cache
 def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.State:
     """Host parameters of one MoE layer; settings without parameters do not change them."""
-    one = RouterConfig(selection=TopK(k=1), weight=Raw())
+    keeps = {"controller": spec.router.controller}  # has variables of its own
+    one = RouterConfig(selection=TopK(k=1), weight=Raw(), **keeps) if spec.router.learned else presets.hash_layer()
     fields = {name: getattr(spec, name) for name in ("num_experts", "d_ff", "gated", "shared_experts")}
     shaped = MoESpec(**fields, router=one)
     if spec != shaped:

@@ -8,9 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 from sparsejax.base.shapes import LEGEND
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.routers.balance import NoBalance
+from sparsejax.routers.router import RouterConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -83,3 +89,19 @@ def test_config_keys_of_the_table_exist():
         for name in (n.removesuffix(".*").replace("config.…", "model") for n in names):
             a_block = "NAME" in name and name.count(".") == 2
             assert a_block or any(f"{path}.".startswith(f"{name}.") for path in known), name
+
+
+def test_the_selection_of_the_readme_works():
+    """Its code is run as it stands, in a layer; it is as short as it is said to be."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Neighbours" in block]
+    assert len(code.splitlines()) <= 40
+    found: dict = {}
+    exec(code, found)
+    router = RouterConfig(selection=found["Neighbours"](), balance=NoBalance())
+    spec = MoESpec(num_experts=4, d_ff=4, capacity_factor=1.0, router=router)
+    backbone = ModelConfig(d_model=8, num_heads=2)
+    plain = moe_layer_params(MoESpec(num_experts=4, d_ff=4), backbone)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
+    y, report = moe_layer_runner(spec, backbone, ONE_DEVICE)(plain, x, host_batch(2, 8, padded=0))
+    load = np.bincount((x @ plain["router"][...]).argmax(-1).ravel(), minlength=4)
+    assert np.array_equal(report.assigned, load + np.roll(load, 1)) and np.abs(y).max() > 0

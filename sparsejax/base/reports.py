@@ -33,6 +33,8 @@ class MoEReport:
     z_sum: Float[Array, "*R"]  # Σ over tokens of logsumexp(logits)²
     balance_sum: Float[Array, "*R"]  # Σ over units of E/k · Σ_e f_e P_e; a unit is what the balance scope names
     balance_units: Float[Array, "*R"]  # the number of those units
+    dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
+    dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
 
     @property
     def dropped(self) -> Int[Array, "*R E"]:

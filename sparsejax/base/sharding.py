@@ -117,6 +117,13 @@ def gather_for_compute(value: Array) -> Array:
     return jax.sharding.reshard(value, P(*(axis if axis == "tensor" else None for axis in spec)))
 
 
+def vary_like(value: Array, like: Array) -> Array:
+    """Inside `shard_map`: `value`, typed as varying over every mesh axis `like` varies over, so that its cotangent
+    may."""
+    missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(value).manual_axis_type.varying)
+    return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[str, Array]:
     """Host arrays of this process's rows → global arrays `[A, B/A, …]`, rows split over the batch axes."""
     sharding = NamedSharding(mesh, P(None, BATCH_AXES))

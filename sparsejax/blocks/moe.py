@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
+from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, vary_like
+from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
@@ -23,8 +24,10 @@ from sparsejax.nn.backbone import Activation, Backbone
 from sparsejax.nn.linear import normal, param
 from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights, ffn_width
 from sparsejax.ops.assignment import CapacityConvention, capacity_table
+from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
+from sparsejax.routers.candidates import Inputs, Noise
 from sparsejax.routers.router import RouterConfig, decide, jitter, report
 
 
@@ -51,7 +54,6 @@ class MoESpec(BlockSpec):
         return ("attention", "slots", "experts") + (("mlp",) if self.shared_experts else ())
 
     def __post_init__(self):
-        k = self.router.selection.experts_per_token
         for name in ("num_experts", "d_ff", "group_size", "capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -61,10 +63,10 @@ class MoESpec(BlockSpec):
                 raise ConfigError(
                     name, f"inf is no number of slots; num_experts={self.num_experts} is room for any routing"
                 )
-        if k > self.num_experts:
-            raise ConfigError(
-                "router.selection.k", f"{k} experts per token, but there are only num_experts={self.num_experts}"
-            )
+        try:
+            self.router.check(self.num_experts)
+        except ConfigError as error:
+            raise error.below("router") from None
         if self.shared_experts < 0:
             raise ConfigError("shared_experts", f"{self.shared_experts} is negative")
 
@@ -98,7 +100,8 @@ class MoESpec(BlockSpec):
         k, weights = self.experts_per_token, ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
         routed = k * self.pair_flops(backbone)
         experts = Cost(parameters=self.num_experts * weights, active=k * weights, routed=routed)
-        costs = {"router": Cost.of_matrices(backbone.d_model * self.num_experts), "experts": experts}
+        router = {"router": Cost.of_matrices(backbone.d_model * self.num_experts)} if self.router.learned else {}
+        costs = router | {"experts": experts}
         return costs | (
             {"shared_experts": Cost.of_matrices(self.shared_experts * weights)} if self.shared_experts else {}
         )
@@ -132,6 +135,9 @@ class MoESpec(BlockSpec):
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
         return moe_ratios(_moe(report), self.experts_per_token) | {"moe/capacity_factor": self.factor(mode)}
 
+    def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
+        return self.router.controller.update(state, _moe(report), self.experts_per_token)
+
     def settle(self, report: Report) -> Report:
         """A global balance is that of the summed loads."""
         if self.router.balance.scope != "global":
@@ -145,13 +151,32 @@ def _moe(report: Report) -> MoEReport:
     return report.moe
 
 
+class BalancingState(nnx.Variable):
+    """What a balance controller knows, float32 `[N, E]`. Read in the forward pass and moved once per optimizer step."""
+
+
+@struct
+class Routing:
+    """What the router is given beside the tokens' vectors: fields of the batch, its keys, its matrix and its state."""
+
+    mask: Bool[Array, "B T"]
+    tokens: Int[Array, "B T"]
+    domains: Int[Array, "B T"]
+    keys: Optional[PRNGKeyArray]  # [B]
+    router: Optional[Float[Array, "D E"]]
+    state: Optional[Float[Array, "N E"]]
+
+
 class MoELayer(nnx.Module):
     """Router, experts and shared experts. Tokens are exchanged over the mesh axis `expert` inside one `shard_map`."""
 
     def __init__(self, key: PRNGKeyArray, backbone: Backbone, spec: MoESpec):
         router_key, expert_key, shared_key = jax.random.split(key, 3)
-        shape = (backbone.d_model, spec.num_experts)
-        self.router = param(normal(router_key, shape, backbone.d_model**-0.5), ("embed", None), "router")
+        shape, rows = (backbone.d_model, spec.num_experts), spec.router.controller.rows
+        matrix = normal(router_key, shape, backbone.d_model**-0.5) if spec.router.learned else None
+        self.router = None if matrix is None else param(matrix, ("embed", None), "router")
+        zeros = jnp.zeros((rows, spec.num_experts), jnp.float32)
+        self.controller = BalancingState(zeros, axes=(None, None)) if rows else None
         d_ff, kind = ffn_width(backbone, spec.d_ff), {"gated": spec.gated, "activation": spec.activation}
         self.experts = Experts(expert_key, backbone, spec.num_experts, d_ff, **kind)
         shared = spec.shared_experts
@@ -162,24 +187,24 @@ class MoELayer(nnx.Module):
         spec, batch = self.spec, context.batch
         weights = self.experts.weights()
         weight_specs = tuple(jax.typeof(weight).sharding.spec for weight in weights)
-        keys_B = _row_keys(context) if spec.router.jitter else None
-
-        def local(x_BTD, mask_BT, keys_B, router_DE, *weights):
-            return _routed(
-                x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec, context.mode, self.experts.activation
-            )
-
-        rows = P(BATCH_AXES)
-        in_specs = (
-            P(BATCH_AXES, None, None),
-            P(BATCH_AXES, None),
-            None if keys_B is None else rows,
-            P(),
-            *weight_specs,
+        routing = Routing(
+            mask=batch.segments > 0,
+            tokens=batch.tokens,
+            domains=batch.domains,
+            keys=_row_keys(context) if spec.router.needs_noise else None,
+            router=None if self.router is None else gather_for_compute(self.router[...]),
+            state=None if self.controller is None else self.controller[...],
         )
+
+        def local(x_BTD, routing, *weights):
+            return _routed(x_BTD, routing, weights, weight_specs, spec, context.mode, self.experts.activation)
+
+        by_row: Any = P(BATCH_AXES)
+        whole: Any = P()
+        specs = Routing(mask=by_row, tokens=by_row, domains=by_row, keys=by_row, router=whole, state=whole)
+        in_specs = (P(BATCH_AXES, None, None), specs, *weight_specs)
         run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()))
-        router_DE = gather_for_compute(self.router[...])
-        y_BTD, moe = run(x_BTD.astype(self.experts.dtype), batch.segments > 0, keys_B, router_DE, *weights)
+        y_BTD, moe = run(x_BTD.astype(self.experts.dtype), routing, *weights)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
         if self.shared is not None:
@@ -194,16 +219,25 @@ def _row_keys(context: Context) -> Optional[Array]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
 
 
-def _routed(
-    x_BTD, mask_BT, keys_B, router_DE, weights, weight_specs, spec: MoESpec, mode: Mode, activation: Activation
-):
+def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode: Mode, activation: Activation):
     """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
-    groups, size = _groups(x_BTD.shape[0], x_BTD.shape[1], spec, mode)
-    x_GSD, mask_GS = x_BTD.reshape(groups, size, -1), mask_BT.reshape(groups, size)
+    rows, length, _ = x_BTD.shape
+    groups, size = _groups(rows, length, spec, mode)
+    x_GSD, mask_GS = x_BTD.reshape(groups, size, -1), routing.mask.reshape(groups, size)
     with jax.named_scope("route"):
-        seen_GSD = jitter(x_BTD.astype(jnp.float32), keys_B, spec.router.jitter).reshape(x_GSD.shape)
-        logits_GSE = jnp.einsum("gsd,de->gse", seen_GSD, router_DE, precision=jax.lax.Precision.HIGHEST)
-        decision = decide(logits_GSE, mask_GS, spec.router, spec.capacities(size, mode))
+        keys_B, capacities = routing.keys, spec.capacities(size, mode)
+        noise = None if keys_B is None else Noise(keys_B=keys_B, row_length=length, groups=(groups, size))
+        inputs = Inputs(
+            mask=mask_GS,
+            tokens=routing.tokens.reshape(groups, size),
+            domains=routing.domains.reshape(groups, size),
+            limit=jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)],
+            num_slots=int(capacities[-1]),
+            training=mode == "train",
+            noise=noise,
+        )
+        logits_GSE = _logits(x_GSD, routing.router, noise, spec)
+        decision = decide(logits_GSE, inputs, spec.router, routing.state)
     movement = MOVEMENTS[spec.dispatch]
     with jax.named_scope("dispatch"):
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
@@ -213,8 +247,17 @@ def _routed(
         if "tensor" in weight_specs[0]:
             y_GSD = jax.lax.psum(y_GSD, "tensor")
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
-    moe = with_local_balance(report(decision, mask_GS), decision.pairs, p_GSE, mask_BT, spec.router.balance, k)
+    moe = with_local_balance(report(decision, mask_GS), decision.pairs, p_GSE, routing.mask, spec.router.balance, k)
     return y_GSD.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
+
+
+def _logits(x_GSD, router_DE, noise: Optional[Noise], spec: MoESpec) -> Float[Array, "G S E"]:
+    """Float32 at full precision; zeros where there is no router."""
+    if router_DE is None:
+        return vary_like(jnp.zeros((*x_GSD.shape[:2], spec.num_experts), jnp.float32), x_GSD)
+    seen_GSD = jitter(x_GSD.astype(jnp.float32), noise, spec.router.jitter)
+    logits_GSE = jnp.einsum("gsd,de->gse", seen_GSD, router_DE, precision=jax.lax.Precision.HIGHEST)
+    return soft_capped(logits_GSE, spec.router.logit_cap)
 
 
 def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int]:

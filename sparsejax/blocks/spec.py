@@ -83,6 +83,10 @@ class BlockSpec(abc.ABC):
         """Ratios of one layer's unstacked host report, by the names of `metrics.jsonl`."""
         return {}
 
+    def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
+        """The balancing state of its layers for the next step, from the settled report of this one."""
+        return state
+
     def settle(self, report: Report) -> Report:
         """The step's report, once its microbatches are summed, with what only the whole step can tell."""
         return report

@@ -85,6 +85,17 @@ def settle(config: ModelConfig, reports: Reports) -> dict[str, Report]:
     return {position: config.blocks[block].settle(reports[position]) for position, block in config.positions.items()}
 
 
+def next_balancing(config: ModelConfig, model_state: nnx.State, reports: Reports) -> nnx.State:
+    """The model's balancing state after a step with these settled reports: once per step, whatever remat recomputes."""
+    flat = dict(nnx.to_flat_state(model_state))
+    for path, variable in flat.items():
+        where, *_, number = path[1 : 3 if path[1] != "units" else 4]  # stack.prefix.0… or stack.units.blocks.0…
+        position = f"{'pattern' if where == 'units' else where}_{number}"
+        spec = config.blocks[config.positions[position]]
+        flat[path] = variable.replace(spec.next_state(variable[...], reports[position]))
+    return nnx.from_flat_state(flat)
+
+
 def layer_reports(config: ModelConfig, reports: Reports) -> dict[str, Report]:
     """One unstacked report per layer, by `Layer.name`, from the input of the model to its output."""
 

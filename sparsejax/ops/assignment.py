@@ -6,7 +6,7 @@ dropped. Everything downstream (any dispatch, the ledger, the balance losses) re
 
 import math
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +70,15 @@ def _slots_per_token(num_experts: int, experts_per_token: int, factor: float, co
 
 
 def choice_major_pairs(
-    experts_GSK: Int[Array, "G S K"], scores_GSK: Float[Array, "G S K"], mask_GS: Bool[Array, "G S"]
+    experts_GSK: Int[Array, "G S K"],
+    scores_GSK: Float[Array, "G S K"],
+    mask_GS: Bool[Array, "G S"],
+    chosen_GSK: Optional[Bool[Array, "G S K"]] = None,
 ) -> Pairs:
-    """Every token's first choice in token order, then every second choice, … (GShard, Switch, V-MoE).
-
-    For K > 1 this order is not causal: a later token's first choice goes before an earlier token's second.
-    """
+    """Every token's first choice in token order, then every second choice, … Valid are those of unmasked tokens, and
+    of them those that are `chosen` (None: all)."""
     groups, size, k = experts_GSK.shape
+    valid_GSK = jnp.broadcast_to(mask_GS[..., None], (groups, size, k))
     choice_major = lambda values_GSK: values_GSK.transpose(0, 2, 1).reshape(groups, k * size)  # noqa: E731
     token_P = jnp.tile(jnp.arange(size, dtype=jnp.int32), k)
     of_token_SK = jnp.arange(size, dtype=jnp.int32)[:, None] + size * jnp.arange(k, dtype=jnp.int32)[None, :]
@@ -84,7 +86,7 @@ def choice_major_pairs(
         token=jnp.broadcast_to(token_P, (groups, k * size)),
         expert=choice_major(experts_GSK.astype(jnp.int32)),
         weight=choice_major(scores_GSK),
-        valid=jnp.tile(mask_GS, (1, k)),
+        valid=choice_major(valid_GSK if chosen_GSK is None else valid_GSK & chosen_GSK),
         of_token=jnp.broadcast_to(of_token_SK, (groups, size, k)),
     )
 
@@ -128,6 +130,30 @@ def _inverse_permutation(order_GP: Int[Array, "G P"]) -> Int[Array, "G P"]:
     size = order_GP.shape[-1]
     ranks = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), order_GP.shape)
     return jax.vmap(lambda order, rank: jnp.zeros_like(order).at[order].set(rank, unique_indices=True))(order_GP, ranks)
+
+
+def choices(pairs: Pairs) -> Int[Array, "G P"]:
+    """Each pair's place among those of its token: 0 for the first choice."""
+    groups, _, k = pairs.of_token.shape
+    columns_GSK = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), pairs.of_token.shape)
+    group_G11 = jnp.arange(groups)[:, None, None]
+    return jnp.zeros_like(pairs.token).at[group_G11, pairs.of_token].set(columns_GSK, mode="drop")
+
+
+def sort_pairs(pairs: Pairs, *keys_GP: Array) -> Pairs:
+    """The list sorted by the last key, ties by the one before it, and ties of all in the old order."""
+    order_GP = jnp.lexsort(tuple(jax.lax.stop_gradient(key) for key in keys_GP), axis=-1).astype(jnp.int32)
+    size = order_GP.shape[-1]
+    rank_GP = _inverse_permutation(order_GP)
+    moved = lambda values_GP: jnp.take_along_axis(values_GP, order_GP, axis=-1)  # noqa: E731
+    of_token = jnp.where(pairs.of_token == size, size, by_token(rank_GP, pairs))
+    return Pairs(
+        token=moved(pairs.token),
+        expert=moved(pairs.expert),
+        weight=moved(pairs.weight),
+        valid=moved(pairs.valid),
+        of_token=of_token,
+    )
 
 
 def served_tokens(pairs: Pairs, slots: Slots) -> Bool[Array, "G S"]:

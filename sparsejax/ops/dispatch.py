@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots
 
@@ -43,7 +44,7 @@ class Einsum:
 def _at_slots(values_GP: Float[Array, "G P"], pairs: Pairs, slots: Slots) -> Float[Array, "G S E C"]:
     """Each kept pair's value at its (token, expert, slot), 0 elsewhere."""
     groups, num_experts, num_slots = slots.pair.shape
-    empty_GSEC = _vary_like(jnp.zeros((groups, pairs.of_token.shape[1], num_experts, num_slots)), values_GP)
+    empty_GSEC = vary_like(jnp.zeros((groups, pairs.of_token.shape[1], num_experts, num_slots)), values_GP)
     position_GP = jnp.where(slots.keep, slots.position, num_slots)  # past the end: left out
     group_G1 = jnp.arange(groups)[:, None]
     return empty_GSEC.at[group_G1, pairs.token, pairs.expert, position_GP].set(values_GP, mode="drop")
@@ -61,7 +62,7 @@ class Gather:
     def combine(self, out_EGCD, pairs, slots):
         groups, size, _ = pairs.of_token.shape
         out_ND = out_EGCD.reshape(-1, out_EGCD.shape[-1])
-        weight_P = _vary_like(pairs.weight.reshape(-1), out_EGCD)
+        weight_P = vary_like(pairs.weight.reshape(-1), out_EGCD)
         return _combine_rows(out_ND, weight_P, _index(pairs, slots)).reshape(groups, size, -1)
 
 
@@ -139,10 +140,3 @@ def _combine_bwd(residuals, dy_TD):
 
 
 _combine_rows.defvjp(_combine_fwd, _combine_bwd)
-
-
-def _vary_like(value: Array, like: Array) -> Array:
-    """Inside `shard_map`: `value`, typed as varying over every mesh axis `like` varies over, so that its cotangent
-    may."""
-    missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(value).manual_axis_type.varying)
-    return jax.lax.pcast(value, missing, to="varying") if missing else value

@@ -6,7 +6,6 @@ from typing import Optional
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.errors import ConfigError
@@ -16,9 +15,14 @@ from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots, fill_slots, served_tokens
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
+from sparsejax.routers.candidates import Candidates, Inputs, Noise, Selector
+from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile
+from sparsejax.routers.limits import LIMITS, Limit, NoLimit
+from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
-from sparsejax.routers.selectors import SELECTORS, Selector
-from sparsejax.routers.weights import WEIGHTS, Weight
+from sparsejax.routers.selectors import SELECTORS
+from sparsejax.routers.top_k import Prototypes, TopK
+from sparsejax.routers.weights import WEIGHTS, Constant, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +31,83 @@ class RouterConfig:
 
     score: Score = choice(SCORES, "softmax")
     selection: Selector = choice(SELECTORS, "top_k")
+    limit: Limit = choice(LIMITS, "none")
+    controller: Controller = choice(CONTROLLERS, "none")
+    order: Order = choice(ORDERS, "choice_major")
     weight: Weight = choice(WEIGHTS, "renormalized")
     balance: Balance = choice(BALANCES, "load_balance")
     z_loss: float = 0.001  # coefficient of the mean of logsumexp(logits)²; 0 is off
     jitter: float = 0.0  # in training the router's input is multiplied by U[1 − jitter, 1 + jitter]
+    logit_cap: Optional[float] = None  # c · tanh(logits / c)
+    allow_leak: bool = False  # accept a selection or order in which a token's experts depend on later tokens
 
     def __post_init__(self):
-        if self.selection.experts_per_token == 1 and self.weight.constant_for_one:
+        k = self.selection.experts_per_token
+        traits = self.selection.traits
+        if k == 1 and self.weight.constant_for_one and not (traits.fixed or traits.fits):
             raise ConfigError(
                 "weight",
-                "a single expert's renormalized weight is always 1, so the router would get no gradient from the task; "
+                "a single expert's weight is always the same here, so the router would get no gradient from the task; "
                 "with selection.k=1 use weight=raw",
+            )
+        if isinstance(self.weight, Constant) and not self.selection.traits.fixed:
+            fixed = ", ".join(name for name, entry in SELECTORS.items() if entry().traits.fixed)
+            raise ConfigError("weight", f"constant gives a learned router no gradient; it goes with selection={fixed}")
+        for axis in ("selection", "order"):
+            if not getattr(self, axis).traits.causal and not self.allow_leak:
+                raise ConfigError(
+                    axis,
+                    "a token's experts would depend on the tokens after it, which a language model must not see; "
+                    "allow_leak=true accepts that",
+                )
+        if isinstance(self.controller, Quantile) and not isinstance(self.limit, NoLimit):
+            raise ConfigError(
+                "controller", "quantile balances over all experts and knows no limit; allowed: limit=none"
             )
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
         if not 0 <= self.jitter < 1:
             raise ConfigError("jitter", f"{self.jitter} is outside [0, 1)")
+        if self.logit_cap is not None and self.logit_cap <= 0:
+            raise ConfigError("logit_cap", f"{self.logit_cap} is not positive")
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a router matrix at all."""
+        return not (self.selection.traits.fixed and isinstance(self.weight, Constant))
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.jitter > 0 or "noise" in self.selection.traits.needs | self.order.traits.needs
+
+    def unused(self) -> dict[str, str]:
+        reasons: dict[str, str] = {}
+        traits = self.selection.traits
+        if traits.fixed:
+            kind = SELECTORS.name_of(self.selection)
+            reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} looks nothing up in a ranking")
+        if not self.learned:
+            without = "a fixed selection with constant weights has no router"
+            reasons |= dict.fromkeys(("score", "balance", "z_loss", "jitter", "logit_cap"), without)
+        if traits.fits:
+            reasons["order"] = "its pairs fit their slots in any order"
+        if traits.causal and self.order.traits.causal:
+            reasons["allow_leak"] = "neither selection nor order looks at later tokens"
+        return reasons
+
+    def check(self, num_experts: int) -> None:
+        """Raises `ConfigError` when the axes do not go with this number of experts."""
+        k = self.selection.experts_per_token
+        if k > num_experts:
+            raise ConfigError("selection.k", f"{k} experts per token, but there are only num_experts={num_experts}")
+        if isinstance(self.selection, Prototypes) and num_experts % k:
+            raise ConfigError("selection.k", f"{k} groups do not divide num_experts={num_experts}")
+        if isinstance(self.controller, Quantile) and k == num_experts:
+            raise ConfigError("controller", f"quantile needs an expert that is not chosen, and k = {k} chooses all")
+        try:
+            self.limit.check(num_experts, k)
+        except ConfigError as error:
+            raise error.below("limit") from None
 
 
 @struct
@@ -53,27 +118,40 @@ class Decision:
     slots: Slots
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
+    dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
 
 
 def decide(
-    logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], config: RouterConfig, capacities: np.ndarray
+    logits_GSE: Float[Array, "G S E"],
+    inputs: Inputs,
+    config: RouterConfig,
+    state: Optional[Float[Array, "N E"]] = None,
 ) -> Decision:
-    """The decision for each group, from float32 logits.
+    """The decision for each group, from float32 logits. Padding is never selected and takes no slot.
 
     Args:
-      mask_GS: False for padding, which is never selected, takes no slot and buys none.
-      capacities: `ops.assignment.capacity_table` of the layer; its last entry is C.
+      state: of the controller, if it has one.
     """
-    num_experts = logits_GSE.shape[-1]
+    num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
     scores_GSE = config.score(logits_GSE)
-    pairs = config.selection(scores_GSE, mask_GS)
-    limit_G = jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)]
-    slots = fill_slots(pairs, num_experts, int(capacities[-1]), limit_G)
+    ranking_GSE = jax.lax.stop_gradient(scores_GSE)
+    if state is not None:
+        ranking_GSE = ranking_GSE + state[0]
+    dual = config.controller.measure(ranking_GSE, inputs.mask, k)
+    candidates = Candidates(scores=scores_GSE, ranking=config.limit(ranking_GSE), inputs=inputs)
+    selection = config.selection
+    if inputs.training or not selection.traits.train_only:
+        pairs = selection(candidates)
+    else:
+        pairs = TopK(k=k)(candidates)
+    pairs = config.order(pairs, candidates)
+    slots = fill_slots(pairs, num_experts, inputs.num_slots, inputs.limit)
     return Decision(
         pairs=dataclasses.replace(pairs, weight=config.weight(pairs, slots.keep)),
         slots=slots,
         logits_GSE=logits_GSE,
         probabilities_GSE=as_probabilities(scores_GSE),
+        dual=dual,
     )
 
 
@@ -85,6 +163,7 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
     num_experts = slots.pair.shape[1]
     entropy_GS = -jnp.sum(p_GSE * jnp.log(jnp.maximum(p_GSE, 1e-30)), axis=-1)
     tokens = mask_GS.sum(dtype=jnp.int32)
+    dual_sum, dual_units = (None, None) if decision.dual is None else decision.dual
     return MoEReport(
         assigned=slots.assigned,
         processed=slots.processed,
@@ -98,6 +177,8 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
         z_sum=router_z_sum(decision.logits_GSE, mask_GS),
         balance_sum=jnp.float32(0),
         balance_units=jnp.float32(0),
+        dual_sum=dual_sum,
+        dual_units=dual_units,
     )
 
 
@@ -107,10 +188,8 @@ def count_experts(expert: Int[Array, "..."], valid: Bool[Array, "..."], num_expe
     return hits.sum(axis=tuple(range(expert.ndim)), dtype=jnp.int32)
 
 
-def jitter(x_BTD: Float[Array, "B T D"], keys_B: Optional[Array], amount: float) -> Float[Array, "B T D"]:
-    """x ⊙ U[1 − amount, 1 + amount], a row's noise being drawn from its own key: the same on any mesh and any
-    accumulation."""
-    if keys_B is None or amount == 0:
-        return x_BTD
-    draw = lambda key, x_TD: jax.random.uniform(key, x_TD.shape, x_TD.dtype, 1 - amount, 1 + amount)  # noqa: E731
-    return x_BTD * jax.vmap(draw)(keys_B, x_BTD)
+def jitter(x_GSD: Float[Array, "G S D"], noise: Optional[Noise], amount: float) -> Float[Array, "G S D"]:
+    """x ⊙ U[1 − amount, 1 + amount] in training (Switch, arXiv:2101.03961, appendix C)."""
+    if noise is None or amount == 0:
+        return x_GSD
+    return x_GSD * (1 + amount * (2 * noise.uniform(0, x_GSD.shape[-1]) - 1))

@@ -31,7 +31,23 @@ class Sigmoid:
         return jax.nn.sigmoid(logits_GSE)
 
 
-SCORES = Registry("score", {"softmax": Softmax, "sigmoid": Sigmoid})
+@dataclass(frozen=True, kw_only=True)
+class SqrtSoftplus:
+    """√log(1 + exp(logit)): like a sigmoid each expert is judged alone, unlike it without a ceiling (DeepSeek-V4)."""
+
+    def __call__(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        return jnp.sqrt(jax.nn.softplus(logits_GSE) + 1e-12)  # the root has no gradient at 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relu:
+    """max(logit, 0): a score that can be exactly 0 (ReMoE, arXiv:2412.14711). Goes with selection=positive."""
+
+    def __call__(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        return jax.nn.relu(logits_GSE)
+
+
+SCORES = Registry("score", {"softmax": Softmax, "sigmoid": Sigmoid, "sqrt_softplus": SqrtSoftplus, "relu": Relu})
 
 
 def as_probabilities(scores_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:

@@ -4,7 +4,7 @@ Called once capacity is known. A dropped pair needs no weight of 0, because no s
 matters only to those that share its part out among the survivors."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Optional, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -55,4 +55,20 @@ class Renormalized:
         return self.scale * pairs.weight / at_pairs(total_GS, pairs)
 
 
-WEIGHTS = Registry("weight", {"raw": Raw, "renormalized": Renormalized})
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The same for every pair: 1/k unless `value` is given (Hash Layers, arXiv:2106.04426). The router gets no gradient
+    from the task, so the selection must be one that needs none."""
+
+    value: Optional[float] = None
+
+    @property
+    def constant_for_one(self) -> bool:
+        return True
+
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]:
+        value = 1 / pairs.of_token.shape[-1] if self.value is None else self.value
+        return jnp.full_like(pairs.weight, value)
+
+
+WEIGHTS = Registry("weight", {"raw": Raw, "renormalized": Renormalized, "constant": Constant})

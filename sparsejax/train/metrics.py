@@ -83,7 +83,8 @@ def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
     arrays: Arrays = {}
     for name, report in moe_layers(config, reports).items():
         arrays[f"{name}/dropped"] = np.asarray(report.dropped)
-        arrays |= {f"{name}/{field}": np.asarray(getattr(report, field)) for field in MoEReport.__dataclass_fields__}
+        fields = {field: getattr(report, field) for field in MoEReport.__dataclass_fields__}
+        arrays |= {f"{name}/{field}": np.asarray(value) for field, value in fields.items() if value is not None}
     return arrays
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.base.reports import Report, add
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Totals
-from sparsejax.model.lm import auxiliary_losses, settle
+from sparsejax.model.lm import auxiliary_losses, next_balancing, settle
 from sparsejax.ops.losses import cross_entropy_sum
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.state import TrainState, Variables, abstract_model
@@ -68,11 +68,13 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        settled = settle(config.model, reports)
+        balancing = next_balancing(config.model, state.model_state, settled)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
-            model_state=state.model_state,
+            model_state=keep(balancing, state.model_state),
             opt_state=keep(opt_state, state.opt_state),
             nonfinite=state.nonfinite + ~finite,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
@@ -88,7 +90,7 @@ def make_train_step(
             targets=totals.targets,
             tokens=totals.tokens,
             keys=attended_keys(microbatches["positions"], microbatches["segments"]),
-            reports=settle(config.model, reports),
+            reports=settled,
         )
         return new_state, report
 

@@ -3,6 +3,7 @@
 Entries of the routers' registries are found by name: a new one is under contract as soon as it can be configured.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -18,6 +19,7 @@ from support import (
     host_batch,
     mesh_name,
     moe_layer_params,
+    moe_layer_runner,
     on_mesh,
     put_batch,
     put_params,
@@ -30,72 +32,114 @@ from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.dispatch import MOVEMENTS
-from sparsejax.routers.balance import LoadBalance
+from sparsejax.routers.balance import BALANCES, LoadBalance
+from sparsejax.routers.controllers import CONTROLLERS
+from sparsejax.routers.limits import LIMITS
+from sparsejax.routers.orders import ORDERS
 from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.scores import SCORES
+from sparsejax.routers.scores import SCORES, Relu
 from sparsejax.routers.selectors import SELECTORS
-from sparsejax.routers.weights import WEIGHTS
+from sparsejax.routers.tables import Hash
+from sparsejax.routers.top_k import TopK
+from sparsejax.routers.weights import WEIGHTS, Constant, Raw
 
 ROWS, LENGTH, EXPERTS = 8, 6, 8
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
+BASE = {
+    "balance": LoadBalance(scope="sequence", coefficient=0.1),
+    "jitter": 0.2,
+    "allow_leak": True,
+}
+AXES = {
+    "score": SCORES,
+    "selection": SELECTORS,
+    "limit": LIMITS,
+    "controller": CONTROLLERS,
+    "order": ORDERS,
+    "weight": WEIGHTS,
+    "balance": BALANCES,
+}
 VARIANTS = {
-    "top_k": {"top_1": {"k": 1}, "top_2": {"k": 2}},
-    "renormalized": {"before": {"drop": "before"}, "after": {"drop": "after"}},
+    ("selection", "top_k"): {"top_1": {"k": 1}, "top_2": {"k": 2}},
+    ("selection", "second_expert"): {p: {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")},
+    ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum")},
+    ("weight", "renormalized"): {"before": {"drop": "before"}, "after": {"drop": "after"}},
+    ("balance", "load_balance"): {s: {"scope": s} for s in ("sequence", "microbatch", "global")},
 }
 """Settings of an entry that are a mechanism of their own; an entry that is not named has its defaults."""
+PARTNERS = {
+    ("selection", "hash"): {"weight": Constant()},
+    ("selection", "by_domain"): {"weight": Raw()},
+    ("selection", "top_1"): {"weight": Raw()},
+    ("selection", "positive"): {"score": Relu(), "weight": Raw()},
+    ("weight", "constant"): {"selection": Hash(k=2)},
+}
+"""What else has to be set for an entry to make sense."""
 
 
-def variants(registry):
-    """(name, entry) of everything in a registry."""
-    settings = [(name, VARIANTS.get(name, {name: {}})) for name in registry]
-    return [(variant, registry[name](**fields)) for name, of_entry in settings for variant, fields in of_entry.items()]
+def variants(axis):
+    """(name, entry) of everything on an axis."""
+    for name, entry in AXES[axis].items():
+        for variant, fields in VARIANTS.get((axis, name), {name: {}}).items():
+            yield variant, entry(**fields)
 
 
 def routers():
-    """Test id → router: the product of the registries. What a config refuses is left out."""
+    """Test id → router: the default, changed in one axis at a time."""
     found = {}
-    for (score, s), (selection, t), (weight, w) in itertools.product(*map(variants, (SCORES, SELECTORS, WEIGHTS))):
-        with_loss = LoadBalance(scope="sequence", coefficient=0.1)
+    for axis in AXES:
+        for name, entry in variants(axis):
+            settings = BASE | PARTNERS.get((axis, name), {}) | {axis: entry}
+            found[f"{axis}={name}"] = RouterConfig(**settings)
+    return found
+
+
+def products():
+    """Test id → router: every score with every selection, order and weight that a config accepts."""
+    axes = ("score", "selection", "order", "weight")
+    for chosen in itertools.product(*(list(variants(axis)) for axis in axes)):
+        settings = {axis: entry for axis, (_, entry) in zip(axes, chosen, strict=True)}
         try:
-            found[f"{score}-{selection}-{weight}"] = RouterConfig(
-                score=s, selection=t, weight=w, balance=with_loss, jitter=0.2
-            )
+            yield "-".join(name for name, _ in chosen), RouterConfig(**(BASE | settings))
         except ConfigError:
             continue
-    return found
 
 
 ROUTERS = routers()
-
-
-def cover():
-    """The fewest routers of the product, taken greedily, that have every entry in them."""
-    parts = {name: set(name.split("-")) for name in ROUTERS}
-    missing, chosen = set().union(*parts.values()), []
-    while missing:
-        chosen.append(max(parts, key=lambda name: len(parts[name] & missing)))
-        missing -= parts[chosen[-1]]
-    return chosen
+PRODUCTS = dict(products())
 
 
 def cases():
-    """A cover of the registries with `gather` on every mesh, with every movement on two; the rest are slow tests."""
+    """Every router with every movement on one device and with `gather` on one sharded mesh; the rest are slow tests,
+    among them a tenth of the products of all axes."""
     found = []
     for router, movement, shape in itertools.product(ROUTERS, MOVEMENTS, MESHES):
-        quick = router in cover() and (movement == "gather" or shape in (ONE_DEVICE, (2, 2, 2)))
+        quick = shape == ONE_DEVICE or (movement == "gather" and shape == (2, 2, 2))
         name = f"{router}-{movement}-{mesh_name(shape)}"
         found.append(pytest.param(router, movement, shape, id=name, marks=[] if quick else [pytest.mark.slow]))
+    for router in list(PRODUCTS)[::10]:
+        found.append(pytest.param(router, "gather", (2, 2, 2), id=router, marks=[pytest.mark.slow]))
     return found
+
+
+def layer_spec(router: str, movement: str, capacity_factor: float = 0.75) -> MoESpec:
+    """With room for three pairs in four."""
+    config = ROUTERS.get(router) or PRODUCTS[router]
+    return MoESpec(num_experts=EXPERTS, d_ff=6, capacity_factor=capacity_factor, dispatch=movement, router=config)
 
 
 @functools.cache
 def run(router: str, movement: str, shape: tuple[int, int, int]):
-    """(output, report, gradients in parameters and input) of one layer, with room for three pairs in four."""
-    spec = MoESpec(num_experts=EXPERTS, d_ff=6, capacity_factor=0.75, dispatch=movement, router=ROUTERS[router])
+    """(output, report, gradients in variables and input) of one layer."""
+    spec = layer_spec(router, movement)
     rng = np.random.default_rng(0)
     x, direction = rng.normal(size=(2, ROWS, LENGTH, BACKBONE.d_model)).astype(np.float32)
     params = jax.tree.map(lambda leaf: leaf, moe_layer_params(spec, BACKBONE))
-    params["router"] = params["router"].replace(4 * params["router"][...])  # far from uniform
+    if "router" in params:
+        params["router"] = params["router"].replace(4 * params["router"][...])  # far from uniform
+    if "controller" in params:
+        state = np.arange(params["controller"][...].size, dtype=np.float32).reshape(params["controller"].shape)
+        params["controller"] = params["controller"].replace(0.02 * np.sin(state))
     with on_mesh(shape) as mesh:
         graph = graph_of(lambda key: MoELayer(key, BACKBONE, spec))
 
@@ -122,13 +166,82 @@ class TestContract:
         assert {getattr(report, name).dtype for name in counts} == {np.dtype("int32")}
         real = (host_batch(ROWS, LENGTH)["segments"] > 0).sum()
         assert report.tokens == real and report.masked == ROWS * LENGTH - real
-        assert report.assigned.sum() == real * ROUTERS[router].selection.experts_per_token
-        assert (report.dropped > 0).any() and (report.processed > 0).any(), "a ledger without drops proves nothing"
+        selection = (ROUTERS.get(router) or PRODUCTS[router]).selection
+        if not selection.traits.variable_k:
+            assert report.assigned.sum() == real * selection.experts_per_token
+        assert (report.processed > 0).any(), "a ledger without pairs proves nothing"
+        if router in ROUTERS and not selection.traits.fits:
+            assert (report.dropped > 0).any(), "nor does one without drops"
 
     def test_the_numbers_are_those_of_one_device(self, router, movement, shape):
         assert_close(run(router, movement, shape), run(router, "einsum", ONE_DEVICE))
 
+    def test_nothing_but_the_score_makes_a_weight(self, router, movement, shape):
+        """A controller's state has no gradient."""
+        grads = run(router, movement, shape)[2][0]
+        if "controller" in grads:
+            assert (grads["controller"][...] == 0).all()
 
-def test_the_cover_holds_every_entry():
-    names = {name for chosen in cover() for name in chosen.split("-")}
-    assert names == {name for registry in (SCORES, SELECTORS, WEIGHTS) for name, _ in variants(registry)}
+
+def outputs(router: str, capacity_factor: float, changed_from: int | None) -> np.ndarray:
+    """`[B, T, D]` of a layer whose tokens from a position on are replaced."""
+    spec = layer_spec(router, "gather", capacity_factor)
+    spec = dataclasses.replace(spec, router=dataclasses.replace(spec.router, jitter=0.0))
+    rng = np.random.default_rng(1)
+    x, other = rng.normal(size=(2, ROWS, LENGTH, BACKBONE.d_model)).astype(np.float32)
+    arrays = host_batch(ROWS, LENGTH, padded=0)
+    if changed_from is not None:
+        x[:, changed_from:] = other[:, changed_from:]
+        arrays["tokens"] = np.concatenate(
+            [arrays["tokens"][:, :changed_from], arrays["tokens"][:, changed_from:] + 1], axis=1
+        )
+    params = jax.tree.map(lambda leaf: leaf, moe_layer_params(spec, BACKBONE))
+    if "router" in params:
+        params["router"] = params["router"].replace(4 * params["router"][...])
+    y, _ = moe_layer_runner(spec, BACKBONE, ONE_DEVICE)(params, x, arrays, key=jax.random.key(3))
+    return y
+
+
+AMPLE = 8.0  # slots for every token, whatever it chooses
+
+
+@pytest.mark.parametrize("name", [name for name, _ in variants("selection")])
+def test_a_selection_sees_the_future_exactly_when_it_says_so(name):
+    """U6: with room for all, what comes later changes nothing; of the others the leak is shown to exist."""
+    router, at = f"selection={name}", LENGTH // 2
+    causal = ROUTERS[router].selection.traits.causal
+    room = AMPLE if causal else 0.75  # with room for all, an expert takes everyone
+    before = outputs(router, room, None)[:, :at]
+    assert np.array_equal(outputs(router, room, at)[:, :at], before) == causal
+    assert not np.array_equal(outputs(router, room, 0)[:, :at], before), "the change is one that can be seen"
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_order_of_slots_sees_the_future_exactly_when_it_says_so(name, k, monkeypatch):
+    """Where slots are scarce; choice-major with k = 2 lets later first choices push out second ones, as documented."""
+    router = RouterConfig(**(BASE | {"order": ORDERS[name](), "selection": TopK(k=k), "weight": Raw()}))
+    monkeypatch.setitem(ROUTERS, f"{name}-{k}", router)
+    causal = router.order.traits.causal and not (name == "choice_major" and k > 1)
+    leaks = [
+        not np.array_equal(outputs(f"{name}-{k}", 0.5, at)[:, :at], outputs(f"{name}-{k}", 0.5, None)[:, :at])
+        for at in range(1, LENGTH)
+    ]
+    assert any(leaks) == (not causal)
+
+
+@pytest.mark.parametrize("axis, name", [(a, n) for a in ("selection", "order") for n in AXES[a]])
+def test_a_leak_has_to_be_allowed(axis, name):
+    entry = AXES[axis][name]()
+    settings = PARTNERS.get((axis, name), {}) | {axis: entry}
+    if entry.traits.causal:
+        assert not RouterConfig(**settings).allow_leak
+        return
+    with pytest.raises(ConfigError, match="allow_leak=true accepts that") as error:
+        RouterConfig(**settings)
+    assert error.value.key == axis
+
+
+def test_every_entry_is_here():
+    names = {router.partition("=")[2] for router in ROUTERS}
+    assert names >= {name for axis in AXES for name, _ in variants(axis)}

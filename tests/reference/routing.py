@@ -45,6 +45,10 @@ def score(logits: np.ndarray, kind: str) -> np.ndarray:
     """[E] scores of one token."""
     if kind == "sigmoid":
         return np.array([1 / (1 + math.exp(-v)) for v in logits])
+    if kind == "sqrt_softplus":
+        return np.array([math.sqrt(math.log1p(math.exp(v))) for v in logits])
+    if kind == "relu":
+        return np.array([max(v, 0.0) for v in logits])
     exponentials = [math.exp(v - max(logits)) for v in logits]
     return np.array(exponentials) / sum(exponentials)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,9 +79,7 @@ def test_wider_units_are_left_for_later(scope):
 
 def test_the_whole_is_one_unit_for_every_layer():
     first, second = empty_report(), empty_report(MASK[:2], CHOSEN[:2], P[:2])
-    stacked = MoEReport(
-        **{name: jnp.stack([getattr(first, name), getattr(second, name)]) for name in MoEReport.__dataclass_fields__}
-    )
+    stacked = jax.tree.map(lambda *pair: jnp.stack(pair), first, second)
     moe = with_whole_balance(stacked, Spread("global"), K)
     expected = [by_hand(CHOSEN, P, MASK), by_hand(CHOSEN[:2], P[:2], MASK[:2])]
     assert_close((moe.balance_sum, moe.balance_units), (np.float32(expected), np.ones(2, np.float32)))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import routing as slow
-from support import assert_close, to_numpy
+from support import assert_close, candidates, known, to_numpy
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, capacity_table, choice_major_pairs
 from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.candidates import Noise
 from sparsejax.routers.router import RouterConfig, count_experts, decide, jitter, report
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
 from sparsejax.routers.selectors import SELECTORS, TopK
@@ -51,19 +52,21 @@ class TestScores:
 class TestTopK:
     def test_ties_go_to_the_lower_expert(self):
         scores = jnp.array([[[0.2, 0.3, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]])
-        pairs = TopK(k=2)(scores, jnp.ones((1, 2), bool))
+        pairs = TopK(k=2)(candidates(scores))
         assert by_token(pairs.expert, pairs).tolist() == [[[1, 2], [0, 1]]]
 
     def test_the_gradient_goes_to_the_scores_of_the_selected(self):
-        pairs = TopK(k=2)(random_logits(), jnp.asarray(MASK))
-        grad = jax.grad(lambda s: TopK(k=2)(s, jnp.asarray(MASK)).weight.sum())(random_logits())
+        pairs = TopK(k=2)(candidates(random_logits(), MASK))
+        grad = jax.grad(lambda s: TopK(k=2)(candidates(s, MASK)).weight.sum())(random_logits())
         chosen = np.zeros((GROUPS, SIZE, EXPERTS))
         np.put_along_axis(chosen, np.asarray(by_token(pairs.expert, pairs)), 1, axis=-1)
         assert np.array_equal(grad, chosen)
 
     def test_k_must_be_positive(self):
-        with pytest.raises(ConfigError, match="0 is not positive"):
-            TopK(k=0)
+        for entry in SELECTORS.values():
+            if "k" in entry.__dataclass_fields__:
+                with pytest.raises(ConfigError, match="0 is not positive"):
+                    entry(k=0)
 
 
 SCORES_GSK = jnp.array([[[0.6, 0.2], [0.5, 0.3], [0.4, 0.4]]])
@@ -100,7 +103,7 @@ class TestWeights:
     def test_softmax_then_top_k_then_renormalized_is_top_k_then_softmax(self):
         logits = random_logits()
         scores = Softmax()(logits)
-        pairs = TopK(k=2)(scores, jnp.asarray(MASK))
+        pairs = TopK(k=2)(candidates(scores, MASK))
         weights = by_token(Renormalized()(pairs, pairs.valid), pairs)
         experts = by_token(pairs.expert, pairs)
         assert_close(weights, jax.nn.softmax(jnp.take_along_axis(logits, experts, -1), axis=-1), 1e-6)
@@ -110,21 +113,25 @@ class TestJitter:
     def test_is_within_bounds_centred_and_a_rows_own(self):
         x = jnp.ones((4, 50, 20))
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), jnp.arange(4))
-        noise = np.asarray(jitter(x, keys, 0.1))
+        draw = lambda x, keys: np.asarray(jitter(x, Noise(keys_B=keys, row_length=50, groups=x.shape[:2]), 0.1))  # noqa: E731
+        noise = draw(x, keys)
         assert noise.min() >= 0.9 and noise.max() <= 1.1 and noise.max() - noise.min() > 0.19
         np.testing.assert_allclose(noise.mean(), 1.0, atol=4 * 0.2 / math.sqrt(12 * noise.size))
-        alone = np.asarray(jitter(x[2:3], keys[2:3], 0.1))
+        alone = draw(x[2:3], keys[2:3])
         assert np.array_equal(alone[0], noise[2]) and not np.array_equal(noise[1], noise[2])
 
     def test_none_or_zero_leaves_the_input_alone(self):
         x = jnp.ones((2, 3, 4))
         assert jitter(x, None, 0.5) is x
-        assert jitter(x, jax.random.split(jax.random.key(0), 2), 0.0) is x
+        keys = jax.random.split(jax.random.key(0), 2)
+        assert jitter(x, Noise(keys_B=keys, row_length=3, groups=(2, 3)), 0.0) is x
 
 
 def decided(config, logits, mask=MASK, factor=0.75):
     capacities = capacity_table(SIZE, EXPERTS, config.selection.experts_per_token, factor, "per_choice")
-    return to_numpy(jax.jit(lambda x, m: decide(x, m, config, capacities))(logits, jnp.asarray(mask))), capacities
+    inputs = known(mask, int(capacities[-1]))
+    inputs = dataclasses.replace(inputs, limit=jnp.asarray(capacities[mask.sum(-1)]))
+    return to_numpy(jax.jit(lambda x: decide(x, inputs, config))(logits)), capacities
 
 
 def chosen(decision):
@@ -199,6 +206,8 @@ class TestCounts:
 class TestConfig:
     def test_every_single_choice_with_a_constant_weight_is_refused(self):
         for name in SELECTORS:
+            if SELECTORS[name]().traits.fixed or name in ("second_expert", "expert_choice"):
+                continue
             selection = dataclasses.replace(SELECTORS[name](), k=1)
             with pytest.raises(ConfigError, match=r"no gradient from the task.*weight=raw"):
                 RouterConfig(selection=selection, weight=Renormalized())

@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import math
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from runs import EVAL_EVERY, LOG_EVERY, SAVE_EVERY, STEPS, arguments, here, losses, rows
+from runs import EVAL_EVERY, LOG_EVERY, SAVE_EVERY, STEPS, arguments, here, losses, rows, stop_at
 from support import on_mesh
 
 from sparsejax.base.config import from_json
@@ -307,16 +305,6 @@ def test_the_count_of_skipped_steps_survives_a_resume(tmp_path, monkeypatch):
         assert "stopped by SIGTERM after step 6" in here(*words).out
     assert here(*words).status == 0
     assert rows(workdir, "train")[STEPS]["nonfinite_steps"] == 1
-
-
-def stop_at(step):
-    """`Display.update` during which the process is asked to stop, once the row of this step is shown."""
-
-    def update(self, row):
-        if row["step"] >= step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return update
 
 
 def test_a_run_that_stays_nan_stops_and_names_the_module(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import moe_layers
 from sparsejax.routers.balance import LoadBalance
+from sparsejax.routers.controllers import LossFree, NoController, Quantile
 from sparsejax.routers.router import RouterConfig
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import AdamW
@@ -33,8 +34,10 @@ ALL_AXES = (2, 2, 2)
 
 
 def moe_spec(scope):
-    """Experts with drops, noise and a balance loss that counts."""
-    router = RouterConfig(balance=LoadBalance(scope=scope, coefficient=COEFFICIENT), jitter=0.2)
+    """Experts with drops, noise, a balance loss that counts and a controller that moves."""
+    controllers = {"sequence": LossFree(rate=0.01, rule="momentum"), "global": Quantile()}
+    controller = controllers.get(scope, NoController())
+    router = RouterConfig(balance=LoadBalance(scope=scope, coefficient=COEFFICIENT), controller=controller, jitter=0.2)
     return MoESpec(num_experts=EXPERTS, d_ff=8, capacity_factor=0.75, router=router)
 
 
@@ -66,7 +69,7 @@ def first_state(scopes):
 
 @functools.cache
 def one_step(shape, accumulation, scopes=("sequence", "global"), rules=DEFAULT_RULES):
-    """(gradients, report, what JAX asks XLA for, what XLA makes of it) of the first step."""
+    """((gradients, balancing state), report, what JAX asks XLA for, what XLA makes of it) of the first step."""
     config, tx = experiment(shape, accumulation, scopes, rules), gradient_keeper()
     with on_mesh(shape) as mesh:
         specs = jax.tree.leaves(state_specs(config, tx), is_leaf=lambda leaf: isinstance(leaf, P))
@@ -78,7 +81,7 @@ def one_step(shape, accumulation, scopes=("sequence", "global"), rules=DEFAULT_R
         compiled = lowered.compile()
         state, report = to_numpy(compiled(state, microbatches))
     (trace,) = (part.trace for part in state.opt_state if isinstance(part, optax.TraceState))
-    return trace, report, lowered.as_text(), compiled.as_text()
+    return (trace, state.model_state), report, lowered.as_text(), compiled.as_text()
 
 
 def numbers(*setting, **more):

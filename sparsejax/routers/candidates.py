@@ -1,0 +1,71 @@
+"""What a selector chooses from, and what it declares about itself."""
+
+from dataclasses import dataclass
+from typing import Optional, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.ops.assignment import Pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Random numbers for tokens, drawn from their rows' own keys: the same on any mesh, accumulation and grouping."""
+
+    keys_B: Array
+    row_length: int
+    groups: tuple[int, int]  # (G, S)
+
+    def uniform(self, stream: int, width: int) -> Float[Array, "G S width"]:
+        """`width` numbers of U[0, 1) for every token; other streams are independent."""
+        draw = lambda key: jax.random.uniform(jax.random.fold_in(key, stream), (self.row_length, width))  # noqa: E731
+        return jax.vmap(draw)(self.keys_B).reshape(*self.groups, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is known of the tokens of G groups beside the router's opinion of them."""
+
+    mask: Bool[Array, "G S"]  # False for padding
+    tokens: Int[Array, "G S"]  # vocabulary ids
+    domains: Int[Array, "G S"]
+    limit: Int[Array, " G"]  # slots of an expert in this group, at most `num_slots`
+    num_slots: int
+    training: bool
+    noise: Optional[Noise] = None  # None outside training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """`scores` make a pair's weight; who is selected goes by `ranking`: the scores after corrections, without
+    gradient."""
+
+    scores: Float[Array, "G S E"]
+    ranking: Float[Array, "G S E"]
+    inputs: Inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a selector, or an order of slots, declares; the contract tests prove each claim both ways."""
+
+    causal: bool = True  # a token's pairs do not depend on later tokens
+    variable_k: bool = False  # tokens may have different numbers of pairs
+    train_only: bool = False  # evaluation and generation take the k best instead
+    needs: frozenset[str] = frozenset()  # of: noise, tokens, domains
+    fits: bool = False  # its pairs fit their slots, so that their order does not matter
+    fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
+
+
+class Selector(Protocol):
+    """Writes the list of pairs, each with its score. `experts_per_token` is the k of capacity, balance loss and active
+    parameters."""
+
+    @property
+    def experts_per_token(self) -> int: ...
+
+    @property
+    def traits(self) -> Traits: ...
+
+    def __call__(self, candidates: Candidates) -> Pairs: ...

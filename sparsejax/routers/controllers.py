@@ -1,0 +1,128 @@
+"""Axis 3, correction, part two: balance without a loss. A number per expert is added to its ranking, never to its
+weight, and moved once per optimizer step by what the step's loads were.
+
+The state is float32 `[N, E]`, its first row being what is added; it has no gradient, evaluation leaves it alone, and
+it is moved by int32 counts summed over microbatches and mesh, so neither changes it."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.base.registry import Registry
+from sparsejax.base.reports import MoEReport
+
+State = Float[Array, "*R N E"]
+
+
+class Controller(Protocol):
+    @property
+    def rows(self) -> int:
+        """N, 0 for no state."""
+        ...
+
+    def measure(
+        self, ranking_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], k: int
+    ) -> Optional[tuple[Float[Array, " E"], Float[Array, ""]]]:
+        """(sum over groups of what `update` wants to know beside loads, number of groups). The ranking has the
+        correction in it."""
+        ...
+
+    def update(self, state: State, report: MoEReport, k: int) -> State:
+        """The state for the next step. `report` is the whole step's; leading axes are repeats of the layer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoController:
+    """Nothing is added."""
+
+    rows = 0
+
+    def measure(self, ranking_GSE, mask_GS, k):
+        return None
+
+    def update(self, state: State, report: MoEReport, k: int) -> State:
+        return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFree:
+    """Bias towards experts with too little load (Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437).
+
+    With the load error ε_e = 1 − load_e / mean load: `sign` adds rate · sign(ε), `proportional` rate · ε, `momentum`
+    rate · v with v ← momentum · v + (1 − momentum) · ε. The bias keeps mean 0, which no selection can see."""
+
+    rate: float = 0.001
+    rule: Literal["sign", "proportional", "momentum"] = "sign"
+    momentum: float = 0.9
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise ConfigError("rate", f"{self.rate} is not positive")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("momentum", f"{self.momentum} is outside [0, 1)")
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.rule == "momentum" else {"momentum": f"rule={self.rule}; it counts with rule=momentum"}
+
+    @property
+    def rows(self) -> int:
+        return 2 if self.rule == "momentum" else 1
+
+    def measure(self, ranking_GSE, mask_GS, k):
+        return None
+
+    def update(self, state: State, report: MoEReport, k: int) -> State:
+        num_experts = state.shape[-1]
+        total = report.assigned.sum(-1, keepdims=True)
+        missing = total - num_experts * report.assigned  # exact: E · (mean − load)
+        error = missing / jnp.maximum(total, 1).astype(jnp.float32)
+        if self.rule == "sign":
+            step = jnp.sign(missing).astype(jnp.float32)
+        elif self.rule == "proportional":
+            step = error
+        else:
+            step = self.momentum * state[..., 1, :] + (1 - self.momentum) * error
+        bias = state[..., 0, :] + self.rate * step
+        rows = [bias - bias.mean(-1, keepdims=True)] + ([step] if self.rule == "momentum" else [])
+        return jnp.stack(rows, axis=-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantile:
+    """Quantile balancing (arXiv:2607.24653): one dual step of the balanced assignment on every batch, for the next.
+
+    For each group of S tokens: α_t is the (k + 1)-th largest corrected score of token t, and β_e the (kS/E + 1)-th
+    largest over tokens of score − α. What is added to the ranking is −β, averaged over groups, with mean 0, smoothed
+    by `decay`."""
+
+    decay: float = 0.0
+
+    rows = 1
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ConfigError("decay", f"{self.decay} is outside [0, 1)")
+
+    def measure(self, ranking_GSE, mask_GS, k):
+        num_experts = ranking_GSE.shape[-1]
+        tokens_G = mask_GS.sum(-1, dtype=jnp.int32)
+        alpha_GS1 = jax.lax.top_k(ranking_GSE, k + 1)[0][..., k:]
+        margin_GSE = jnp.where(mask_GS[..., None], ranking_GSE - alpha_GS1, -jnp.inf)
+        place_G = jnp.minimum(k * tokens_G // num_experts, jnp.maximum(tokens_G - 1, 0))
+        best_first_GSE = jnp.sort(margin_GSE, axis=1, descending=True)
+        quantile_GE = jnp.take_along_axis(best_first_GSE, place_G[:, None, None], axis=1)[:, 0]
+        return jnp.where(tokens_G[:, None] > 0, quantile_GE, 0).sum(0), (tokens_G > 0).sum(dtype=jnp.float32)
+
+    def update(self, state: State, report: MoEReport, k: int) -> State:
+        assert report.dual_sum is not None and report.dual_units is not None  # `measure` gave them
+        quantile = report.dual_sum / jnp.maximum(report.dual_units, 1)[..., None]
+        bias = state[..., 0, :] - (1 - self.decay) * quantile
+        return (bias - bias.mean(-1, keepdims=True))[..., None, :]
+
+
+CONTROLLERS = Registry("controller", {"none": NoController, "loss_free": LossFree, "quantile": Quantile})

@@ -1,0 +1,148 @@
+"""Routers by the names of their papers and models: each a setting of the axes, to be changed one axis at a time.
+
+    from sparsejax.routers import presets
+
+    config.model.blocks.moe.router = presets.deepseek_v3()
+    config.model.blocks.moe.router.score = "softmax"
+
+A preset sets the router alone; capacity, shared experts and widths are the block's. Coefficients are those of the
+named paper where it gives them."""
+
+from collections.abc import Callable, Mapping
+
+from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.controllers import LossFree, Quantile
+from sparsejax.routers.expert_choice import ExpertChoice
+from sparsejax.routers.limits import GroupLimit
+from sparsejax.routers.orders import Priority
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.scores import Relu, Sigmoid, SqrtSoftplus
+from sparsejax.routers.tables import Hash
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK
+from sparsejax.routers.weights import Constant, Raw, Renormalized
+
+
+def switch() -> RouterConfig:
+    """Top-1 with the probability as gate, jittered input (arXiv:2101.03961)."""
+    return RouterConfig(
+        selection=TopK(k=1), weight=Raw(), balance=LoadBalance(coefficient=0.01), z_loss=0.0, jitter=0.01
+    )
+
+
+def gshard() -> RouterConfig:
+    """Top-2 whose second expert is taken at random in proportion to its weight (arXiv:2006.16668)."""
+    return RouterConfig(selection=SecondExpert(policy="random", threshold=0.5), z_loss=0.0)
+
+
+def st_moe() -> RouterConfig:
+    """GShard's top-2 with the router z-loss (arXiv:2202.08906)."""
+    return RouterConfig(selection=SecondExpert(policy="random", threshold=0.2), z_loss=0.001)
+
+
+def vmoe_bpr() -> RouterConfig:
+    """Top-2 with raw probabilities and batch prioritised routing (arXiv:2106.05974). Not causal."""
+    return RouterConfig(order=Priority(), weight=Raw(), z_loss=0.0, allow_leak=True)
+
+
+def expert_choice() -> RouterConfig:
+    """Experts take tokens (arXiv:2202.09368). Not causal."""
+    return RouterConfig(selection=ExpertChoice(k=2), weight=Raw(), balance=NoBalance(), z_loss=0.0, allow_leak=True)
+
+
+def hash_layer() -> RouterConfig:
+    """A random expert for every vocabulary id (arXiv:2106.04426)."""
+    return RouterConfig(selection=Hash(k=1), weight=Constant(), balance=NoBalance(), z_loss=0.0)
+
+
+def m6_t() -> RouterConfig:
+    """Expert prototyping, two groups with one expert each (arXiv:2105.15082)."""
+    return RouterConfig(selection=Prototypes(k=2), weight=Raw(), z_loss=0.0)
+
+
+def mixtral() -> RouterConfig:
+    """Top-2, softmax over the selected (arXiv:2401.04088)."""
+    return RouterConfig(selection=TopK(k=2), balance=LoadBalance(coefficient=0.01, scope="microbatch"), z_loss=0.0)
+
+
+def qwen3() -> RouterConfig:
+    """Top-8, renormalized, balanced over the whole step (arXiv:2501.11873)."""
+    return RouterConfig(selection=TopK(k=8), balance=LoadBalance(coefficient=0.001, scope="global"), z_loss=0.0)
+
+
+def olmoe() -> RouterConfig:
+    """Top-8 with raw probabilities (arXiv:2409.02060)."""
+    return RouterConfig(
+        selection=TopK(k=8), weight=Raw(), balance=LoadBalance(coefficient=0.01, scope="microbatch"), z_loss=0.001
+    )
+
+
+def deepseek_moe() -> RouterConfig:
+    """Fine-grained experts, raw probabilities (arXiv:2401.06066). Goes with shared experts."""
+    return RouterConfig(
+        selection=TopK(k=6), weight=Raw(), balance=LoadBalance(coefficient=0.001, scope="microbatch"), z_loss=0.0
+    )
+
+
+def deepseek_v3() -> RouterConfig:
+    """Sigmoid scores, groups of experts, loss-free bias and a weak balance loss by sequence (arXiv:2412.19437)."""
+    return RouterConfig(
+        score=Sigmoid(),
+        selection=TopK(k=8),
+        limit=GroupLimit(groups=8, kept=4, best=2),
+        controller=LossFree(rate=0.001),
+        weight=Renormalized(scale=2.5),
+        balance=LoadBalance(coefficient=0.0001, scope="sequence"),
+        z_loss=0.0,
+    )
+
+
+def deepseek_v4() -> RouterConfig:
+    """As V3 with √softplus scores and without groups; its first layers are `deepseek_v4_hash`."""
+    return RouterConfig(
+        score=SqrtSoftplus(),
+        selection=TopK(k=6),
+        controller=LossFree(rate=0.001),
+        weight=Renormalized(scale=1.5),
+        balance=LoadBalance(coefficient=0.0001, scope="sequence"),
+        z_loss=0.0,
+    )
+
+
+def deepseek_v4_hash() -> RouterConfig:
+    """Experts looked up by token id, weights from the scores."""
+    return RouterConfig(
+        score=SqrtSoftplus(), selection=Hash(k=6), weight=Renormalized(scale=1.5), balance=NoBalance(), z_loss=0.0
+    )
+
+
+def quantile_balanced() -> RouterConfig:
+    """Sigmoid scores balanced by quantiles, no loss (arXiv:2607.24653)."""
+    return RouterConfig(score=Sigmoid(), selection=TopK(k=8), controller=Quantile(), balance=NoBalance(), z_loss=0.0)
+
+
+def remoe() -> RouterConfig:
+    """Every expert with a positive ReLU score, at most 4 (arXiv:2412.14711), held together by a balance loss."""
+    return RouterConfig(score=Relu(), selection=Positive(k=4), weight=Raw(), z_loss=0.0)
+
+
+PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
+    preset.__name__: preset
+    for preset in (
+        switch,
+        gshard,
+        st_moe,
+        vmoe_bpr,
+        expert_choice,
+        hash_layer,
+        m6_t,
+        mixtral,
+        qwen3,
+        olmoe,
+        deepseek_moe,
+        deepseek_v3,
+        deepseek_v4,
+        deepseek_v4_hash,
+        quantile_balanced,
+        remoe,
+    )
+}

@@ -1,0 +1,175 @@
+"""Selectors in which each token takes its best experts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.ops.assignment import Pairs, choice_major_pairs
+from sparsejax.routers.candidates import Candidates, Traits
+
+
+def take_best(candidates: Candidates, k: int) -> tuple[Int[Array, "G S K"], Float[Array, "G S K"]]:
+    """(experts, their scores) of each token, best first. Ties go to the lower expert."""
+    _, experts_GSK = jax.lax.top_k(candidates.ranking, k)
+    return experts_GSK, jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
+
+
+def check_k(k: int) -> None:
+    if k < 1:
+        raise ConfigError("k", f"{k} is not positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Each token takes its k best experts. Ties go to the lower expert, so a router of zeros sends every token to
+    experts 0 … k − 1. Switch Transformers (arXiv:2101.03961) is k = 1, GShard (arXiv:2006.16668) k = 2."""
+
+    k: int = 2
+
+    traits = Traits()
+
+    def __post_init__(self):
+        check_k(self.k)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.k
+
+    def __call__(self, candidates: Candidates) -> Pairs:
+        return choice_major_pairs(*take_best(candidates, self.k), candidates.inputs.mask)
+
+
+Policy = Literal["all", "none", "threshold", "random", "sampling"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondExpert:
+    """Top-2 whose second expert is optional (GShard, arXiv:2006.16668, §2.2, and the policies of Mesh-TensorFlow).
+
+    With g₂ the second score over the sum of both: `all` takes it, `none` never does, `threshold` if g₂ > threshold,
+    `random` with probability min(1, g₂ / threshold), and `sampling` draws the second expert from the scores of the
+    others. Outside training `random` is `threshold` and `sampling` is `all`."""
+
+    policy: Policy = "random"
+    threshold: float = 0.2
+
+    def __post_init__(self):
+        if not 0 < self.threshold <= 1:
+            raise ConfigError("threshold", f"{self.threshold} is outside (0, 1]")
+
+    def unused(self) -> dict[str, str]:
+        reads = self.policy in ("threshold", "random")
+        return {} if reads else {"threshold": f"policy={self.policy}; it counts with threshold and random"}
+
+    @property
+    def traits(self) -> Traits:
+        draws = self.policy in ("random", "sampling")
+        return Traits(variable_k=self.policy != "all", needs=frozenset({"noise"} if draws else ()))
+
+    @property
+    def experts_per_token(self) -> int:
+        return 2
+
+    def __call__(self, candidates: Candidates) -> Pairs:
+        noise, policy = candidates.inputs.noise, self.policy
+        experts_GS2, scores_GS2 = take_best(candidates, 2)
+        if policy == "sampling" and noise is not None:
+            first_GSE = jax.nn.one_hot(experts_GS2[..., 0], candidates.ranking.shape[-1], dtype=bool)
+            log_GSE = jnp.where(first_GSE, -jnp.inf, jnp.log(jnp.maximum(candidates.ranking, 1e-30)))
+            gumbel_GSE = -jnp.log(-jnp.log(jnp.maximum(noise.uniform(1, log_GSE.shape[-1]), 1e-30)))
+            second_GS = jnp.argmax(log_GSE + gumbel_GSE, axis=-1).astype(experts_GS2.dtype)
+            experts_GS2 = experts_GS2.at[..., 1].set(second_GS)
+            scores_GS2 = jnp.take_along_axis(candidates.scores, experts_GS2, axis=-1)
+        second_GS = jax.lax.stop_gradient(scores_GS2[..., 1] / jnp.maximum(scores_GS2.sum(-1), 1e-9))
+        if policy in ("all", "sampling"):
+            taken_GS = jnp.ones_like(second_GS, bool)
+        elif policy == "none":
+            taken_GS = jnp.zeros_like(second_GS, bool)
+        elif policy == "random" and noise is not None:
+            taken_GS = noise.uniform(1, 1)[..., 0] < second_GS / self.threshold
+        else:
+            taken_GS = second_GS > self.threshold
+        chosen_GS2 = jnp.stack([jnp.ones_like(taken_GS), taken_GS], axis=-1)
+        return choice_major_pairs(experts_GS2, scores_GS2, candidates.inputs.mask, chosen_GS2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototypes:
+    """k groups of E/k experts; each token takes the best of every group (M6-T, arXiv:2105.15082).
+
+    The paper's softmax runs within a group; with weight=renormalized and k = 1 per group that is a constant, so the
+    scores here are those over all experts."""
+
+    k: int = 2
+
+    traits = Traits()
+
+    def __post_init__(self):
+        check_k(self.k)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.k
+
+    def __call__(self, candidates: Candidates) -> Pairs:
+        groups, size, num_experts = candidates.ranking.shape
+        if num_experts % self.k:
+            raise ConfigError("selection.k", f"{self.k} groups do not divide num_experts={num_experts}")
+        each = num_experts // self.k
+        best_GSK = jnp.argmax(candidates.ranking.reshape(groups, size, self.k, each), axis=-1)
+        experts_GSK = best_GSK + each * jnp.arange(self.k)
+        scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
+        return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopP:
+    """The fewest experts, best first, whose probabilities add up to p, at most `k` (Huang et al., arXiv:2403.07652)."""
+
+    p: float = 0.6
+    k: int = 4
+
+    traits = Traits(variable_k=True)
+
+    def __post_init__(self):
+        check_k(self.k)
+        if not 0 < self.p <= 1:
+            raise ConfigError("p", f"{self.p} is outside (0, 1]")
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.k
+
+    def __call__(self, candidates: Candidates) -> Pairs:
+        experts_GSK, scores_GSK = take_best(candidates, self.k)
+        whole_GS1 = jnp.maximum(candidates.scores.sum(-1, keepdims=True), 1e-9)
+        before_GSK = (jnp.cumsum(scores_GSK, axis=-1) - scores_GSK) / whole_GS1
+        return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask, _first_always(before_GSK < self.p))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positive:
+    """Every expert whose score is positive, at most `k`, for scores that can be 0 (ReMoE, arXiv:2412.14711)."""
+
+    k: int = 4
+
+    traits = Traits(variable_k=True)
+
+    def __post_init__(self):
+        check_k(self.k)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.k
+
+    def __call__(self, candidates: Candidates) -> Pairs:
+        experts_GSK, scores_GSK = take_best(candidates, self.k)
+        return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask, scores_GSK > 0)
+
+
+def _first_always(chosen_GSK: Bool[Array, "G S K"]) -> Bool[Array, "G S K"]:
+    return chosen_GSK.at[..., 0].set(True)

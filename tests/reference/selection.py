@@ -1,0 +1,95 @@
+"""Who is selected, one token and one expert at a time; NumPy and no JAX. Each returns the (token, expert) pairs of one
+group as a set, or in order where the order is the point."""
+
+import numpy as np
+
+
+def best(ranking: np.ndarray, k: int) -> list[list[int]]:
+    """The k best experts of each token; ties go to the lower expert."""
+    return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:k] for row in ranking]
+
+
+def top_k(ranking: np.ndarray, k: int) -> set[tuple[int, int]]:
+    return {(s, e) for s, experts in enumerate(best(ranking, k)) for e in experts}
+
+
+def second_expert(scores: np.ndarray, taken) -> set[tuple[int, int]]:
+    """Top-2 in which `taken(g2)` says whether the second is; g2 is its share of both scores."""
+    pairs = set()
+    for s, (first, second) in enumerate(best(scores, 2)):
+        pairs.add((s, first))
+        if taken(scores[s, second] / (scores[s, first] + scores[s, second])):
+            pairs.add((s, second))
+    return pairs
+
+
+def prototypes(scores: np.ndarray, k: int) -> set[tuple[int, int]]:
+    each = scores.shape[1] // k
+    return {
+        (s, z * each + int(np.argmax(row[z * each : (z + 1) * each]))) for s, row in enumerate(scores) for z in range(k)
+    }
+
+
+def top_p(scores: np.ndarray, p: float, k: int) -> set[tuple[int, int]]:
+    pairs = set()
+    for s, experts in enumerate(best(scores, k)):
+        reached = 0.0
+        for e in experts:
+            if reached >= p:
+                break
+            pairs.add((s, e))
+            reached += scores[s, e] / scores[s].sum()
+    return pairs
+
+
+def positive(scores: np.ndarray, k: int) -> set[tuple[int, int]]:
+    return {(s, e) for s, e in top_k(scores, k) if scores[s, e] > 0}
+
+
+def hash_experts(token: int, num_experts: int, k: int, seed: int) -> list[int]:
+    """The k experts with the largest hash of (token, expert), in whole numbers modulo 2³²."""
+    word = 0xFFFFFFFF
+
+    def finalise(value: int) -> int:
+        value = ((value ^ (value >> 16)) * 0x85EBCA6B) & word
+        value = ((value ^ (value >> 13)) * 0xC2B2AE35) & word
+        return value ^ (value >> 16)
+
+    of_expert = [finalise((finalise(token ^ seed) * 0x9E3779B1 + e) & word) for e in range(num_experts)]
+    return sorted(range(num_experts), key=lambda e: -of_expert[e])[:k]
+
+
+def expert_choice(scores: np.ndarray, mask: np.ndarray, limit: int) -> set[tuple[int, int]]:
+    """Each expert's `limit` best unmasked tokens; ties go to the earlier token."""
+    real = np.flatnonzero(mask)
+    return {(int(s), e) for e in range(scores.shape[1]) for s in sorted(real, key=lambda s: (-scores[s, e], s))[:limit]}
+
+
+def group_limited(ranking: np.ndarray, groups: int, kept: int, best_of: int) -> np.ndarray:
+    """`ranking` with −inf outside each token's best groups."""
+    limited = np.full_like(ranking, -np.inf)
+    each = ranking.shape[1] // groups
+    for s, row in enumerate(ranking):
+        rank = [sum(sorted(row[g * each : (g + 1) * each])[-best_of:]) for g in range(groups)]
+        for g in sorted(range(groups), key=lambda g: (-rank[g], g))[:kept]:
+            limited[s, g * each : (g + 1) * each] = row[g * each : (g + 1) * each]
+    return limited
+
+
+def order(pairs: list[tuple[int, int, int]], kind: str, scores: np.ndarray) -> list[tuple[int, int, int]]:
+    """(token, choice, expert) triples of one group in the order in which they ask for slots."""
+    keys = {
+        "choice_major": lambda s, c, e: (c, s),
+        "token_major": lambda s, c, e: (s, c),
+        "priority": lambda s, c, e: (c, -scores[s].max(), s),
+        "by_score": lambda s, c, e: (-scores[s, e], c, s),
+    }
+    return sorted(pairs, key=lambda triple: keys[kind](*triple))
+
+
+def quantile_step(bias: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
+    """Bias after one dual step on one group: −β, β_e being the (kS/E + 1)-th largest of s − α, with mean 0."""
+    size, num_experts = scores.shape
+    alpha = np.array([sorted(row + bias, reverse=True)[k] for row in scores])
+    beta = np.array([sorted(scores[:, e] - alpha, reverse=True)[k * size // num_experts] for e in range(num_experts)])
+    return -beta - (-beta).mean()

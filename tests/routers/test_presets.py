@@ -1,0 +1,34 @@
+"""Presets: each a router that a layer runs with, and that leaves nothing unused but what it says."""
+
+import numpy as np
+import pytest
+from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
+
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.routers.presets import PRESETS
+from sparsejax.routers.router import RouterConfig
+
+BACKBONE = ModelConfig(d_model=8, num_heads=2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_layer_runs_with_it(name):
+    spec = MoESpec(num_experts=16, d_ff=4, capacity_factor=1.25, router=PRESETS[name]())
+    x = np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32)
+    y, report = moe_layer_runner(spec, BACKBONE, ONE_DEVICE)(moe_layer_params(spec, BACKBONE), x, host_batch(4, 16))
+    assert np.isfinite(y).all() and np.abs(y).max() > 0
+    assert np.array_equal(report.assigned, report.processed + report.dropped)
+    assert report.processed.sum() > 0.5 * report.assigned.sum()
+
+
+def test_they_differ():
+    made = [preset() for preset in PRESETS.values()]
+    assert len(set(map(repr, made))) == len(made) and all(type(router) is RouterConfig for router in made)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_its_name_is_in_the_readme(name):
+    from runs import ROOT
+
+    assert f"`{name}`" in (ROOT / "README.md").read_text()

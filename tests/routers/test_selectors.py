@@ -1,0 +1,315 @@
+"""Every selector, limit, order and controller against loops, and at the settings where the answer is known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import selection as slow
+from support import assert_close, candidates
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.ops.assignment import by_token, choices, fill_slots
+from sparsejax.routers.candidates import Noise
+from sparsejax.routers.controllers import LossFree, Quantile
+from sparsejax.routers.expert_choice import ExpertChoice
+from sparsejax.routers.limits import GroupLimit
+from sparsejax.routers.orders import ORDERS, Random
+from sparsejax.routers.tables import ByDomain, Hash
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
+
+GROUPS, SIZE, EXPERTS = 3, 10, 8
+MASK = np.ones((GROUPS, SIZE), bool)
+MASK[1, 6:] = False
+MASK[2] = False
+RNG = np.random.default_rng(0)
+SCORES = RNG.dirichlet(0.4 * np.ones(EXPERTS), (GROUPS, SIZE)).astype(np.float32)
+SPARSE = np.where(SCORES > 0.15, SCORES, 0).astype(np.float32)
+
+
+def noise(seed=0, rows=GROUPS, length=SIZE):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
+    return Noise(keys_B=keys, row_length=length, groups=(rows, length))
+
+
+def pairs_of(pairs, g):
+    """The valid (token, expert) pairs of a group; no pair twice."""
+    valid = np.asarray(pairs.valid[g])
+    found = list(
+        zip(np.asarray(pairs.token[g])[valid].tolist(), np.asarray(pairs.expert[g])[valid].tolist(), strict=True)
+    )
+    assert len(set(found)) == len(found), "a pair stands twice"
+    return set(found)
+
+
+def check(pairs, scores, expected):
+    """Pairs are those of `expected(g)` among unmasked tokens, weights their scores, and the index finds them all."""
+    for g in range(GROUPS):
+        assert pairs_of(pairs, g) == {(s, e) for s, e in expected(g) if MASK[g, s]}
+        listed = [set(row.tolist()) - {pairs.token.shape[1]} for row in np.asarray(pairs.of_token[g])]
+        for p in np.flatnonzero(pairs.valid[g]):
+            assert p in listed[int(pairs.token[g, p])]
+            assert pairs.weight[g, p] == scores[g, pairs.token[g, p], pairs.expert[g, p]]
+    assert {pairs.token.dtype, pairs.expert.dtype, pairs.of_token.dtype} == {jnp.dtype("int32")}
+
+
+@pytest.mark.parametrize(
+    "selector, scores, expected",
+    [
+        (TopK(k=3), SCORES, lambda g: slow.top_k(SCORES[g], 3)),
+        (SecondExpert(policy="all"), SCORES, lambda g: slow.top_k(SCORES[g], 2)),
+        (SecondExpert(policy="none"), SCORES, lambda g: slow.top_k(SCORES[g], 1)),
+        (
+            SecondExpert(policy="threshold", threshold=0.3),
+            SCORES,
+            lambda g: slow.second_expert(SCORES[g], lambda x: x > 0.3),
+        ),
+        (Prototypes(k=2), SCORES, lambda g: slow.prototypes(SCORES[g], 2)),
+        (Prototypes(k=8), SCORES, lambda g: slow.top_k(SCORES[g], 8)),
+        (TopP(p=0.6, k=4), SCORES, lambda g: slow.top_p(SCORES[g], 0.6, 4)),
+        (Positive(k=3), SPARSE, lambda g: slow.positive(SPARSE[g], 3)),
+    ],
+    ids=lambda value: str(value) if dataclasses.is_dataclass(value) else "",
+)
+def test_token_choice_against_loops(selector, scores, expected):
+    check(jax.jit(lambda s: selector(candidates(s, MASK)))(scores), scores, expected)
+
+
+class TestSecondExpert:
+    def test_a_random_second_is_taken_in_proportion_to_its_share(self):
+        """P(taken) = min(1, g₂ / threshold), at a share of 0.1 and a threshold of 0.2 every other time."""
+        scores = np.tile(np.float32([0.9, 0.1, 0.0]), (1, 4000, 1))
+        selector = SecondExpert(policy="random", threshold=0.2)
+        pairs = selector(candidates(scores, noise=noise(0, 1, 4000)))
+        taken = np.asarray(by_token(pairs.valid, pairs))[0]
+        assert taken[:, 0].all() and abs(taken[:, 1].mean() - 0.5) < 4 * 0.5 / 4000**0.5
+
+    def test_outside_training_random_is_threshold(self):
+        random, threshold = (SecondExpert(policy=policy)(candidates(SCORES)) for policy in ("random", "threshold"))
+        assert np.array_equal(random.valid, threshold.valid)
+
+    def test_a_sampled_second_follows_the_scores_of_the_others(self):
+        scores = np.tile(np.float32([0.5, 0.1, 0.4]), (1, 4000, 1))
+        pairs = SecondExpert(policy="sampling")(candidates(scores, noise=noise(1, 1, 4000)))
+        second = np.asarray(by_token(pairs.expert, pairs))[0, :, 1]
+        assert set(second) == {1, 2} and abs((second == 2).mean() - 0.8) < 4 * 0.4 / 4000**0.5
+
+
+class TestExpertChoice:
+    def test_against_loops(self):
+        limits = [4, 3, 0]
+        given = candidates(SCORES, MASK, num_slots=4)
+        given = dataclasses.replace(given, inputs=dataclasses.replace(given.inputs, limit=jnp.asarray(limits)))
+        pairs = ExpertChoice()(given)
+        check(pairs, SCORES, lambda g: slow.expert_choice(SCORES[g], MASK[g], limits[g]))
+
+    def test_every_expert_is_exactly_full_and_nothing_is_dropped(self):
+        pairs = ExpertChoice()(candidates(SCORES, num_slots=4))
+        slots = fill_slots(pairs, EXPERTS, 4, jnp.full(GROUPS, 4, jnp.int32))
+        assert slots.keep.all() and (slots.processed == 4 * GROUPS).all()
+
+
+class TestTables:
+    def hashed(self, ids, k=2, seed=42, num_experts=EXPERTS):
+        ids = jnp.asarray(ids)
+        scores = np.broadcast_to(np.float32(1), (*ids.shape, num_experts))
+        pairs = Hash(k=k, seed=seed)(candidates(scores, tokens=ids))
+        return np.asarray(by_token(pairs.expert, pairs))
+
+    def test_a_tokens_experts_depend_on_its_id_alone(self):
+        ids = RNG.integers(0, 500, (4, 50))
+        experts = self.hashed(ids)
+        of_id = {int(i): tuple(e) for i, e in zip(ids.ravel(), experts.reshape(-1, 2), strict=True)}
+        assert all(of_id[int(i)] == tuple(e) for i, e in zip(ids.ravel(), experts.reshape(-1, 2), strict=True))
+        assert np.array_equal(self.hashed(ids[:, ::-1]), experts[:, ::-1])
+        assert not np.array_equal(self.hashed(ids, seed=1), experts)
+
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    def test_experts_are_distinct_and_equally_likely(self, k):
+        experts = self.hashed(np.arange(20_000)[None], k=k)[0]
+        assert all(len(set(row)) == k for row in experts[:200].tolist())
+        load = np.bincount(experts.ravel(), minlength=EXPERTS)
+        share = k / EXPERTS
+        assert np.abs(load / 20_000 - share).max() < 5 * (share * (1 - share) / 20_000) ** 0.5
+
+    def test_the_table_is_that_of_whole_numbers(self):
+        """A checkpoint's experts belong to the ids they were trained on: the table may never change."""
+        ids = [0, 1, 2, 255, 256, 65_535, 2**31 - 1]
+        experts = self.hashed(np.array([ids]), k=3)[0].tolist()
+        assert experts == [slow.hash_experts(i, EXPERTS, 3, 42) for i in ids]
+
+    def test_a_domain_keeps_its_experts(self):
+        domains = jnp.asarray([[0, 1, 7, 8, 9]])
+        pairs = ByDomain(k=2)(candidates(np.ones((1, 5, EXPERTS)), domains=domains))
+        assert by_token(pairs.expert, pairs)[0].tolist() == [[0, 1], [1, 2], [7, 0], [0, 1], [1, 2]]
+
+
+class TestGroupLimit:
+    @pytest.mark.parametrize("shift", [0.0, -3.0])
+    def test_against_loops_also_below_zero(self, shift):
+        """All-negative rankings: an excluded group must not win with its 0."""
+        ranking = SCORES + np.float32(shift)
+        limited = GroupLimit(groups=4, kept=2, best=2)(jnp.asarray(ranking))
+        for g in range(GROUPS):
+            assert np.array_equal(limited[g], slow.group_limited(ranking[g], 4, 2, 2))
+        chosen = np.asarray(jax.lax.top_k(limited, 4)[1])
+        assert all(len({e // 2 for e in row}) <= 2 for row in chosen.reshape(-1, 4).tolist())
+
+    def test_all_groups_are_no_limit(self):
+        assert np.array_equal(GroupLimit(groups=4, kept=4)(jnp.asarray(SCORES)), SCORES)
+
+    @pytest.mark.parametrize(
+        "limit, num_experts, k, key",
+        [
+            (GroupLimit(groups=3, kept=2), 8, 2, "groups"),
+            (GroupLimit(groups=4, kept=1), 8, 3, "kept"),
+            (GroupLimit(groups=8, kept=4, best=2), 8, 2, "best"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, limit, num_experts, k, key):
+        with pytest.raises(ConfigError) as error:
+            limit.check(num_experts, k)
+        assert error.value.key == key
+
+
+class TestOrders:
+    @pytest.mark.parametrize("name", [name for name in ORDERS if name != "random"])
+    def test_against_loops(self, name):
+        given = candidates(SCORES, MASK)
+        pairs = ORDERS[name]()(TopK(k=3)(given), given)
+        choice = choices(pairs)
+        for g in range(GROUPS):
+            triples = [(s, c, e) for s, row in enumerate(slow.best(SCORES[g], 3)) for c, e in enumerate(row)]
+            expected = slow.order(triples, name, SCORES[g])
+            assert (
+                list(zip(pairs.token[g].tolist(), choice[g].tolist(), pairs.expert[g].tolist(), strict=True))
+                == expected
+            )
+
+    @pytest.mark.parametrize("name", ORDERS)
+    def test_no_pair_is_lost_and_the_index_follows(self, name):
+        given = candidates(SCORES, MASK, noise=noise())
+        before = TopK(k=3)(given)
+        after = ORDERS[name]()(before, given)
+        assert np.array_equal(by_token(after.expert, after), by_token(before.expert, before))
+        assert np.array_equal(by_token(after.weight, after), by_token(before.weight, before))
+        assert np.array_equal(by_token(after.valid, after), by_token(before.valid, before))
+
+    def test_random_order_is_fair_to_late_tokens(self):
+        scores = np.tile(np.float32([1.0, 0.0]), (400, SIZE, 1))
+        given = candidates(scores, noise=noise(0, 400, SIZE), num_slots=5)
+        pairs = Random()(TopK(k=1)(given), given)
+        kept = by_token(fill_slots(pairs, 2, 5, given.inputs.limit).keep, pairs)[..., 0].mean(0)
+        assert np.abs(np.asarray(kept) - 0.5).max() < 4 * 0.5 / 400**0.5
+
+    def test_priority_keeps_the_best_tokens(self):
+        given = candidates(SCORES, num_slots=1)
+        pairs = ORDERS["priority"]()(TopK(k=1)(given), given)
+        slots = fill_slots(pairs, EXPERTS, 1, given.inputs.limit)
+        weight, keep = np.asarray(pairs.weight), np.asarray(slots.keep)
+        for g in range(GROUPS):
+            for e in range(EXPERTS):
+                mine = np.asarray(pairs.expert[g]) == e
+                if mine.any():
+                    assert weight[g][mine & keep[g]].min() >= weight[g][mine].max()
+
+
+@dataclasses.dataclass
+class Counted:
+    """What controllers read of a report."""
+
+    assigned: object
+    dual_sum: object = None
+    dual_units: object = None
+
+
+class TestLossFree:
+    LOAD = jnp.array([8, 0, 4, 4], jnp.int32)
+
+    def step(self, **settings):
+        controller = LossFree(rate=0.01, **settings)
+        return controller.update(jnp.zeros((controller.rows, 4)), Counted(self.LOAD), 1)[0]
+
+    def test_sign_moves_each_expert_by_the_rate_against_its_error(self):
+        np.testing.assert_allclose(self.step(rule="sign"), [-0.01, 0.01, 0, 0], atol=1e-9)
+
+    def test_proportional_moves_by_the_error(self):
+        np.testing.assert_allclose(self.step(rule="proportional"), [-0.01, 0.01, 0, 0], atol=1e-9)
+
+    def test_momentum_gathers_speed(self):
+        controller = LossFree(rate=1.0, rule="momentum", momentum=0.5)
+        state = jnp.zeros((2, 4))
+        for velocity in (0.5, 0.75, 0.875):
+            before = state
+            state = controller.update(state, Counted(self.LOAD), 1)
+            np.testing.assert_allclose(state[0] - before[0], [-velocity, velocity, 0, 0], atol=1e-6)
+
+    @pytest.mark.parametrize("rule", ["sign", "proportional", "momentum"])
+    def test_no_tokens_no_move_and_repeats_are_apart(self, rule):
+        controller = LossFree(rule=rule)
+        state = jnp.zeros((2, controller.rows, 4))
+        moved = controller.update(state, Counted(jnp.stack([self.LOAD, 0 * self.LOAD])), 1)
+        assert moved.shape == state.shape and (moved[1] == 0).all() and (moved[0, 0] != 0).any()
+
+    def test_counts_above_256_keep_their_sign(self):
+        """In bfloat16 257 and 256 are one number (Megatron-LM pull request 7081)."""
+        state = LossFree(rate=1.0).update(jnp.zeros((1, 2)), Counted(jnp.array([257, 256], jnp.int32)), 1)
+        assert state[0].tolist() == [-1.0, 1.0]
+
+    def test_static_scores_get_balanced(self):
+        """The curve of the method on 512 tokens: its imbalance falls to a small part within 300 steps."""
+        rng = np.random.default_rng(0)
+        scores = 1 / (1 + np.exp(-(1.5 * rng.normal(size=(512, 16)) + rng.normal(size=16))))
+        controller = LossFree(rate=0.001)
+        state, violation = jnp.zeros((1, 16)), []
+        for _ in range(300):
+            load = np.bincount(np.asarray(jax.lax.top_k(scores + np.asarray(state[0]), 2)[1]).ravel(), minlength=16)
+            violation.append(load.max() / load.mean() - 1)
+            state = controller.update(state, Counted(jnp.asarray(load, jnp.int32)), 2)
+        assert violation[0] > 1 and violation[-1] < 0.15 * violation[0]
+
+
+class TestQuantile:
+    def measured(self, scores, bias, k, mask=None):
+        mask = np.ones(scores.shape[:2], bool) if mask is None else mask
+        total, units = Quantile().measure(jnp.asarray(scores + bias), jnp.asarray(mask), k)
+        report = Counted(assigned=None, dual_sum=total, dual_units=units)
+        return np.asarray(Quantile().update(jnp.asarray(bias)[None], report, k))[0]
+
+    def test_one_step_against_loops(self):
+        bias = np.float32(0.05 * RNG.normal(size=EXPERTS))
+        scores = RNG.random((1, 40, EXPERTS)).astype(np.float32)
+        assert_close(self.measured(scores, bias, 2), slow.quantile_step(bias, scores[0], 2).astype(np.float32))
+
+    def test_the_column_step_leaves_every_expert_its_share(self):
+        """With the new bias exactly k·S/E tokens lie above each expert's quantile, α being that of the old one."""
+        scores = RNG.random((1, 64, EXPERTS)).astype(np.float32)
+        alpha = np.sort(scores[0], axis=-1)[:, ::-1][:, 2:3]
+        total, _ = Quantile().measure(jnp.asarray(scores), jnp.ones((1, 64), bool), 2)
+        margin, share = scores[0] - alpha, 2 * 64 // EXPERTS
+        assert ((margin > np.asarray(total)).sum(0) <= share).all()  # fewer where margins tie: one of a token's is 0
+        assert ((margin >= np.asarray(total)).sum(0) > share).all()
+        untied = np.asarray(total) != 0
+        assert untied.any() and ((margin > np.asarray(total)).sum(0)[untied] == share).all()
+
+    def test_groups_are_averaged_and_padding_is_not_there(self):
+        scores = RNG.random((2, 24, EXPERTS)).astype(np.float32)
+        mask = np.ones((2, 24), bool)
+        mask[1, 16:] = False
+        zero = np.zeros(EXPERTS, np.float32)
+        parts = [slow.quantile_step(zero, part, 2) for part in (scores[0], scores[1, :16])]
+        assert_close(self.measured(scores, zero, 2, mask), np.mean(parts, axis=0).astype(np.float32))
+        empty = np.concatenate([mask, np.zeros((1, 24), bool)])
+        more = np.concatenate([scores, scores[:1]])
+        assert_close(self.measured(more, zero, 2, empty), self.measured(scores, zero, 2, mask), 1e-6)
+
+    def test_a_stream_of_batches_gets_balanced(self):
+        rng, offset = np.random.default_rng(0), 1.5 * np.random.default_rng(1).normal(size=16)
+        bias, violation = np.zeros(16, np.float32), []
+        for _ in range(12):
+            scores = (1 / (1 + np.exp(-(1.5 * rng.normal(size=(1, 512, 16)) + offset)))).astype(np.float32)
+            load = np.bincount(np.argsort(-(scores + bias)[0], axis=-1)[:, :2].ravel(), minlength=16)
+            violation.append(load.max() / load.mean() - 1)
+            bias = self.measured(scores, bias, 2)
+        assert violation[0] > 1 and np.mean(violation[2:]) < 0.45
