@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+FLAGS ?=
 PYTEST := $(RUN) -m pytest -n 2 --dist loadfile -q
 
 .PHONY: quickstart test test-all bench lint clean
@@ -10,7 +11,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist loadfile -q
 # On CPU, XLA takes the memory of a step anew each time. In 2 MiB pages (Linux, glibc) this model trains about 1.3 × as fast.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.installed  ## train the default model, evaluate it, show what it learned
-	$(RUN) -m sparsejax train --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(RUN) -m sparsejax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(FLAGS)
 	$(RUN) -m sparsejax generate --workdir=$(WORKDIR) --prompt='def __init__(self, ' --max-tokens=200 --temperature=0.7
 
 test: $(VENV)/.installed-dev  ## the tests a change has to pass

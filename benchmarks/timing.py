@@ -7,12 +7,18 @@ import jax
 import numpy as np
 
 
-def interleaved(competitors: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def interleaved(
+    competitors: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, np.ndarray]:
     """Seconds `[rounds]` of each competitor, called in turn; every call is waited for. One uncounted round comes
-    first."""
+    first. `warm`: what to call, uncounted, before each of a competitor's turns."""
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(rounds + 1):
         for name, call in competitors.items():
+            if warm is not None:
+                jax.block_until_ready(warm[name]())
             begun = time.perf_counter()
             jax.block_until_ready(call())
             if turn:

@@ -124,7 +124,10 @@ def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
 def _config_file(verb: str, args: argparse.Namespace) -> str | None:
     """`--config`, else the config.json of the run in `--workdir`, else None for the defaults of every setting."""
     saved = args.workdir / "config.json" if args.workdir is not None else None
-    is_run = saved is not None and saved.is_file()
+    try:
+        is_run = saved is not None and saved.is_file()
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise RequestError(f"--workdir={args.workdir}: could not be read: {error.strerror}") from None
     if saved is None and (verb == "generate" or (verb == "eval" and not args.parity)):
         raise RequestError(f"{verb} needs --workdir=DIR, the folder of a run")
     if saved is not None and not is_run and verb != "train":

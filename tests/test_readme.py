@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import here
 from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 from sparsejax.base.shapes import LEGEND
@@ -49,21 +50,62 @@ def test_make_target_exists(command):
     assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
 
 
+def make(*words: str) -> str:
+    """What a target prints, run on this interpreter's packages instead of a new environment's."""
+    venv = Path(sys.prefix)
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    options = [f"VENV={venv}", "-o", f"{venv}/.installed", "-o", f"{venv}/.installed-dev"]
+    done = subprocess.run(
+        ["make", *words, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_make_quickstart_in_short(tmp_path):
+    printed = make("quickstart", f"WORKDIR={tmp_path}", "FLAGS=--config.train.steps=31 --config.eval.batches=1")
+    assert "expert load on the validation split" in printed and "def __init__(self, " in printed
+
+
 @pytest.mark.slow
 def test_make_quickstart(tmp_path):
-    """All of it but the making of an environment: it stays under the bar, and a second time says that it is done."""
-    venv, run = Path(sys.prefix), tmp_path / "run"
-    words = ["make", "quickstart", f"VENV={venv}", f"WORKDIR={run}", "-o", f"{venv}/.installed"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    assert "expert load on the validation split" in done.stdout and "def __init__(self, " in done.stdout
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["bits_per_byte"] <= 2.3 and rows[-1]["moe/dead_experts"] == 0
+    """It stays under the bar on the whole validation split, and a second time says that it is done."""
+    make("quickstart", f"WORKDIR={tmp_path}")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["split"] == "train"][-3:]  # a tenth of the steps
     assert all(row["moe/drop_fraction"] < 0.05 and row["moe/capacity_factor"] <= 1.25 for row in last)
-    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "finished: this run has done its 300 steps" in again.stdout
+    assert "finished: this run has done its 300 steps" in make("quickstart", f"WORKDIR={tmp_path}")
+    words = [sys.executable, "-m", "sparsejax", "eval", f"--workdir={tmp_path}", "--config.eval.batches=none"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    whole = json.loads(done.stdout.splitlines()[-1])
+    assert whole["bits_per_byte"] <= 2.3 and whole["moe/dead_experts"] == 0
+    assert whole["bits_per_byte"] == pytest.approx(rows[-1]["bits_per_byte"], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, flags", [("moe_layer", ["--rounds=1"]), ("dispatch", ["--rounds=1"]), ("train_step", ["--blocks=1"])]
+)
+def test_benchmark_runs(name, flags):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d\.\d+ \[\d+\.\d+, \d+\.\d+\]", done.stdout)
+
+
+@pytest.mark.parametrize("words", [["check"], ["format", "--check"]], ids=" ".join)
+def test_lint(words):
+    done = subprocess.run([sys.executable, "-m", "ruff", *words, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["nanogpt_dense", "nanogpt_switch"])
+def test_the_nanogpt_experiments_start(name, tmp_path):
+    (tmp_path / "input.txt").write_text("to be or not to be, that is the question. " * 500)
+    flags = {"data.path": tmp_path / "input.txt", "train.steps": 2, "optimizer.schedule.warmup_steps": 0}
+    words = [f"--config.{key}={value}" for key, value in flags.items()]
+    config = ROOT / "configs" / f"{name}.py"
+    assert here("train", f"--config={config}", f"--workdir={tmp_path / 'run'}", *words).status == 0
 
 
 def test_axis_letters_are_the_legend():

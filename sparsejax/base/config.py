@@ -164,8 +164,11 @@ def _at(values: Any, path: str) -> Any:
 
 def _existing(file: str) -> Path:
     path = Path(file)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise RequestError(f"--config={file}: could not be read: {error.strerror}") from None
     siblings = [str(each) for each in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
     raise RequestError(f"--config={file}: no such file.{did_you_mean(file, siblings)}")
 

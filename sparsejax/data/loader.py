@@ -58,21 +58,25 @@ class RowSource:
 
 
 class _Steps:
-    """The batches of `source` as grain reads them: element s is the part of batch s that this host holds."""
+    """The batches of `source` with these numbers as grain reads them: of each, the part that this host holds."""
 
     def __init__(
-        self, source: RowSource, batch_size: int, row_indices: Optional[Sequence[int] | np.ndarray], steps: int
+        self,
+        source: RowSource,
+        batch_size: int,
+        row_indices: Optional[Sequence[int] | np.ndarray],
+        numbers: Sequence[int],
     ):
-        self.source, self.batch_size, self.steps = source, batch_size, steps
+        self.source, self.batch_size, self.numbers = source, batch_size, numbers
         self.indices = np.arange(batch_size) if row_indices is None else np.asarray(row_indices, np.int64)
         if self.indices.size and not (self.indices.min() >= 0 and self.indices.max() < batch_size):
             raise ValueError(f"row_indices must be in [0, {batch_size}): {self.indices}")
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Arrays:
-        batch = self.source.rows(index * self.batch_size + self.indices)
+        batch = self.source.rows(self.numbers[index] * self.batch_size + self.indices)
         return {**batch, "rows": self.indices.astype(np.int32)}
 
 
@@ -95,7 +99,7 @@ def batches(
     `row_indices`: the rows of the batch that this host reads, in this order; by default all. Reading ahead starts at
     once. `close()` stops it; an iterator that is left open ends with the process.
     """
-    return _read(_Steps(source, batch_size, row_indices, ENDLESS), start_step, prefetch, workers)
+    return _read(_Steps(source, batch_size, row_indices, range(ENDLESS)), start_step, prefetch, workers)
 
 
 def eval_batches(
@@ -104,26 +108,34 @@ def eval_batches(
     batch_size: int,
     batches: Optional[int] = None,
     row_indices: Optional[Sequence[int] | np.ndarray] = None,
+    parts: int = 1,
 ) -> grain.DatasetIterator[Arrays]:
     """The validation split in order, in windows that do not overlap: each target counts once.
 
-    The last batch may have empty rows. `batches`: how many of them, from the start; None: all. Raises `ConfigError`
-    when the split is empty.
+    The last batch may have empty rows. Raises `ConfigError` when the split is empty.
+
+    Args:
+      batches: how many of them, spread evenly over the split, for its text changes along the way; None: all.
+      row_indices: the rows that this host reads of what is read at a time; by default all.
+      parts: what is read at a time is a batch divided by this.
     """
-    steps = num_eval_batches(corpus, config, batch_size, batches)
+    total, size = num_eval_batches(corpus, config, batch_size), batch_size // parts
+    chosen = range(total) if batches is None or batches >= total else [n * total // batches for n in range(batches)]
+    count = num_eval_batches(corpus, config, size)
+    numbers = [number for batch in chosen for number in range(batch * parts, (batch + 1) * parts) if number < count]
     source = RowSource(corpus.validation, config.sequence_length)
-    return _read(_Steps(source, batch_size, row_indices, steps), 0, config.prefetch, config.workers)
+    return _read(_Steps(source, size, row_indices, numbers), 0, config.prefetch, config.workers)
 
 
-def num_eval_batches(corpus: Corpus, config: DataConfig, batch_size: int, batches: Optional[int] = None) -> int:
-    """How many batches `eval_batches` gives. Raises `ConfigError` when the validation split is empty."""
+def num_eval_batches(corpus: Corpus, config: DataConfig, batch_size: int) -> int:
+    """How many batches the validation split has. Raises `ConfigError` when it is empty."""
     steps = num_rows(num_rows(len(corpus.validation.tokens), config.sequence_length), batch_size)
     if steps == 0:
         if config.name == "text":
             message = f"{config.validation_fraction} of each file leaves nothing to evaluate on"
             raise ConfigError("data.validation_fraction", message)
         raise ConfigError("data.name", f"{config.name!r} has no validation text")
-    return steps if batches is None else min(batches, steps)
+    return steps
 
 
 def _read(steps: _Steps, start: int, prefetch: int, workers: int) -> grain.DatasetIterator[Arrays]:

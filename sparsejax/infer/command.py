@@ -15,6 +15,7 @@ from sparsejax.base.sharding import make_mesh
 from sparsejax.data.tokenizers import load_tokenizer
 from sparsejax.infer.text import START, Sample, encode_prompts, sample_text
 from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.record import check_tokenizer
 from sparsejax.train.restore import restore_variables
 
 
@@ -28,6 +29,7 @@ def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     assert workdir is not None  # the command line sees to it
     config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
     tokenizer = load_tokenizer(config.data.tokenizer)
+    check_tokenizer(workdir, tokenizer.fingerprint)
     prompts = read_prompts(args.prompt, args.prompts_file)
     encode_prompts(tokenizer, prompts)  # a bad prompt is told before anything is restored
     settings = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}

@@ -34,6 +34,8 @@ class Backbone:
                 f"{self.num_heads} does not divide d_model={self.d_model}; "
                 f"set head_dim, or use {_divisors(self.d_model)}",
             )
+        if self.width_of_head < 2:
+            raise ConfigError("head_dim", f"{self.width_of_head} is less than 2")
         if self.width_of_head % 2:
             raise ConfigError("head_dim", f"{self.width_of_head} is odd; rotary positions turn pairs of features")
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):

@@ -9,6 +9,7 @@ from typing import Literal, Optional, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
 from sparsejax.ops.assignment import Pairs, at_pairs, sum_over_pairs
 
@@ -23,11 +24,19 @@ class Weight(Protocol):
     def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]: ...
 
 
+def _check_scale(scale: float) -> None:
+    if scale <= 0:
+        raise ConfigError("scale", f"{scale} is not positive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Raw:
     """The score itself (Switch, V-MoE)."""
 
     scale: float = 1.0
+
+    def __post_init__(self):
+        _check_scale(self.scale)
 
     @property
     def constant_for_one(self) -> bool:
@@ -44,6 +53,9 @@ class Renormalized:
 
     drop: Literal["before", "after"] = "before"
     scale: float = 1.0
+
+    def __post_init__(self):
+        _check_scale(self.scale)
 
     @property
     def constant_for_one(self) -> bool:

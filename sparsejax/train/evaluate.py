@@ -33,13 +33,18 @@ class Evaluator:
         self.config, self.corpus, self.mesh = config, corpus, mesh
         self._step: Optional[Callable[..., EvalReport]] = None
 
-    def __call__(self, variables: Variables) -> tuple[Row, Arrays]:
-        """The metrics of a model over `eval.batches` batches, and its routing arrays."""
+    def __call__(
+        self, variables: Variables, should_stop: Callable[[], bool] = lambda: False
+    ) -> Optional[tuple[Row, Arrays]]:
+        """The metrics of a model over `eval.batches` batches, and its routing arrays; None when told to stop."""
         config, total = self.config, None
-        rows = host_rows(config.microbatch_size, 1)
+        rows, parts = host_rows(config.microbatch_size, 1), config.train.accumulation
         # A microbatch at a time, as in training: memory and groups are those of a step.
-        number = None if config.eval.batches is None else config.eval.batches * config.train.accumulation
-        for batch in eval_batches(self.corpus, config.data, config.microbatch_size, number, rows):
+        data = eval_batches(self.corpus, config.data, config.data.batch_size, config.eval.batches, rows, parts)
+        for batch in data:
+            if should_stop():
+                data.close()
+                return None
             arrays = shard_batch(batch, self.mesh, 1)
             if self._step is None:
                 self._step = jax.jit(make_eval_step(config)).lower(variables, arrays).compile()
@@ -77,7 +82,9 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     check_platform(config, mesh)
     with jax.set_mesh(mesh):
         variables, progress, step = restore_variables(config, workdir, mesh, args.step)
-        row, _ = Evaluator(config, corpus, mesh)(variables)
+        evaluated = Evaluator(config, corpus, mesh)(variables)
+    assert evaluated is not None  # nothing stops it
+    row = evaluated[0]
     row = {"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"]}
     flagged = other_corpus(workdir, corpus.info)
     print(json.dumps(json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))

@@ -104,19 +104,21 @@ class _Run:
         steps = self.config.train.steps
         writer = MetricsWriter(self.folder, first, self.config.train.tensorboard)
         with contextlib.closing(writer):
+            step = first
             if first >= steps:
                 self.display.note(f"finished: this run has done its {first} steps (train.steps={steps})")
-                row, arrays = self._evaluate(state, first, writer)
             else:
                 state, step = self._steps(state, first, writer)
-                if self.stop.received is not None:
-                    self._save(step, state)
-                    name = self.stop.received.name
-                    self.display.note(f"stopped by {name} after step {step}, saved; the same command resumes there")
-                    return 0
-                row, arrays = self._evaluate(state, step, writer)
-                self.display.update(row)
-                self._save(step, state)
+                self._save(step, state)  # before the evaluation: it may be long, a preemption sudden
+            evaluated = None if self.stop.requested else self._evaluate(state, step, writer)
+        if evaluated is None:
+            assert self.stop.received is not None
+            name = self.stop.received.name
+            self.display.note(f"stopped by {name} after step {step}, saved; the same command resumes there")
+            return 0
+        row, arrays = evaluated
+        if first < steps:
+            self.display.update(row)
         self.display.close()
         for line in closing_lines(_shortest(self.folder), row, arrays):
             self.display.note(line)
@@ -127,7 +129,7 @@ class _Run:
         config, train = self.config, self.config.train
         self.display.start(train.steps, first)
         if self._evaluation_due(first):  # the run was stopped before it came to it
-            self.display.update(self._evaluate(state, first, writer)[0])
+            self._show(self._evaluate(state, first, writer))
         data = batches(
             train_rows(self.corpus, config.data, train.seed),
             batch_size=config.data.batch_size,
@@ -166,10 +168,14 @@ class _Run:
                 if last:
                     break
                 with self.clock.paused():
-                    if saving:  # first: an evaluation may be long, a preemption sudden
+                    if saving:  # first, for the same reason as at the end
                         self.checkpoints.save(step, state, self._progress())
                     if evaluating:
-                        self.display.update(self._evaluate(state, step, writer)[0])
+                        self._show(self._evaluate(state, step, writer))
+                if self.stop.requested:  # while it was evaluated or saved
+                    if not row_due:
+                        self._log(step, writer)
+                    break
         return state, step
 
     def _account(self, in_flight: deque[tuple[StepReport, Microbatches]], state: TrainState, leave: int = 0) -> None:
@@ -203,9 +209,16 @@ class _Run:
     def _evaluation_due(self, step: int) -> bool:
         return step % self.config.eval.every == 0 and step > self.evaluated
 
-    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> tuple[Row, Arrays]:
-        """The row, which it also writes unless the file has it, and the routing arrays."""
-        row, arrays = self.evaluator(state.variables)
+    def _show(self, evaluated: Optional[tuple[Row, Arrays]]) -> None:
+        if evaluated is not None:
+            self.display.update(evaluated[0])
+
+    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> Optional[tuple[Row, Arrays]]:
+        """The row, which it also writes unless the file has it, and the routing arrays; None when a signal came."""
+        evaluated = self.evaluator(state.variables, lambda: self.stop.requested)
+        if evaluated is None:
+            return None
+        row, arrays = evaluated
         row = self._row(step, "eval", row) | {"seconds": self.clock.seconds}
         writer.write(row)
         self.evaluated = step

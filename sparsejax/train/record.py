@@ -124,6 +124,18 @@ def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
     return f"the corpus is another one: {described}; losses do not compare" if differs else None
 
 
+def check_tokenizer(workdir: Path, fingerprint: str) -> None:
+    """Raises `RequestError` when the run in `workdir` was trained with another tokenizer than that of `fingerprint`."""
+    path = workdir / "config.json"
+    recorded = load(ExperimentConfig, str(path)).environment if path.is_file() else {}
+    before = recorded["corpus"]["tokenizer"] if "corpus" in recorded else fingerprint
+    if before != fingerprint:
+        raise RequestError(
+            f"the tokenizer (data.tokenizer) is not the one of the run in {workdir}: its fingerprint was "
+            f"{before[:12]}, is {fingerprint[:12]}; the ids mean other text"
+        )
+
+
 def _changes(path: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -> tuple[list[str], list[str]]:
     """(all changes since `path` was written, those of them that change what is learned)."""
     before = load(ExperimentConfig, str(path))

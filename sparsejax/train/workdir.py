@@ -23,10 +23,10 @@ def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
     In a job of several processes the first one calls this.
     """
     workdir = Path(path).absolute()
-    if workdir.exists() and not workdir.is_dir():
-        raise RequestError(f"workdir {workdir} is not a folder")
     lock = filelock.FileLock(workdir / LOCK, blocking=False, thread_local=False)
     try:
+        if workdir.exists() and not workdir.is_dir():
+            raise RequestError(f"workdir {workdir} is not a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "it is read-only")

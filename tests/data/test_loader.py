@@ -87,10 +87,20 @@ def test_evaluation_counts_every_target_once_in_order(corpus):
     assert (whole["tokens"][whole["segments"] > 0] == corpus.validation.tokens).all()
     assert whole["loss_mask"].sum() == corpus.info.validation.tokens - corpus.info.validation.documents
     assert len(whole["rows"]) % 7 == 0 and (whole["segments"][-1] == 0).all()
-    first = list(eval_batches(corpus, CONFIG, batch_size=7, batches=2, row_indices=[1, 3]))
-    assert len(first) == 2
-    for batch, part in zip(read, first, strict=False):
+    some = list(eval_batches(corpus, CONFIG, batch_size=7, batches=3, row_indices=[1, 3]))
+    assert len(some) == 3 < len(read)
+    for number, part in enumerate(some):  # spread over the split
+        batch = read[number * len(read) // 3]
         assert_same({name: array[[1, 3]] for name, array in batch.items()}, part)
+
+
+def test_evaluation_reads_the_same_rows_in_parts(corpus):
+    for count in (None, 3):
+        whole, parts = (list(eval_batches(corpus, CONFIG, 6, count, parts=n)) for n in (1, 3))
+        for name in ("tokens", "targets", "loss_mask"):
+            left, right = (np.concatenate([batch[name] for batch in read]) for read in (whole, parts))
+            assert np.array_equal(left[: len(right)], right)
+            assert not left[len(right) :].any(), "what parts leave out is empty"
 
 
 def test_an_empty_validation_split_is_an_error(tmp_path):

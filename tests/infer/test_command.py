@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -77,6 +78,14 @@ class TestCommand:
         assert generate("--prompt=def ", "--step=3", "--temperature=0") == 0
         assert generate.out == "def " + 5 * "\0" + "\n"
         assert "step 3: 1 × 5 tokens" in generate.err
+
+    def test_another_tokenizer_than_the_runs_is_refused(self, generate, run_folder, tmp_path):
+        """Its ids would be read as other text."""
+        shutil.copytree(run_folder, tmp_path / "run")
+        environment = {"corpus": {"tokenizer": "0123456789abcdef"}}
+        (tmp_path / "run" / "config.json").write_text(to_json(CONFIG, {}, environment))
+        assert generate(workdir=tmp_path / "run") == 2
+        assert "data.tokenizer" in generate.err and "was 0123456789ab" in generate.err
 
     def test_several_texts_have_headings(self, generate):
         assert generate("--prompt=a", "--prompt=b", "--step=3", "--temperature=0") == 0

@@ -49,6 +49,8 @@ def score(logits: np.ndarray, kind: str) -> np.ndarray:
         return np.array([math.sqrt(math.log1p(math.exp(v))) for v in logits])
     if kind == "relu":
         return np.array([max(v, 0.0) for v in logits])
+    if kind != "softmax":
+        raise ValueError(f"no equation for the score {kind!r} has been written down here")
     exponentials = [math.exp(v - max(logits)) for v in logits]
     return np.array(exponentials) / sum(exponentials)
 

@@ -47,6 +47,14 @@ def refused(workdir, *flags, **overrides):
         ({"train__steps": 0}, ["config.train.steps: 0 is less than 1"]),
         ({"optimizer__learning_rate": -1}, ["config.optimizer.learning_rate: -1.0; allowed: more than 0"]),
         ({"model__blocks__moe__capacity_factor": 0}, [f"{MOE}.capacity_factor: 0.0 is not positive"]),
+        ({"model__head_dim": 0}, ["config.model.head_dim: 0 is less than 2"]),
+        ({"model__blocks__moe__router__weight__scale": 0}, [f"{MOE}.router.weight.scale: 0.0 is not positive"]),
+        ({"model__blocks__moe__router__selection": "expert_choice"}, [f"{MOE}.router.selection", "allow_leak=true"]),
+        ({"model__blocks__moe__router__weight": "constant"}, [f"{MOE}.router.weight", "hash, by_domain"]),
+        (
+            {"model__blocks__moe__router__limit": "groups", "model__blocks__moe__router__limit.groups": 3},
+            [f"{MOE}.router.limit.groups", "3 groups do not divide num_experts=8"],
+        ),
         ({"model__num_heads": 3}, ["config.model.num_heads: 3 does not divide d_model=16", "1, 2, 4, 8, 16"]),
         ({"mesh__expert": 0}, ["config.mesh.expert: 0 is not a number of devices"]),
         ({"train__profile": "(5, 3)"}, ["config.train.profile: (5, 3)", "train.steps=12"]),
@@ -57,7 +65,7 @@ def refused(workdir, *flags, **overrides):
         ),
         (
             {"model__blocks__moe__router__selection__k": 1},
-            [f"{MOE}.router.weight", "renormalized weight is always 1", "weight=raw"],
+            [f"{MOE}.router.weight", "weight is always the same here", "weight=raw"],
         ),
         (
             {"model__blocks__moe__group_size": 48},
@@ -214,6 +222,35 @@ def test_a_folder_without_permission():
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == f"workdir {name}/run cannot be written: Permission denied\n"
         assert os.listdir(name) == []
+
+
+LOCKED = """
+import os, sys
+from sparsejax.cli import _verb_parser, main
+_verb_parser(sys.argv[1])  # what it imports may lie where nobody can read
+if os.geteuid() == 0:
+    os.seteuid(65534)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "generate"])
+def test_a_folder_that_may_not_be_entered(verb):
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "secret" / "run").mkdir(parents=True)
+        os.chmod(name, 0o755)
+        os.chmod(f"{name}/secret", 0o000)
+        words = [verb, CONFIG, f"--workdir={name}/secret/run"]
+        done = subprocess.run([sys.executable, "-c", LOCKED, *words], capture_output=True, text=True, check=False)
+        os.chmod(f"{name}/secret", 0o755)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "secret/run" in done.stderr and "Permission denied" in done.stderr
+        assert not list((Path(name) / "secret" / "run").iterdir())
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_name_that_is_too_long(verb):
+    assert "File name too long" in here(verb, CONFIG, f"--workdir={300 * 'x'}").error
 
 
 @pytest.mark.parametrize(

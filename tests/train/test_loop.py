@@ -302,7 +302,7 @@ def test_the_count_of_skipped_steps_survives_a_resume(tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", poisoned_at([2], loop.make_train_step))
         patch.setattr(loop.Display, "update", stop_at(5))
-        assert "stopped by SIGTERM after step 6" in here(*words).out
+        assert "stopped by SIGTERM after step 5" in here(*words).out
     assert here(*words).status == 0
     assert rows(workdir, "train")[STEPS]["nonfinite_steps"] == 1
 

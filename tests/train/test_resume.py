@@ -119,6 +119,31 @@ def test_a_signal_stops_the_run_and_a_second_trainer_does_not(uninterrupted, tmp
     assert list(rows(workdir, "eval")) == list(rows(uninterrupted, "eval"))
 
 
+@pytest.mark.parametrize("step", [5, STEPS])
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(finished_run, tmp_path, step):
+    """In the middle of the run and at its end: no row of that evaluation, the state is saved, the resume makes up."""
+    workdir = tmp_path / "run"
+    words = arguments("train", f"--workdir={workdir}")
+    evaluate = loop.Evaluator.__call__
+
+    def stopped(self, variables, should_stop):
+        def at_every_batch():
+            if step == 5 or STEPS in rows(workdir, "train"):
+                signal.raise_signal(signal.SIGTERM)
+            return should_stop()
+
+        return evaluate(self, variables, at_every_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Evaluator, "__call__", stopped)
+        assert f"stopped by SIGTERM after step {step}, saved" in here(*words).out
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    assert step not in rows(workdir, "eval") and max(rows(workdir, "train")) == step
+    assert here(*words).status == 0
+    compared = {step: row["loss"] for step, row in rows(workdir, "eval").items()}
+    assert compared == {step: row["loss"] for step, row in rows(finished_run, "eval").items()}
+
+
 def test_an_evaluation_that_the_stop_swallowed_is_made_up_for(finished_run, tmp_path, monkeypatch):
     """Stopped right after step 5, where an evaluation was due: the resumed run begins with it."""
     workdir = tmp_path / "run"
