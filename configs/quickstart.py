@@ -5,8 +5,11 @@ as tokens.
 
 Run:     make quickstart
          python -m sparsejax train --config=configs/quickstart.py --workdir=runs/quickstart
-Expect:  1.92 bits per byte on the first 32 validation batches, 2.23 on the whole split (`eval
-         --config.eval.batches=none`), no dead expert, under 1 % of pairs dropped at the end
+Expect:  2.18 bits per byte on 32 batches spread over the validation split, 2.23 on all of it (`eval
+         --config.eval.batches=none`), no dead expert, under 1 % of pairs dropped at the end. In training, bits per
+         byte are 7.87 at step 1, 4.56 at 20, 3.23 at 60, 2.91 at 100, 2.24 at 200, 2.22 at 300
+
+A group is the whole step, so batches cannot be split: for a mesh with data or expert above 1, set group_size lower.
 """
 
 from sparsejax import choose, default_config
