@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -72,6 +73,10 @@ def here(*argv: str | Path) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""For `environment`: the programs that users run."""
+
+
 def environment(**more: str) -> dict[str, str]:
     """Of a process of its own: compiled programs are kept, and are as cheap as those of the tests."""
     settings = {
@@ -88,20 +93,18 @@ def command(*argv: str | Path) -> list[str]:
     return [sys.executable, "-m", "sparsejax", *map(str, argv)]
 
 
-def process(*argv: str | Path, **options: Any) -> Result:
+def process(*argv: str | Path, variables: Mapping[str, str] = MappingProxyType({}), **options: Any) -> Result:
     """Runs a command as a user does."""
-    done = subprocess.run(
-        command(*argv), capture_output=True, text=True, check=False, env=environment(), timeout=300, **options
-    )
+    env = environment(**variables)
+    done = subprocess.run(command(*argv), capture_output=True, text=True, check=False, env=env, timeout=300, **options)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
 @contextlib.contextmanager
-def started(*argv: str | Path) -> Iterator[subprocess.Popen]:
+def started(*argv: str | Path, variables: Mapping[str, str] = MappingProxyType({})) -> Iterator[subprocess.Popen]:
     """A command that goes on meanwhile; it is gone when the block ends."""
-    with subprocess.Popen(
-        command(*argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command(*argv), **pipes, text=True, env=environment(**variables)) as child:
         try:
             yield child
         finally:

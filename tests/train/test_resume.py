@@ -10,6 +10,7 @@ import time
 
 import pytest
 from runs import (
+    OPTIMIZED,
     SAVE_EVERY,
     STEPS,
     arguments,
@@ -83,6 +84,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path
     last, wanted = rows(workdir, "train")[60], rows(uninterrupted, "train")[60]
     assert (last["tokens"], last["flops"]) == (wanted["tokens"], wanted["flops"])
     assert {path.stem for path in (workdir / "routing").iterdir()} == {str(step) for step in range(1, 61)}
+
+
+@pytest.mark.slow
+def test_the_same_holds_for_optimized_programs(tmp_path):
+    """The other tests compile cheaply; what users run is compiled with all optimisations."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert process(*arguments("train", f"--workdir={whole}", **LONG), variables=OPTIMIZED).status == 0
+    words = arguments("train", f"--workdir={killed}", **LONG)
+    with started(*words, variables=OPTIMIZED) as child:
+        wait_for_rows(killed, child, 17)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    done = process(*words, variables=OPTIMIZED)
+    assert "resumed from checkpoint" in done.out
+    assert losses(killed) == losses(whole)
 
 
 def whole_lines(workdir):
