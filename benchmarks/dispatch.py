@@ -10,10 +10,11 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-from timing import interleaved, quartiles
 
 from sparsejax.ops.assignment import capacity, choice_major_pairs, fill_slots
 from sparsejax.ops.dispatch import MOVEMENTS
+
+from timing import interleaved, quartiles
 
 WIDTH, EXPERTS, K = 512, 8, 1
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from timing import interleaved, quartiles
 
 from sparsejax.base.sharding import BATCH_AXES, MeshConfig, make_mesh
 from sparsejax.base.structs import Batch
@@ -25,6 +24,8 @@ from sparsejax.nn.mlp import expert_ffn
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
+
+from timing import interleaved, quartiles
 
 SHAPES = [(4096, 512, 1024, 8, 1), (4096, 512, 1024, 8, 2), (4096, 512, 256, 64, 8)]
 """(tokens, model width, hidden width, experts, k)"""

@@ -16,13 +16,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import quartiles
 
 from sparsejax.base.config import load
 from sparsejax.base.devices import prepare_devices
 from sparsejax.train import loop
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.step import make_train_step
+
+from timing import quartiles
 
 BLOCK = 10  # steps; as many as lie between two rows of metrics.jsonl
 

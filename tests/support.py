@@ -123,7 +123,8 @@ def candidates(scores: Any, mask: np.ndarray | None = None, **more: Any) -> Cand
     """Experts to choose from by their scores `[G, S, E]`."""
     scores = jnp.asarray(scores, jnp.float32)
     mask = np.ones(scores.shape[:2], bool) if mask is None else mask
-    return Candidates(scores=scores, ranking=jax.lax.stop_gradient(scores), inputs=known(mask, **more))
+    ranking = jax.lax.stop_gradient(scores)
+    return Candidates(scores=scores, ranking=ranking, logits=ranking, inputs=known(mask, **more))
 
 
 @functools.cache

@@ -149,6 +149,7 @@ def selection(name: str) -> dict[str, str]:
 
 
 LEAKING = {f"{ROUTER}.allow_leak": "true"}
+RAW = {f"{ROUTER}.weight": "raw"}
 LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
 MOMENTUM = {f"{ROUTER}.controller.rule": "momentum"}
 ADAFACTOR = {"optimizer": "adafactor"}
@@ -198,6 +199,15 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.selection.k (hash)": row(3, evaluation, **selection("hash")),
     f"{ROUTER}.selection.seed (hash)": row(3, evaluation, **selection("hash")),
     f"{ROUTER}.selection.k (by_domain)": row(3, evaluation, **selection("by_domain")),
+    f"{ROUTER}.selection.k (sinkhorn)": row(2, training, **selection("sinkhorn"), **LEAKING, **RAW),
+    f"{ROUTER}.selection.iterations (sinkhorn)": row(2, training, **selection("sinkhorn"), **LEAKING, **RAW),
+    f"{ROUTER}.selection.temperature (sinkhorn)": row(0.5, training, **selection("sinkhorn"), **LEAKING, **RAW),
+    f"{ROUTER}.selection.precision (balanced_assignment)": row(
+        0.1, training, **selection("balanced_assignment"), **LEAKING, **RAW
+    ),
+    f"{ROUTER}.noise.name": row("gaussian", training),
+    f"{ROUTER}.noise.scale (gaussian)": row(2.0, training, **{f"{ROUTER}.noise": "gaussian"}),
+    f"{ROUTER}.noise.scale (gumbel)": row(2.0, training, **{f"{ROUTER}.noise": "gumbel"}),
     f"{ROUTER}.limit.name": row("groups", evaluation),
     f"{ROUTER}.limit.groups (groups)": row(2, evaluation, **{f"{ROUTER}.limit": "groups"}),
     f"{ROUTER}.limit.kept (groups)": row(3, evaluation, **{f"{ROUTER}.limit": "groups"}),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import jax
 import pytest
-from support import on_mesh
 
 from sparsejax import cli
 from sparsejax.base.config import load
 from sparsejax.model.cost import total
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.state import abstract_model
+
+from support import on_mesh
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))

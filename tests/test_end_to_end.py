@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from runs import CONFIG, STEPS, arguments, here, losses, process, rows
 
 CHANGES = {"train__tensorboard": True, "checkpoint__keep": 1, "checkpoint__keep_every": 6}

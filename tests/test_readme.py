@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import here
-from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 from sparsejax.base.shapes import LEGEND
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.balance import NoBalance
 from sparsejax.routers.router import RouterConfig
+
+from runs import here
+from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

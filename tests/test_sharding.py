@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import host_batch, host_params, on_mesh, put_params
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.sharding import (
@@ -24,6 +23,8 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel
 from sparsejax.train.optimizer import GROUPS
+
+from support import host_batch, host_params, on_mesh, put_params
 
 
 class TestRules:

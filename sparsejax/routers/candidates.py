@@ -38,9 +38,10 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """`scores` make a pair's weight; who is selected goes by `ranking`: the scores after corrections, without
-    gradient."""
+    """`scores` make a pair's weight; who is selected goes by `ranking`, the scores after corrections, or by `logits`,
+    both without gradient."""
 
+    logits: Float[Array, "G S E"]
     scores: Float[Array, "G S E"]
     ranking: Float[Array, "G S E"]
     inputs: Inputs

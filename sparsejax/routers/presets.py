@@ -15,6 +15,7 @@ from sparsejax.routers.controllers import LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.orders import Priority
+from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import Relu, Sigmoid, SqrtSoftplus
 from sparsejax.routers.tables import Hash
@@ -47,6 +48,25 @@ def vmoe_bpr() -> RouterConfig:
 def expert_choice() -> RouterConfig:
     """Experts take tokens (arXiv:2202.09368). Not causal."""
     return RouterConfig(selection=ExpertChoice(k=2), weight=Raw(), balance=NoBalance(), z_loss=0.0, allow_leak=True)
+
+
+def base() -> RouterConfig:
+    """Balanced assignment, sigmoid weights (arXiv:2103.16716). Not causal in training."""
+    return RouterConfig(
+        score=Sigmoid(),
+        selection=BalancedAssignment(),
+        weight=Raw(),
+        balance=NoBalance(),
+        z_loss=0.0,
+        allow_leak=True,
+    )
+
+
+def s_base() -> RouterConfig:
+    """Top-1 of the Sinkhorn plan, sigmoid weights (arXiv:2202.01169). Not causal in training."""
+    return RouterConfig(
+        score=Sigmoid(), selection=Sinkhorn(k=1), weight=Raw(), balance=NoBalance(), z_loss=0.0, allow_leak=True
+    )
 
 
 def hash_layer() -> RouterConfig:
@@ -133,6 +153,8 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         st_moe,
         vmoe_bpr,
         expert_choice,
+        base,
+        s_base,
         hash_layer,
         m6_t,
         mixtral,

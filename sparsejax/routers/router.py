@@ -18,7 +18,9 @@ from sparsejax.routers.balance import BALANCES, Balance
 from sparsejax.routers.candidates import Candidates, Inputs, Noise, Selector
 from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
+from sparsejax.routers.noise import NOISES, LogitNoise
 from sparsejax.routers.orders import ORDERS, Order
+from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.top_k import Prototypes, TopK
@@ -29,6 +31,7 @@ from sparsejax.routers.weights import WEIGHTS, Constant, Weight
 class RouterConfig:
     """One setting of the axes. The default is GShard-like top-2."""
 
+    noise: LogitNoise = choice(NOISES, "none")
     score: Score = choice(SCORES, "softmax")
     selection: Selector = choice(SELECTORS, "top_k")
     limit: Limit = choice(LIMITS, "none")
@@ -78,7 +81,9 @@ class RouterConfig:
 
     @property
     def needs_noise(self) -> bool:
-        return self.jitter > 0 or "noise" in self.selection.traits.needs | self.order.traits.needs
+        return (
+            self.jitter > 0 or not self.noise.silent or "noise" in self.selection.traits.needs | self.order.traits.needs
+        )
 
     def unused(self) -> dict[str, str]:
         reasons: dict[str, str] = {}
@@ -88,7 +93,10 @@ class RouterConfig:
             reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} looks nothing up in a ranking")
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
-            reasons |= dict.fromkeys(("score", "balance", "z_loss", "jitter", "logit_cap"), without)
+            reasons |= dict.fromkeys(("noise", "score", "balance", "z_loss", "jitter", "logit_cap"), without)
+        if isinstance(self.selection, (Sinkhorn, BalancedAssignment)):
+            kind = SELECTORS.name_of(self.selection)
+            reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} balances the logits itself")
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
         if traits.causal and self.order.traits.causal:
@@ -133,12 +141,18 @@ def decide(
       state: of the controller, if it has one.
     """
     num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
-    scores_GSE = config.score(logits_GSE)
+    noisy_GSE = logits_GSE if inputs.noise is None else config.noise(logits_GSE, inputs.noise)
+    scores_GSE = config.score(noisy_GSE)
     ranking_GSE = jax.lax.stop_gradient(scores_GSE)
     if state is not None:
         ranking_GSE = ranking_GSE + state[0]
     dual = config.controller.measure(ranking_GSE, inputs.mask, k)
-    candidates = Candidates(scores=scores_GSE, ranking=config.limit(ranking_GSE), inputs=inputs)
+    candidates = Candidates(
+        scores=scores_GSE,
+        ranking=config.limit(ranking_GSE),
+        logits=jax.lax.stop_gradient(noisy_GSE),
+        inputs=inputs,
+    )
     selection = config.selection
     if inputs.training or not selection.traits.train_only:
         pairs = selection(candidates)

@@ -2,6 +2,7 @@
 
 from sparsejax.base.registry import Registry
 from sparsejax.routers.expert_choice import ExpertChoice
+from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
 
@@ -14,6 +15,8 @@ SELECTORS = Registry(
         "top_p": TopP,
         "positive": Positive,
         "expert_choice": ExpertChoice,
+        "sinkhorn": Sinkhorn,
+        "balanced_assignment": BalancedAssignment,
         "hash": Hash,
         "by_domain": ByDomain,
     },

@@ -8,6 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.blocks.context import Context, Totals
+from sparsejax.blocks.moe import MoELayer, MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.ops.dispatch import MOVEMENTS
+from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.scores import Sigmoid, Softmax
+from sparsejax.routers.selectors import TopK
+from sparsejax.routers.weights import Raw, Renormalized
+
 from reference import moe as slow
 from reference import routing as slow_routing
 from support import (
@@ -23,17 +35,6 @@ from support import (
     put_rows,
     to_numpy,
 )
-
-from sparsejax.base.errors import ConfigError
-from sparsejax.blocks.context import Context, Totals
-from sparsejax.blocks.moe import MoELayer, MoESpec
-from sparsejax.model.config import ModelConfig
-from sparsejax.ops.dispatch import MOVEMENTS
-from sparsejax.routers.balance import LoadBalance, NoBalance
-from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.scores import Sigmoid, Softmax
-from sparsejax.routers.selectors import TopK
-from sparsejax.routers.weights import Raw, Renormalized
 
 ROWS, LENGTH, WIDTH, EXPERTS, HIDDEN = 4, 8, 12, 5, 10
 BACKBONE = ModelConfig(d_model=WIDTH, num_heads=2)

@@ -11,6 +11,24 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.blocks.context import Context
+from sparsejax.blocks.moe import MoELayer, MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.ops.dispatch import MOVEMENTS
+from sparsejax.routers.balance import BALANCES, LoadBalance
+from sparsejax.routers.controllers import CONTROLLERS
+from sparsejax.routers.limits import LIMITS
+from sparsejax.routers.noise import NOISES
+from sparsejax.routers.orders import ORDERS
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.scores import SCORES, Relu
+from sparsejax.routers.selectors import SELECTORS
+from sparsejax.routers.tables import Hash
+from sparsejax.routers.top_k import TopK
+from sparsejax.routers.weights import WEIGHTS, Constant, Raw
+
 from support import (
     MESHES,
     ONE_DEVICE,
@@ -27,22 +45,6 @@ from support import (
     to_numpy,
 )
 
-from sparsejax.base.errors import ConfigError
-from sparsejax.blocks.context import Context
-from sparsejax.blocks.moe import MoELayer, MoESpec
-from sparsejax.model.config import ModelConfig
-from sparsejax.ops.dispatch import MOVEMENTS
-from sparsejax.routers.balance import BALANCES, LoadBalance
-from sparsejax.routers.controllers import CONTROLLERS
-from sparsejax.routers.limits import LIMITS
-from sparsejax.routers.orders import ORDERS
-from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.scores import SCORES, Relu
-from sparsejax.routers.selectors import SELECTORS
-from sparsejax.routers.tables import Hash
-from sparsejax.routers.top_k import TopK
-from sparsejax.routers.weights import WEIGHTS, Constant, Raw
-
 ROWS, LENGTH, EXPERTS = 8, 6, 8
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
 BASE = {
@@ -51,6 +53,7 @@ BASE = {
     "allow_leak": True,
 }
 AXES = {
+    "noise": NOISES,
     "score": SCORES,
     "selection": SELECTORS,
     "limit": LIMITS,
@@ -71,6 +74,8 @@ PARTNERS = {
     ("selection", "hash"): {"weight": Constant()},
     ("selection", "by_domain"): {"weight": Raw()},
     ("selection", "top_1"): {"weight": Raw()},
+    ("selection", "sinkhorn"): {"weight": Raw()},
+    ("selection", "balanced_assignment"): {"weight": Raw()},
     ("selection", "positive"): {"score": Relu(), "weight": Raw()},
     ("weight", "constant"): {"selection": Hash(k=2)},
 }
@@ -170,7 +175,7 @@ class TestContract:
         if not selection.traits.variable_k:
             assert report.assigned.sum() == real * selection.experts_per_token
         assert (report.processed > 0).any(), "a ledger without pairs proves nothing"
-        if router in ROUTERS and not selection.traits.fits:
+        if router in ROUTERS and not (selection.traits.fits or selection.traits.train_only):  # which balance
             assert (report.dropped > 0).any(), "nor does one without drops"
 
     def test_the_numbers_are_those_of_one_device(self, router, movement, shape):

@@ -7,7 +7,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import CUBE, DENSE, mesh_of
 
 from sparsejax import cli
 from sparsejax.base import devices
@@ -20,6 +19,8 @@ from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.restore import restore_variables
 from sparsejax.train.state import init_state, make_optimizer
+
+from tiny import CUBE, DENSE, mesh_of
 
 CONFIG = ExperimentConfig(
     model=dataclasses.replace(DENSE, vocab_size=256),

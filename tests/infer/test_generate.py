@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from tiny import CUBE, DENSE, ONE, SPARSE, SWITCH, batch_of, forward, greedy_without_cache, mesh_of, variables
 
 from sparsejax.base.errors import RequestError
 from sparsejax.infer.generate import Generator
 from sparsejax.infer.prompts import SHORTEST, place_prompts
 from sparsejax.infer.sampling import Sampling
 from sparsejax.model.lm import init_caches
+
+from tiny import CUBE, DENSE, ONE, SPARSE, SWITCH, batch_of, forward, greedy_without_cache, mesh_of, variables
 
 A, B, C = np.array([5, 9, 2, 7]), np.array([11]), np.arange(20) * 3 % 64
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(top_k=40)

@@ -8,6 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from sparsejax.blocks.context import Totals
+from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.lm import LanguageModel, auxiliary_losses, moe_layers
+from sparsejax.ops.losses import cross_entropy_sum
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.selectors import TopK
+from sparsejax.routers.weights import Raw
+
 from reference import transformer as slow
 from support import (
     ONE_DEVICE,
@@ -20,16 +31,6 @@ from support import (
     put_params,
     to_numpy,
 )
-
-from sparsejax.blocks.context import Totals
-from sparsejax.blocks.dense import DenseSpec
-from sparsejax.blocks.moe import MoESpec
-from sparsejax.model.config import ModelConfig
-from sparsejax.model.lm import LanguageModel, auxiliary_losses, moe_layers
-from sparsejax.ops.losses import cross_entropy_sum
-from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.selectors import TopK
-from sparsejax.routers.weights import Raw
 
 ROWS, LENGTH, VOCAB = 3, 8, 32
 EXPERTS = 4

@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from reference import moe as slow
-from reference.transformer import rms_norm
-from support import assert_close, host_batch, put_batch
 
 from sparsejax.model.config import ModelConfig
 from sparsejax.nn.attention import Attention, KVCache
@@ -17,6 +14,10 @@ from sparsejax.nn.embed import Embedding, Head
 from sparsejax.nn.linear import RMSNorm, normal
 from sparsejax.nn.mlp import MLP, Experts, expert_ffn
 from sparsejax.ops.attention import soft_capped
+
+from reference import moe as slow
+from reference.transformer import rms_norm
+from support import assert_close, host_batch, put_batch
 
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
 KEY = jax.random.key(0)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import routing as slow
 
 from sparsejax.ops.assignment import (
     Pairs,
@@ -17,6 +16,8 @@ from sparsejax.ops.assignment import (
     served_tokens,
     sum_over_pairs,
 )
+
+from reference import routing as slow
 
 
 class TestCapacity:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import attention as slow
-from support import assert_close
 
 from sparsejax.ops.attention import rope, splash_attention, xla_attention
+
+from reference import attention as slow
+from support import assert_close
 
 
 def random(*shape, seed=0):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from support import assert_close, to_numpy
 
 from sparsejax.ops.assignment import Pairs, choice_major_pairs, fill_slots
 from sparsejax.ops.dispatch import MOVEMENTS
+
+from support import assert_close, to_numpy
 
 GROUPS, SIZE, WIDTH, EXPERTS, SLOTS = 2, 6, 3, 4, 3
 CASES = {

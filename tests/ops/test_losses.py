@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from sparsejax.ops.losses import cross_entropy_sum, load_balance, router_z_sum
+
 from reference import routing as slow
 from reference.attention import cross_entropy_sum as slow_cross_entropy
 from support import assert_close
-
-from sparsejax.ops.losses import cross_entropy_sum, load_balance, router_z_sum
 
 
 def random(shape, seed=0, scale=1.0):

@@ -10,7 +10,6 @@ import sys
 
 import jax
 import pytest
-from support import host_batch, on_mesh
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import ConfigError
@@ -31,6 +30,8 @@ from sparsejax.plan.work import work
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import Adafactor
 from sparsejax.train.state import abstract_state, init_state, make_optimizer
+
+from support import host_batch, on_mesh
 
 BLOCKS = {"dense": DenseSpec(), "moe": MoESpec(num_experts=4, d_ff=16, shared_experts=1)}
 SMALL = ExperimentConfig(

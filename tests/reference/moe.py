@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import numpy as np
+
 from reference.routing import Routing, capacity, route
 
 

@@ -3,6 +3,7 @@
 from typing import Any, Optional
 
 import numpy as np
+
 from reference import moe as slow_moe
 from reference.attention import attention, rope
 

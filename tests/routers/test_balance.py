@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, to_numpy
 
 from sparsejax.base.reports import MoEReport
 from sparsejax.ops.assignment import choice_major_pairs
 from sparsejax.routers.balance import BALANCES, balance_loss, with_local_balance, with_whole_balance
+
+from support import assert_close, to_numpy
 
 ROWS, LENGTH, EXPERTS, K = 4, 6, 5, 2
 MASK = np.ones((ROWS, LENGTH), bool)

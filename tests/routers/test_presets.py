@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.presets import PRESETS
 from sparsejax.routers.router import RouterConfig
+
+from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
 

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import routing as slow
-from support import assert_close, candidates, known, to_numpy
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, capacity_table, choice_major_pairs
@@ -18,6 +16,9 @@ from sparsejax.routers.router import RouterConfig, count_experts, decide, jitter
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
 from sparsejax.routers.selectors import SELECTORS, TopK
 from sparsejax.routers.weights import Raw, Renormalized
+
+from reference import routing as slow
+from support import assert_close, candidates, known, to_numpy
 
 GROUPS, SIZE, EXPERTS = 2, 10, 6
 
@@ -206,12 +207,14 @@ class TestCounts:
 class TestConfig:
     def test_every_single_choice_with_a_constant_weight_is_refused(self):
         for name in SELECTORS:
-            if SELECTORS[name]().traits.fixed or name in ("second_expert", "expert_choice"):
+            entry = SELECTORS[name]()
+            if entry.traits.fixed or entry.traits.fits or name == "second_expert":
                 continue
-            selection = dataclasses.replace(SELECTORS[name](), k=1)
+            selection = dataclasses.replace(entry, k=1) if "k" in entry.__dataclass_fields__ else entry
+            leak = {"allow_leak": not entry.traits.causal}
             with pytest.raises(ConfigError, match=r"no gradient from the task.*weight=raw"):
-                RouterConfig(selection=selection, weight=Renormalized())
-            assert RouterConfig(selection=selection, weight=Raw()).selection.experts_per_token == 1
+                RouterConfig(selection=selection, weight=Renormalized(), **leak)
+            assert RouterConfig(selection=selection, weight=Raw(), **leak).selection.experts_per_token == 1
 
     def test_a_balance_loss_of_nothing_has_a_name_of_its_own(self):
         with pytest.raises(ConfigError, match="balance = 'none'") as error:

@@ -6,18 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import selection as slow
-from support import assert_close, candidates
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choices, fill_slots
+from sparsejax.ops.matching import auction, sinkhorn
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.controllers import LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
+from sparsejax.routers.noise import Gaussian, Gumbel
 from sparsejax.routers.orders import ORDERS, Random
+from sparsejax.routers.plans import BalancedAssignment
+from sparsejax.routers.router import RouterConfig, decide
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
+from sparsejax.routers.weights import Raw
+
+from reference import selection as slow
+from support import assert_close, candidates, known
 
 GROUPS, SIZE, EXPERTS = 3, 10, 8
 MASK = np.ones((GROUPS, SIZE), bool)
@@ -313,3 +319,103 @@ class TestQuantile:
             violation.append(load.max() / load.mean() - 1)
             bias = self.measured(scores, bias, 2)
         assert violation[0] > 1 and np.mean(violation[2:]) < 0.45
+
+
+class TestSinkhorn:
+    LOGITS = RNG.normal(size=(64, EXPERTS)).astype(np.float32) * 2 + RNG.normal(size=EXPERTS).astype(np.float32)
+
+    def plan(self, logits, mask=None, iterations=8, temperature=1.0):
+        mask = jnp.ones(logits.shape[0], bool) if mask is None else jnp.asarray(mask)
+        return np.exp(np.asarray(sinkhorn(jnp.asarray(logits), mask, iterations, temperature), np.float64))
+
+    def test_marginals(self):
+        plan = self.plan(self.LOGITS, iterations=30)
+        np.testing.assert_allclose(plan.sum(0), 64 / EXPERTS, rtol=1e-5)
+        np.testing.assert_allclose(plan.sum(1), 1, rtol=1e-3)
+
+    def test_a_shift_of_columns_changes_nothing(self):
+        shifted = self.LOGITS + 3 * RNG.normal(size=EXPERTS).astype(np.float32)
+        assert_close(self.plan(shifted, iterations=60), self.plan(self.LOGITS, iterations=60), 1e-3)
+
+    def test_extreme_logits_and_padding_are_finite(self):
+        mask = np.arange(64) < 40
+        plan = self.plan(40 * self.LOGITS, mask)
+        assert np.isfinite(plan).all() and (plan[40:] == 0).all()
+        np.testing.assert_allclose(plan.sum(0), 40 / EXPERTS, rtol=1e-4)
+        assert np.isnan(self.plan(self.LOGITS, np.zeros(64, bool))).sum() == 0
+
+    def test_its_choice_is_more_even_than_the_greedy_one(self):
+        violation = lambda best: np.bincount(best, minlength=EXPERTS).max() / (64 / EXPERTS)  # noqa: E731
+        greedy, planned = self.LOGITS.argmax(-1), self.plan(self.LOGITS, temperature=0.1, iterations=50).argmax(-1)
+        assert violation(planned) < 1.3 < violation(greedy)
+
+    def test_a_low_temperature_comes_near_the_best_assignment(self):
+        best = self.LOGITS[scipy_assignment(self.LOGITS)].sum()
+        chosen = self.LOGITS[np.arange(64), self.plan(self.LOGITS, temperature=0.03, iterations=300).argmax(-1)].sum()
+        assert abs(chosen - best) < 0.05 * abs(best)
+
+
+def scipy_assignment(scores):
+    """Index of the best assignment with S/E tokens an expert: every expert is S/E columns."""
+    from scipy.optimize import linear_sum_assignment
+
+    copies = -(-scores.shape[0] // scores.shape[1])
+    rows, columns = linear_sum_assignment(np.repeat(scores, copies, axis=1), maximize=True)
+    return rows, columns // copies
+
+
+class TestBalancedAssignment:
+    def held(self, scores, epsilon, mask=None):
+        size, num_experts = scores.shape
+        mask = np.ones(size, bool) if mask is None else mask
+        limit = -(-int(mask.sum()) // num_experts)
+        run = jax.jit(lambda s: auction(s, jnp.asarray(mask), jnp.int32(limit), -(-size // num_experts), epsilon))
+        return np.asarray(run(jnp.asarray(scores, jnp.float32)))
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_whole_numbers_give_the_optimum(self, seed):
+        scores = np.random.default_rng(seed).integers(0, 20, (40, EXPERTS))
+        held = self.held(scores, 1 / 41)
+        assert (np.bincount(held, minlength=EXPERTS) == 5).all()
+        assert scores[np.arange(40), held].sum() == scores[scipy_assignment(scores)].sum()
+
+    @pytest.mark.parametrize("size", [64, 61])
+    def test_others_are_within_the_bound(self, size):
+        scores = RNG.normal(size=(size, EXPERTS))
+        epsilon = 0.02 * np.ptp(scores)
+        held = self.held(scores, epsilon)
+        assert np.bincount(held, minlength=EXPERTS).max() <= 8
+        best = scores[scipy_assignment(scores)].sum()
+        assert best - size * epsilon <= scores[np.arange(size), held].sum() <= best + 1e-4
+
+    def test_padding_takes_part_in_nothing(self):
+        scores, mask = RNG.normal(size=(64, EXPERTS)), np.arange(64) < 40
+        held = self.held(scores, 0.05, mask)
+        assert (held[40:] == EXPERTS).all() and (np.bincount(held[:40], minlength=EXPERTS) == 5).all()
+        assert np.array_equal(held[:40], self.held(scores[:40], 0.05))
+
+    def test_every_expert_gets_its_share_and_evaluation_the_best(self):
+        logits = RNG.normal(size=(2, 32, EXPERTS)).astype(np.float32) + 2 * np.eye(EXPERTS, dtype=np.float32)[0]
+        config = RouterConfig(selection=BalancedAssignment(), weight=Raw(), allow_leak=True)
+        for training in (True, False):
+            inputs = known(np.ones((2, 32), bool), 32, training=training)
+            assigned = np.asarray(decide(jnp.asarray(logits), inputs, config).slots.assigned)
+            greedy = np.bincount(logits.argmax(-1).ravel(), minlength=EXPERTS)
+            assert np.array_equal(assigned, np.full(EXPERTS, 8) if training else greedy)
+
+
+class TestNoise:
+    LOGITS = np.zeros((400, SIZE, 4), np.float32)
+
+    def drawn(self, kind):
+        return np.asarray(kind(jnp.asarray(self.LOGITS), noise(0, 400, SIZE)))
+
+    def test_gaussian_has_the_deviation_one_over_e(self):
+        values = self.drawn(Gaussian())
+        assert abs(values.std() - 0.25) < 0.01 and abs(values.mean()) < 0.01
+
+    def test_gumbel_top_1_draws_from_the_softmax(self):
+        logits = np.broadcast_to(np.log(np.float32([0.4, 0.3, 0.2, 0.1])), self.LOGITS.shape)
+        chosen = np.asarray(Gumbel()(jnp.asarray(logits), noise(1, 400, SIZE))).argmax(-1).ravel()
+        share = np.bincount(chosen, minlength=4) / chosen.size
+        assert np.abs(share - [0.4, 0.3, 0.2, 0.1]).max() < 4 * 0.5 / chosen.size**0.5

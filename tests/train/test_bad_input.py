@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from runs import CONFIG, arguments, here, process
 
 MOE = "config.model.blocks.moe"

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from runs import STEPS, arguments, here, losses, rows, stop_at
-from support import ONE_DEVICE, on_mesh
 
 from sparsejax.base.config import from_json
 from sparsejax.train import loop
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.restore import restore_variables
+
+from runs import STEPS, arguments, here, losses, rows, stop_at
+from support import ONE_DEVICE, on_mesh
 
 ROUTER = "model__blocks__moe__router__"
 SETTINGS = {ROUTER + "controller": "loss_free", ROUTER + "controller.rate": 0.01, ROUTER + "balance": "none"}

@@ -4,9 +4,10 @@ import json
 
 import jax
 import pytest
-from runs import SAVE_EVERY, STEPS, arguments, contents, here, rows
 
 from sparsejax.train import parity
+
+from runs import SAVE_EVERY, STEPS, arguments, contents, here, rows
 
 OF_THE_RUN = {"learning_rate", "nonfinite_steps", "seconds"}
 """Keys of a row that say how the run went, not how good the checkpoint is."""

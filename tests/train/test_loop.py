@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from runs import EVAL_EVERY, LOG_EVERY, SAVE_EVERY, STEPS, arguments, here, losses, rows, stop_at
-from support import on_mesh
 
 from sparsejax.base.config import from_json
 from sparsejax.base.reports import balance_floor
@@ -21,6 +19,9 @@ from sparsejax.train import diagnose, evaluate, loop
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.diagnose import first_bad_module
 from sparsejax.train.state import make_optimizer, new_state
+
+from runs import EVAL_EVERY, LOG_EVERY, SAVE_EVERY, STEPS, arguments, here, losses, rows, stop_at
+from support import on_mesh
 
 LOSSES = {"loss", "cross_entropy", "bits_per_byte", "loss/balance", "loss/router_z"}
 SPENT = {"step", "split", "tokens", "flops", "seconds", "learning_rate", "nonfinite_steps"}

@@ -9,6 +9,9 @@ import sys
 import time
 
 import pytest
+
+from sparsejax.train import loop
+
 from runs import (
     OPTIMIZED,
     SAVE_EVERY,
@@ -22,8 +25,6 @@ from runs import (
     rows,
     started,
 )
-
-from sparsejax.train import loop
 
 LONG = {"train__steps": 60, "train__log_every": 1, "checkpoint__every": 5, "eval__every": 20, "eval__batches": 1}
 """For runs that something is to happen to: a row every step, a save every few."""

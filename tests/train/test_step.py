@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from support import MESHES, ONE_DEVICE, assert_close, host_batch, mesh_name, on_mesh, to_numpy
 
 from sparsejax.base.reports import Report
 from sparsejax.base.sharding import RULE_NAMES, MeshConfig, Rules, shard_batch
@@ -24,6 +23,8 @@ from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import AdamW
 from sparsejax.train.state import init_state, make_optimizer, state_specs
 from sparsejax.train.step import make_eval_step, make_train_step
+
+from support import MESHES, ONE_DEVICE, assert_close, host_batch, mesh_name, on_mesh, to_numpy
 
 ROWS, LENGTH, VOCAB, EXPERTS = 16, 6, 16, 4
 

@@ -1,0 +1,79 @@
+"""Balanced assignment: every token to one expert, every expert the same number of tokens, the sum of scores large."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.base.sharding import vary_like
+
+
+def sinkhorn(
+    logits_SE: Float[Array, "S E"], mask_S: Bool[Array, " S"], iterations: int, temperature: float
+) -> Float[Array, "S E"]:
+    """The entropic transport plan between tokens and experts, in logarithms: columns hold equal shares after the last
+    half-step, rows almost. Rows of padding are −∞ (Clark et al., arXiv:2202.01169; Cuturi 2013).
+
+    The largest entry is taken out before exponents are formed, so that any logits are safe."""
+    num_experts = logits_SE.shape[-1]
+    kernel_SE = jnp.where(mask_S[:, None], logits_SE / temperature, -jnp.inf)
+    share = jnp.log(jnp.maximum(mask_S.sum(), 1) / num_experts)
+
+    def half_steps(_, plan_SE):
+        rows_S = jax.nn.logsumexp(plan_SE, axis=1, keepdims=True)
+        plan_SE = jnp.where(mask_S[:, None], plan_SE - rows_S, -jnp.inf)
+        columns_E = jax.nn.logsumexp(plan_SE, axis=0, keepdims=True)
+        return jnp.where(mask_S[:, None], plan_SE - columns_E + share, -jnp.inf)
+
+    return jax.lax.fori_loop(0, iterations, half_steps, kernel_SE)
+
+
+def auction(
+    scores_SE: Float[Array, "S E"],
+    mask_S: Bool[Array, " S"],
+    limit: Int[Array, ""],
+    num_slots: int,
+    epsilon: float,
+    max_rounds: int = 10_000,
+) -> Int[Array, " S"]:
+    """Each unmasked token's expert, at most `limit` (≤ `num_slots`) tokens an expert; E for padding.
+
+    Bertsekas' auction with `limit` copies of every expert: all tokens without a slot bid for the expert whose score
+    less its price is best, and outbid the next best by ε; an expert keeps the `limit` highest bids. The sum of scores
+    is within S · ε of the optimum, so for whole numbers and ε < 1/S it is the optimum. Needs E · limit ≥ unmasked
+    tokens."""
+    size, num_experts = scores_SE.shape
+    # What an expert's last slot costs; none is sold at first.
+    token_S, expert_E = jnp.arange(size), jnp.arange(num_experts)
+
+    def waiting(held_S):
+        return mask_S & (held_S == num_experts)
+
+    def go_on(state):
+        held_S, _, _, rounds = state
+        return waiting(held_S).any() & (rounds < max_rounds)
+
+    def bid_round(state):
+        held_S, bid_S, price_E, rounds = state
+        values_SE = scores_SE - price_E
+        best_S = jnp.argmax(values_SE, axis=-1)
+        first_S = values_SE[token_S, best_S]
+        others_SE = jnp.where(expert_E == best_S[:, None], -jnp.inf, values_SE)
+        second_S = jnp.where(num_experts > 1, others_SE.max(-1), first_S)
+        new_S = waiting(held_S)
+        bid_S = jnp.where(new_S, price_E[best_S] + first_S - second_S + epsilon, bid_S)
+        asked_S = jnp.where(new_S, best_S, held_S)
+        bids_ES = jnp.where(asked_S == expert_E[:, None], bid_S, -jnp.inf)
+        top_EC, who_EC = jax.lax.top_k(bids_ES, num_slots)
+        kept_EC = (jnp.arange(num_slots) < limit) & jnp.isfinite(top_EC)
+        held_S = (
+            jnp.full(size, num_experts)
+            .at[jnp.where(kept_EC, who_EC, size)]
+            .set(jnp.broadcast_to(expert_E[:, None], who_EC.shape), mode="drop")
+        )
+        last_E = jnp.take_along_axis(top_EC, jnp.broadcast_to(limit - 1, (num_experts, 1)), axis=1)[:, 0]
+        return held_S, bid_S, jnp.where(jnp.isfinite(last_E), last_E, 0.0), rounds + 1
+
+    start = (jnp.full(size, num_experts), jnp.zeros(size), jnp.zeros(num_experts), jnp.int32(0))
+    start = tuple(vary_like(value, scores_SE) for value in start)
+    held_S, *_ = jax.lax.while_loop(go_on, bid_round, start)
+    return held_S

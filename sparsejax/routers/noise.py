@@ -1,0 +1,72 @@
+"""Axis 1, noise: what is added to the router's logits in training, before the score and not before the z-loss."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsejax.base.errors import ConfigError
+from sparsejax.base.registry import Registry
+from sparsejax.routers.candidates import Noise
+
+
+class LogitNoise(Protocol):
+    @property
+    def silent(self) -> bool: ...
+
+    def __call__(self, logits_GSE: Float[Array, "G S E"], noise: Noise) -> Float[Array, "G S E"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoNoise:
+    """Nothing."""
+
+    silent = True
+
+    def __call__(self, logits_GSE, noise):
+        return logits_GSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """N(0, (scale / E)²) (V-MoE, arXiv:2106.05974, with scale = 1)."""
+
+    scale: float = 1.0
+
+    silent = False
+
+    def __post_init__(self):
+        _check(self.scale)
+
+    def __call__(self, logits_GSE, noise):
+        num_experts = logits_GSE.shape[-1]
+        # Half a step off 0 and 1, where the inverse of the distribution is infinite.
+        uniform_GSE = jnp.clip(noise.uniform(3, num_experts), 2**-24, 1 - 2**-24)
+        normal_GSE = jax.scipy.special.ndtri(uniform_GSE)
+        return logits_GSE + self.scale / num_experts * normal_GSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gumbel:
+    """Gumbel noise times scale: with top-1 and scale 1, an expert drawn from the softmax of the logits."""
+
+    scale: float = 1.0
+
+    silent = False
+
+    def __post_init__(self):
+        _check(self.scale)
+
+    def __call__(self, logits_GSE, noise):
+        uniform_GSE = jnp.clip(noise.uniform(3, logits_GSE.shape[-1]), 2**-24, 1 - 2**-24)
+        return logits_GSE - self.scale * jnp.log(-jnp.log(uniform_GSE))
+
+
+def _check(scale: float) -> None:
+    if scale <= 0:
+        raise ConfigError("scale", f"{scale} is not positive; for no noise choose noise = 'none'")
+
+
+NOISES = Registry("noise", {"none": NoNoise, "gaussian": Gaussian, "gumbel": Gumbel})
