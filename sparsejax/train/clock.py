@@ -46,7 +46,6 @@ class Clock:
         """The timing of the window, and begins a new one."""
         spent = max(time.perf_counter() - self._window - self._out, 1e-9)
         timing = {
-            "window_steps": self._steps,
             "seconds": self.seconds,
             "step_seconds": spent / self._steps,
             "tokens_per_second": self._tokens / spent,

@@ -95,6 +95,7 @@ class _Run:
         state, progress, step = self.checkpoints.restore(target, resume_step)
         self.tokens, self.flops, self.evaluated = progress["tokens"], progress["flops"], progress["evaluated"]
         self.clock.before = progress["seconds"]
+        self.window.resume(progress["window"])
         self.nonfinite = int(state.nonfinite)
         self.display.note(f"resumed from checkpoint {step} ({self.tokens:,} tokens seen)")
         return state
@@ -240,7 +241,8 @@ class _Run:
     def _progress(self) -> dict[str, Any]:
         """What the next process needs to know beside the state."""
         seconds = self.clock.seconds
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds, "evaluated": self.evaluated}
+        spent = {"tokens": self.tokens, "flops": self.flops, "seconds": seconds, "evaluated": self.evaluated}
+        return spent | {"window": self.window.saved()}
 
 
 def _shortest(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import math
 from typing import Any, Optional
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,26 +23,43 @@ class Window:
 
     def __init__(self, config: ModelConfig):
         self.config = config
+        self.steps = 0  # since the last row
         self.last: Optional[StepReport] = None
         self._reports: Optional[dict[str, Report]] = None
+        self._carried: list[Any] = []  # sums of the process that took the checkpoint, as JSON
 
     def add(self, report: StepReport) -> tuple[int, float]:
         """Takes one step's report, waiting for it. Returns its (tokens, ideal training FLOPs)."""
         last: StepReport = to_host(report)
-        self.last, self._reports = last, last.reports if self._reports is None else add(self._reports, last.reports)
+        sums = last.reports if self._reports is None else add(self._reports, last.reports)
+        if self._carried:
+            leaves, structure = jax.tree.flatten(sums)
+            before = [np.asarray(values, leaf.dtype) for values, leaf in zip(self._carried, leaves, strict=True)]
+            sums, self._carried = add(structure.unflatten(before), sums), []
+        self.last, self._reports, self.steps = last, sums, self.steps + 1
         pairs = processed_flops(self.config, last.reports)
         flops = TRAINING * forward_flops(self.config, float(last.tokens), float(last.keys), pairs)
         return int(last.tokens), flops
+
+    def saved(self) -> dict[str, Any]:
+        """The window as JSON values, for a checkpoint that falls between two rows."""
+        return {"steps": self.steps, "sums": [leaf.tolist() for leaf in jax.tree.leaves(self._reports)]}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Goes on with a window that was `saved`."""
+        self.steps, self._carried = saved["steps"], saved["sums"]
 
     def take(self) -> tuple[Row, Arrays]:
         """(metrics of the window, its routing arrays), and begins a new one. Losses and norms are those of its last
         step."""
         assert self.last is not None and self._reports is not None
-        last, reports, self._reports = self.last, self._reports, None
+        last, reports, steps = self.last, self._reports, self.steps
+        self._reports, self.steps = None, 0
         row: Row = {
             "loss": float(last.loss),
             "cross_entropy": float(last.cross_entropy),
             "grad_norm": float(last.grad_norm),
+            "window_steps": steps,
         }
         row |= {f"loss/{name}": float(value) for name, value in last.terms.items()}
         return row | layer_metrics(self.config, reports, "train"), routing_arrays(self.config, reports)

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, moved, damaged or changed, and what resuming them does."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from sparsejax.train import loop
 
 from runs import (
+    LOG_EVERY,
     OPTIMIZED,
     SAVE_EVERY,
     STEPS,
@@ -116,6 +119,7 @@ def test_a_signal_stops_the_run_and_a_second_trainer_does_not(uninterrupted, tmp
     with started(*words) as child:
         wait_for_rows(workdir, child, 7)
         child.send_signal(signal.SIGSTOP)  # so that it is still there when the second one comes
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)  # all its threads have stopped
         before = contents(workdir)
         assert f"another trainer holds workdir {workdir} (pid {child.pid})" in here(*words).error
         assert contents(workdir) == before
@@ -193,6 +197,18 @@ def test_a_run_goes_on_on_another_mesh(run_copy, finished_run):
     for step, loss in before.items():
         assert after[step] == pytest.approx(loss, rel=1e-5)
     assert any(after[step] != loss for step, loss in before.items()), "bit-identical: was it another mesh at all?"
+
+
+def test_a_row_that_a_checkpoint_cut_in_two_has_the_counts_of_both_parts(run_copy, finished_run):
+    """Rows fall on 8 and 12, the checkpoint on 9: the row of 12 is of four steps, as if nothing had happened."""
+    forget(run_copy, after=9)
+    assert "resumed from checkpoint 9 " in here("train", f"--workdir={run_copy}").out
+    timing = {"seconds", "step_seconds", "tokens_per_second", "data_wait_fraction"}
+    ours, theirs = (rows(run, "train")[STEPS] for run in (run_copy, finished_run))
+    assert ours["window_steps"] == LOG_EVERY
+    assert {k: v for k, v in ours.items() if k not in timing} == {k: v for k, v in theirs.items() if k not in timing}
+    with np.load(run_copy / "routing" / f"{STEPS}.npz") as a, np.load(finished_run / "routing" / f"{STEPS}.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in b.files)
 
 
 def test_a_finished_run_says_so_and_compiles_no_step(run_copy, monkeypatch):
