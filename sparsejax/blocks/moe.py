@@ -82,7 +82,13 @@ class MoESpec(BlockSpec):
         """The capacity factor asked for; in generation, the one at which nothing can drop."""
         if mode == "generate":
             return self.num_experts / (self.experts_per_token if self.capacity_convention == "per_choice" else 1)
-        return self.capacity_factor if mode == "train" else self.eval_capacity_factor
+        trained = mode == "train" or self.router.selection.traits.fits
+        return self.capacity_factor if trained else self.eval_capacity_factor
+
+    def unused(self) -> dict[str, str]:
+        if not self.router.selection.traits.fits:
+            return {}
+        return {"eval_capacity_factor": "slots are the selection, so evaluation has those of training"}
 
     def capacities(self, group_size: int, mode: Mode) -> np.ndarray:
         """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
@@ -234,6 +240,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
             limit=jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)],
             num_slots=int(capacities[-1]),
             training=mode == "train",
+            generating=mode == "generate",
             noise=noise,
         )
         logits_GSE = _logits(x_GSD, routing.router, noise, spec)

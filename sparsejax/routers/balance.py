@@ -1,4 +1,5 @@
-"""Axis 6, balance: what keeps the load even. Each is 1.0 at perfect balance before its coefficient.
+"""Axis 6, balance: what keeps the load even. Each is 1.0 at perfect balance with k pairs a token, before its
+coefficient.
 
 A balance is a formula over one *unit* of tokens; its scope says what a unit is. The functions below the registry apply
 the formula at the right moment: units that lie on one device inside the layer, wider ones once their counts are

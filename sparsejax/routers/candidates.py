@@ -33,6 +33,7 @@ class Inputs:
     limit: Int[Array, " G"]  # slots of an expert in this group, at most `num_slots`
     num_slots: int
     training: bool
+    generating: bool = False
     noise: Optional[Noise] = None  # None outside training
 
 
@@ -51,11 +52,13 @@ class Candidates:
 class Traits:
     """What a selector, or an order of slots, declares; the contract tests prove each claim both ways."""
 
-    causal: bool = True  # a token's pairs do not depend on later tokens
+    causal: bool = True  # a token's pairs do not depend on later tokens (but see `orders.ChoiceMajor` with k > 1)
     variable_k: bool = False  # tokens may have different numbers of pairs
-    train_only: bool = False  # evaluation and generation take the k best instead
+    train_only: bool = False  # evaluation and generation take the k best by score instead
     needs: frozenset[str] = frozenset()  # of: noise, tokens, domains
-    fits: bool = False  # its pairs fit their slots, so that their order does not matter
+    fits: bool = (
+        False  # slots are its selection: none is dropped, their order does not matter, generation takes the k best
+    )
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
 
 

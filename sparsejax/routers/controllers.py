@@ -79,10 +79,13 @@ class LossFree:
     def update(self, state: State, report: MoEReport, k: int) -> State:
         num_experts = state.shape[-1]
         total = report.assigned.sum(-1, keepdims=True)
-        missing = total - num_experts * report.assigned  # exact: E · (mean − load)
-        error = missing / jnp.maximum(total, 1).astype(jnp.float32)
+        error = 1 - num_experts * report.assigned.astype(jnp.float32) / jnp.maximum(total, 1)
+        error = jnp.where(total > 0, error, 0)
         if self.rule == "sign":
-            step = jnp.sign(missing).astype(jnp.float32)
+            # In whole numbers, without a product that could overflow.
+            mean, rest = total // num_experts, total % num_experts
+            below = (report.assigned < mean) | ((report.assigned == mean) & (rest > 0))
+            step = below.astype(jnp.float32) - (report.assigned > mean)
         elif self.rule == "proportional":
             step = error
         else:

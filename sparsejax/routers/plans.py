@@ -64,7 +64,10 @@ class BalancedAssignment:
         slots = -(-size // num_experts)
         limit_G = -(-mask_GS.sum(-1, dtype=jnp.int32) // num_experts)
         # In units of ε, so that a constant can be handed on.
-        spread = jnp.maximum(logits_GSE.max((1, 2), keepdims=True) - logits_GSE.min((1, 2), keepdims=True), 1e-9)
+        real_GS1, axes = mask_GS[..., None], (1, 2)
+        highest = jnp.where(real_GS1, logits_GSE, -jnp.inf).max(axes, keepdims=True)
+        lowest = jnp.where(real_GS1, logits_GSE, jnp.inf).min(axes, keepdims=True)
+        spread = jnp.maximum(highest - lowest, 1e-9)
         unit_GSE = logits_GSE / (self.precision * spread)
         assign = lambda scores, mask, limit: auction(scores, mask, limit, slots, 1.0)  # noqa: E731
         held_GS = jax.vmap(assign)(unit_GSE, mask_GS, limit_G)

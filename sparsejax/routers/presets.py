@@ -5,8 +5,8 @@
     config.model.blocks.moe.router = presets.deepseek_v3()
     config.model.blocks.moe.router.score = "softmax"
 
-A preset sets the router alone; capacity, shared experts and widths are the block's. Coefficients are those of the
-named paper where it gives them."""
+A preset sets the router alone; capacity, shared experts and widths are the block's. Where a paper's part is not an
+entry of an axis yet, its docstring says what stands in its place."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,6 +14,7 @@ from sparsejax.routers.balance import LoadBalance, NoBalance
 from sparsejax.routers.controllers import LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
+from sparsejax.routers.noise import Gaussian
 from sparsejax.routers.orders import Priority
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.router import RouterConfig
@@ -31,18 +32,20 @@ def switch() -> RouterConfig:
 
 
 def gshard() -> RouterConfig:
-    """Top-2 whose second expert is taken at random in proportion to its weight (arXiv:2006.16668)."""
+    """Top-2 whose second expert is taken at random in proportion to its weight (arXiv:2006.16668). The balance loss
+    counts all pairs, the paper's first choices only."""
     return RouterConfig(selection=SecondExpert(policy="random", threshold=0.5), z_loss=0.0)
 
 
 def st_moe() -> RouterConfig:
-    """GShard's top-2 with the router z-loss (arXiv:2202.08906)."""
+    """GShard's top-2 with the router z-loss (arXiv:2202.08906); balance as in `gshard`."""
     return RouterConfig(selection=SecondExpert(policy="random", threshold=0.2), z_loss=0.001)
 
 
 def vmoe_bpr() -> RouterConfig:
-    """Top-2 with raw probabilities and batch prioritised routing (arXiv:2106.05974). Not causal."""
-    return RouterConfig(order=Priority(), weight=Raw(), z_loss=0.0, allow_leak=True)
+    """Top-2 of noisy probabilities, raw weights, batch prioritised routing (arXiv:2106.05974). Not causal. In place of
+    the paper's importance and load losses stands f · P."""
+    return RouterConfig(noise=Gaussian(), order=Priority(), weight=Raw(), z_loss=0.0, allow_leak=True)
 
 
 def expert_choice() -> RouterConfig:
@@ -141,7 +144,8 @@ def quantile_balanced() -> RouterConfig:
 
 
 def remoe() -> RouterConfig:
-    """Every expert with a positive ReLU score, at most 4 (arXiv:2412.14711), held together by a balance loss."""
+    """Every expert with a positive ReLU score, at most 4 (arXiv:2412.14711). In place of the paper's adaptive L1 term, which
+    sets the sparsity, stand the limit of 4 and f · P."""
     return RouterConfig(score=Relu(), selection=Positive(k=4), weight=Raw(), z_loss=0.0)
 
 

@@ -17,14 +17,15 @@ from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
 from sparsejax.routers.candidates import Candidates, Inputs, Noise, Selector
 from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile
+from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
 from sparsejax.routers.noise import NOISES, LogitNoise
 from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
-from sparsejax.routers.top_k import Prototypes, TopK
-from sparsejax.routers.weights import WEIGHTS, Constant, Weight
+from sparsejax.routers.top_k import Prototypes, SecondExpert, TopK
+from sparsejax.routers.weights import WEIGHTS, Constant, Renormalized, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class RouterConfig:
     def __post_init__(self):
         k = self.selection.experts_per_token
         traits = self.selection.traits
-        if k == 1 and self.weight.constant_for_one and not (traits.fixed or traits.fits):
+        no_router = traits.fixed and isinstance(self.weight, Constant)
+        if k == 1 and self.weight.constant_for_one and not (no_router or traits.fits):
             raise ConfigError(
                 "weight",
                 "a single expert's weight is always the same here, so the router would get no gradient from the task; "
@@ -63,6 +65,11 @@ class RouterConfig:
                     "a token's experts would depend on the tokens after it, which a language model must not see; "
                     "allow_leak=true accepts that",
                 )
+        if isinstance(self.selection, SecondExpert) and self.selection.policy == "none":
+            if isinstance(self.weight, Renormalized) and self.weight.drop == "after":
+                raise ConfigError("weight", "the only expert's share is always 1; with policy=none use weight=raw")
+        if isinstance(self.selection, Prototypes) and not isinstance(self.limit, NoLimit):
+            raise ConfigError("limit", "prototypes takes an expert of every group; it goes with limit=none")
         if isinstance(self.controller, Quantile) and not isinstance(self.limit, NoLimit):
             raise ConfigError(
                 "controller", "quantile balances over all experts and knows no limit; allowed: limit=none"
@@ -90,17 +97,19 @@ class RouterConfig:
         traits = self.selection.traits
         if traits.fixed:
             kind = SELECTORS.name_of(self.selection)
-            reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} looks nothing up in a ranking")
+            reasons |= dict.fromkeys(("limit", "controller", "balance"), f"selection={kind} is a table")
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
             reasons |= dict.fromkeys(("noise", "score", "balance", "z_loss", "jitter", "logit_cap"), without)
         if isinstance(self.selection, (Sinkhorn, BalancedAssignment)):
             kind = SELECTORS.name_of(self.selection)
             reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} balances the logits itself")
+        if isinstance(self.selection, ExpertChoice):
+            reasons["controller"] = "a number per expert does not change which tokens it ranks highest"
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
         if traits.causal and self.order.traits.causal:
-            reasons["allow_leak"] = "neither selection nor order looks at later tokens"
+            reasons["allow_leak"] = "selection and order are accepted without it"
         return reasons
 
     def check(self, num_experts: int) -> None:
@@ -154,10 +163,12 @@ def decide(
         inputs=inputs,
     )
     selection = config.selection
-    if inputs.training or not selection.traits.train_only:
-        pairs = selection(candidates)
+    traits = selection.traits
+    if (traits.train_only and not inputs.training) or (traits.fits and inputs.generating):
+        by_score = dataclasses.replace(candidates, ranking=jax.lax.stop_gradient(scores_GSE))
+        pairs = TopK(k=k)(by_score)
     else:
-        pairs = TopK(k=k)(candidates)
+        pairs = selection(candidates)
     pairs = config.order(pairs, candidates)
     slots = fill_slots(pairs, num_experts, inputs.num_slots, inputs.limit)
     return Decision(

@@ -79,7 +79,9 @@ class SecondExpert:
         experts_GS2, scores_GS2 = take_best(candidates, 2)
         if policy == "sampling" and noise is not None:
             first_GSE = jax.nn.one_hot(experts_GS2[..., 0], candidates.ranking.shape[-1], dtype=bool)
-            log_GSE = jnp.where(first_GSE, -jnp.inf, jnp.log(jnp.maximum(candidates.ranking, 1e-30)))
+            excluded_GSE = first_GSE | jnp.isneginf(candidates.ranking)
+            of_others_GSE = jax.lax.stop_gradient(jnp.maximum(candidates.scores, 1e-30))
+            log_GSE = jnp.where(excluded_GSE, -jnp.inf, jnp.log(of_others_GSE))
             gumbel_GSE = -jnp.log(-jnp.log(jnp.maximum(noise.uniform(1, log_GSE.shape[-1]), 1e-30)))
             second_GS = jnp.argmax(log_GSE + gumbel_GSE, axis=-1).astype(experts_GS2.dtype)
             experts_GS2 = experts_GS2.at[..., 1].set(second_GS)
@@ -99,10 +101,8 @@ class SecondExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class Prototypes:
-    """k groups of E/k experts; each token takes the best of every group (M6-T, arXiv:2105.15082).
-
-    The paper's softmax runs within a group; with weight=renormalized and k = 1 per group that is a constant, so the
-    scores here are those over all experts."""
+    """k groups of E/k experts; each token takes the best of every group (M6-T, arXiv:2105.15082). A pair's score is its
+    part of the scores of its group, which makes a softmax over all experts one over the group."""
 
     k: int = 2
 
@@ -122,7 +122,8 @@ class Prototypes:
         each = num_experts // self.k
         best_GSK = jnp.argmax(candidates.ranking.reshape(groups, size, self.k, each), axis=-1)
         experts_GSK = best_GSK + each * jnp.arange(self.k)
-        scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
+        of_group_GSK = candidates.scores.reshape(groups, size, self.k, each).sum(-1)
+        scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1) / jnp.maximum(of_group_GSK, 1e-9)
         return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask)
 
 
@@ -148,7 +149,8 @@ class TopP:
         experts_GSK, scores_GSK = take_best(candidates, self.k)
         whole_GS1 = jnp.maximum(candidates.scores.sum(-1, keepdims=True), 1e-9)
         before_GSK = (jnp.cumsum(scores_GSK, axis=-1) - scores_GSK) / whole_GS1
-        return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask, _first_always(before_GSK < self.p))
+        chosen_GSK = _first_always(before_GSK < self.p)
+        return choice_major_pairs(experts_GSK, jnp.where(chosen_GSK, scores_GSK, 0), candidates.inputs.mask, chosen_GSK)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ class TestConfig:
     def test_every_single_choice_with_a_constant_weight_is_refused(self):
         for name in SELECTORS:
             entry = SELECTORS[name]()
-            if entry.traits.fixed or entry.traits.fits or name == "second_expert":
+            if entry.traits.fits or name == "second_expert":
                 continue
             selection = dataclasses.replace(entry, k=1) if "k" in entry.__dataclass_fields__ else entry
             leak = {"allow_leak": not entry.traits.causal}
