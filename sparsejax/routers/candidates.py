@@ -56,9 +56,7 @@ class Traits:
     variable_k: bool = False  # tokens may have different numbers of pairs
     train_only: bool = False  # evaluation and generation take the k best by score instead
     needs: frozenset[str] = frozenset()  # of: noise, tokens, domains
-    fits: bool = (
-        False  # slots are its selection: none is dropped, their order does not matter, generation takes the k best
-    )
+    fits: bool = False  # slots are its selection: no pair is dropped; generation takes the k best by score instead
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
 
 

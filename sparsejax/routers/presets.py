@@ -144,8 +144,8 @@ def quantile_balanced() -> RouterConfig:
 
 
 def remoe() -> RouterConfig:
-    """Every expert with a positive ReLU score, at most 4 (arXiv:2412.14711). In place of the paper's adaptive L1 term, which
-    sets the sparsity, stand the limit of 4 and f · P."""
+    """Every expert with a positive ReLU score, at most 4 (arXiv:2412.14711). In place of the paper's adaptive L1 term,
+    which sets the sparsity, stand the limit of 4 and f · P."""
     return RouterConfig(score=Relu(), selection=Positive(k=4), weight=Raw(), z_loss=0.0)
 
 

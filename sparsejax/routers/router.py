@@ -65,9 +65,9 @@ class RouterConfig:
                     "a token's experts would depend on the tokens after it, which a language model must not see; "
                     "allow_leak=true accepts that",
                 )
-        if isinstance(self.selection, SecondExpert) and self.selection.policy == "none":
-            if isinstance(self.weight, Renormalized) and self.weight.drop == "after":
-                raise ConfigError("weight", "the only expert's share is always 1; with policy=none use weight=raw")
+        alone = isinstance(self.selection, SecondExpert) and self.selection.policy == "none"
+        if alone and isinstance(self.weight, Renormalized) and self.weight.drop == "after":
+            raise ConfigError("weight", "the only expert's share is always 1; with policy=none use weight=raw")
         if isinstance(self.selection, Prototypes) and not isinstance(self.limit, NoLimit):
             raise ConfigError("limit", "prototypes takes an expert of every group; it goes with limit=none")
         if isinstance(self.controller, Quantile) and not isinstance(self.limit, NoLimit):
