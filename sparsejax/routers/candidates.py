@@ -6,6 +6,7 @@ from typing import Optional, Protocol
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs
 
 
@@ -71,3 +72,17 @@ class Selector(Protocol):
     def traits(self) -> Traits: ...
 
     def __call__(self, candidates: Candidates) -> Pairs: ...
+
+
+class ChoosesK:
+    """What selectors with a field `k` have in common."""
+
+    k: int
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ConfigError("k", f"{self.k} is not positive")
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.k

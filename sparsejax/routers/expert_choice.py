@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.ops.assignment import Pairs
-from sparsejax.routers.candidates import Candidates, Traits
-from sparsejax.routers.top_k import check_k
+from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertChoice:
+class ExpertChoice(ChoosesK):
     """Each expert fills its slots with the tokens of the group that score highest for it (Zhou et al.,
     arXiv:2202.09368). A token may get any number of experts, also none: `k` is the mean when the capacity factor is 1.
 
@@ -21,13 +20,6 @@ class ExpertChoice:
     k: int = 2
 
     traits = Traits(causal=False, variable_k=True, fits=True)
-
-    def __post_init__(self):
-        check_k(self.k)
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         inputs = candidates.inputs

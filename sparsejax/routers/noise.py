@@ -42,9 +42,7 @@ class Gaussian:
 
     def __call__(self, logits_GSE, noise):
         num_experts = logits_GSE.shape[-1]
-        # Half a step off 0 and 1, where the inverse of the distribution is infinite.
-        uniform_GSE = jnp.clip(noise.uniform(3, num_experts), 2**-24, 1 - 2**-24)
-        normal_GSE = jax.scipy.special.ndtri(uniform_GSE)
+        normal_GSE = jax.scipy.special.ndtri(_open_uniform(noise, num_experts))
         return logits_GSE + self.scale / num_experts * normal_GSE
 
 
@@ -60,8 +58,12 @@ class Gumbel:
         _check(self.scale)
 
     def __call__(self, logits_GSE, noise):
-        uniform_GSE = jnp.clip(noise.uniform(3, logits_GSE.shape[-1]), 2**-24, 1 - 2**-24)
-        return logits_GSE - self.scale * jnp.log(-jnp.log(uniform_GSE))
+        return logits_GSE - self.scale * jnp.log(-jnp.log(_open_uniform(noise, logits_GSE.shape[-1])))
+
+
+def _open_uniform(noise: Noise, num_experts: int) -> Float[Array, "G S E"]:
+    """Half a step off 0 and 1, where the inverse of a distribution is infinite."""
+    return jnp.clip(noise.uniform(3, num_experts), 2**-24, 1 - 2**-24)
 
 
 def _check(scale: float) -> None:

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs, choice_major_pairs
 from sparsejax.ops.matching import auction, sinkhorn
-from sparsejax.routers.candidates import Candidates, Traits
-from sparsejax.routers.top_k import check_k
+from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sinkhorn:
+class Sinkhorn(ChoosesK):
     """The k best experts of each token in a balanced transport plan (S-BASE, arXiv:2202.01169), the weight being the
     score as ever. The plan is balanced; its best entries are so the more, the lower the temperature."""
 
@@ -25,15 +24,11 @@ class Sinkhorn:
     traits = Traits(causal=False, train_only=True)
 
     def __post_init__(self):
-        check_k(self.k)
+        super().__post_init__()
         if self.iterations < 1:
             raise ConfigError("iterations", f"{self.iterations} is not positive")
         if self.temperature <= 0:
             raise ConfigError("temperature", f"{self.temperature} is not positive")
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         mask_GS = candidates.inputs.mask

@@ -47,9 +47,7 @@ class RouterConfig:
 
     def __post_init__(self):
         k = self.selection.experts_per_token
-        traits = self.selection.traits
-        no_router = traits.fixed and isinstance(self.weight, Constant)
-        if k == 1 and self.weight.constant_for_one and not (no_router or traits.fits):
+        if k == 1 and self.weight.constant_for_one and self.learned and not self.selection.traits.fits:
             raise ConfigError(
                 "weight",
                 "a single expert's weight is always the same here, so the router would get no gradient from the task; "

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 
 from sparsejax.ops.assignment import Pairs, choice_major_pairs
 from sparsejax.ops.hashing import mix
-from sparsejax.routers.candidates import Candidates, Traits
-from sparsejax.routers.top_k import check_k
+from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hash:
+class Hash(ChoosesK):
     """A fixed random choice of k experts for every vocabulary id (Hash Layers, arXiv:2106.04426).
 
     A token's experts never change with context, position or training. With weight=constant there is no router at all;
@@ -22,32 +21,18 @@ class Hash:
 
     traits = Traits(needs=frozenset({"tokens"}), fixed=True)
 
-    def __post_init__(self):
-        check_k(self.k)
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
-
     def __call__(self, candidates: Candidates) -> Pairs:
         return _look_up(candidates, candidates.inputs.tokens, self.k, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByDomain:
+class ByDomain(ChoosesK):
     """All tokens of a document go to the experts of its domain (DEMix, arXiv:2108.05036): domain mod E, and the k − 1
     that follow."""
 
     k: int = 1
 
     traits = Traits(needs=frozenset({"domains"}), fixed=True)
-
-    def __post_init__(self):
-        check_k(self.k)
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         num_experts = candidates.scores.shape[-1]

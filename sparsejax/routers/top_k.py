@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs, choice_major_pairs
-from sparsejax.routers.candidates import Candidates, Traits
+from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
 
 
 def take_best(candidates: Candidates, k: int) -> tuple[Int[Array, "G S K"], Float[Array, "G S K"]]:
@@ -18,26 +18,14 @@ def take_best(candidates: Candidates, k: int) -> tuple[Int[Array, "G S K"], Floa
     return experts_GSK, jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
 
 
-def check_k(k: int) -> None:
-    if k < 1:
-        raise ConfigError("k", f"{k} is not positive")
-
-
 @dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(ChoosesK):
     """Each token takes its k best experts. Ties go to the lower expert, so a router of zeros sends every token to
     experts 0 … k − 1. Switch Transformers (arXiv:2101.03961) is k = 1, GShard (arXiv:2006.16668) k = 2."""
 
     k: int = 2
 
     traits = Traits()
-
-    def __post_init__(self):
-        check_k(self.k)
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         return choice_major_pairs(*take_best(candidates, self.k), candidates.inputs.mask)
@@ -100,20 +88,13 @@ class SecondExpert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prototypes:
+class Prototypes(ChoosesK):
     """k groups of E/k experts; each token takes the best of every group (M6-T, arXiv:2105.15082). A pair's score is its
     part of the scores of its group, which makes a softmax over all experts one over the group."""
 
     k: int = 2
 
     traits = Traits()
-
-    def __post_init__(self):
-        check_k(self.k)
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         groups, size, num_experts = candidates.ranking.shape
@@ -128,7 +109,7 @@ class Prototypes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopP:
+class TopP(ChoosesK):
     """The fewest experts, best first, whose probabilities add up to p, at most `k` (Huang et al., arXiv:2403.07652)."""
 
     p: float = 0.6
@@ -137,13 +118,9 @@ class TopP:
     traits = Traits(variable_k=True)
 
     def __post_init__(self):
-        check_k(self.k)
+        super().__post_init__()
         if not 0 < self.p <= 1:
             raise ConfigError("p", f"{self.p} is outside (0, 1]")
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         experts_GSK, scores_GSK = take_best(candidates, self.k)
@@ -154,19 +131,12 @@ class TopP:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Positive:
+class Positive(ChoosesK):
     """Every expert whose score is positive, at most `k`, for scores that can be 0 (ReMoE, arXiv:2412.14711)."""
 
     k: int = 4
 
     traits = Traits(variable_k=True)
-
-    def __post_init__(self):
-        check_k(self.k)
-
-    @property
-    def experts_per_token(self) -> int:
-        return self.k
 
     def __call__(self, candidates: Candidates) -> Pairs:
         experts_GSK, scores_GSK = take_best(candidates, self.k)
