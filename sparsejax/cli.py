@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:  # the last line of defence: a one-line cause, then the trace
         cause = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        print(f"failed: {_one_line(cause)}", file=sys.stderr)
-        traceback.print_exc()
+        sys.stderr.write(f"failed: {_one_line(cause)}\n{traceback.format_exc()}")  # one write: other threads may write
         return 1
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -237,9 +238,27 @@ def _cause(error: BaseException) -> str:
 
 
 def _silence_repeated_errors() -> None:
-    """Orbax logs the trace of every failed save several times over; the error itself is raised by us."""
+    """A failed save is raised by us, once. Its libraries tell it again for every array that could not be written.
+
+    Orbax logs the trace, asyncio each task that nobody awaits any more, and tensorstore's threads print that the loop
+    they would report to is closed.
+    """
     logging.getLogger("absl").addFilter(_not_an_orbax_error)
+    logging.getLogger("asyncio").addFilter(_not_an_abandoned_task)
+    sys.unraisablehook = _tell_all_but_closed_loops
 
 
 def _not_an_orbax_error(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+def _not_an_abandoned_task(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+_tell_unraisable = sys.unraisablehook
+
+
+def _tell_all_but_closed_loops(unraisable: Any) -> None:
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        _tell_unraisable(unraisable)

@@ -354,8 +354,10 @@ def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(run_copy, finished_ru
         env=environment(JAX_ENABLE_COMPILATION_CACHE="false"),
     )
     assert done.returncode == 1, done.stderr
-    said = [line for line in done.stderr.splitlines() if not line.startswith(" ")]
-    assert "failed: checkpoint 6 could not be written: File too large" in said
+    said, trace = done.stderr.split("\n", 1)
+    assert said == "failed: checkpoint 6 could not be written: File too large"
+    assert trace.startswith("Traceback") and trace.endswith(f"RunError: {said.removeprefix('failed: ')}\n"), trace
+    assert trace.count("Traceback") == 2, trace  # ours and its cause: no library tells it again
     assert contents(run_copy / "checkpoints") == saved
     assert here(*words).status == 0
     for step, loss in losses(run_copy).items():
