@@ -130,7 +130,7 @@ def candidates(scores: Any, mask: np.ndarray | None = None, **more: Any) -> Cand
 @functools.cache
 def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.State:
     """Host parameters of one MoE layer; settings without parameters do not change them."""
-    keeps = {"controller": spec.router.controller}  # has variables of its own
+    keeps = {"controller": spec.router.controller, "logits": spec.router.logits}  # have variables of their own
     one = RouterConfig(selection=TopK(k=1), weight=Raw(), **keeps) if spec.router.learned else presets.hash_layer()
     fields = {name: getattr(spec, name) for name in ("num_experts", "d_ff", "gated", "shared_experts")}
     shaped = MoESpec(**fields, router=one)

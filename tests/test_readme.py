@@ -146,5 +146,5 @@ def test_the_selection_of_the_readme_works():
     plain = moe_layer_params(MoESpec(num_experts=4, d_ff=4), backbone)
     x = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
     y, report = moe_layer_runner(spec, backbone, ONE_DEVICE)(plain, x, host_batch(2, 8, padded=0))
-    load = np.bincount((x @ plain["router"][...]).argmax(-1).ravel(), minlength=4)
+    load = np.bincount((x @ plain["router"]["weight"][...]).argmax(-1).ravel(), minlength=4)
     assert np.array_equal(report.assigned, load + np.roll(load, 1)) and np.abs(y).max() > 0

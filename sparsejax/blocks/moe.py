@@ -15,20 +15,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, vary_like
+from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Activation, Backbone
-from sparsejax.nn.linear import normal, param
 from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights, ffn_width
 from sparsejax.ops.assignment import CapacityConvention, capacity_table
-from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
 from sparsejax.routers.candidates import Inputs, Noise
-from sparsejax.routers.router import RouterConfig, decide, jitter, report
+from sparsejax.routers.logits import Parameters
+from sparsejax.routers.router import RouterConfig, report, route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,9 @@ class MoESpec(BlockSpec):
         k, weights = self.experts_per_token, ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
         routed = k * self.pair_flops(backbone)
         experts = Cost(parameters=self.num_experts * weights, active=k * weights, routed=routed)
-        router = {"router": Cost.of_matrices(backbone.d_model * self.num_experts)} if self.router.learned else {}
+        parameters, products = self.router.size(backbone.d_model, self.num_experts)
+        own = Cost(parameters=parameters, active=parameters, per_token=2 * products)
+        router = {"router": own} if parameters else {}
         costs = router | {"experts": experts}
         return costs | (
             {"shared_experts": Cost.of_matrices(self.shared_experts * weights)} if self.shared_experts else {}
@@ -163,13 +164,13 @@ class BalancingState(nnx.Variable):
 
 @struct
 class Routing:
-    """What the router is given beside the tokens' vectors: fields of the batch, its keys, its matrix and its state."""
+    """What the router is given beside the tokens' vectors: fields of the batch, keys, its parameters and state."""
 
     mask: Bool[Array, "B T"]
     tokens: Int[Array, "B T"]
     domains: Int[Array, "B T"]
     keys: Optional[PRNGKeyArray]  # [B]
-    router: Optional[Float[Array, "D E"]]
+    parameters: Parameters
     state: Optional[Float[Array, "N E"]]
 
 
@@ -178,9 +179,8 @@ class MoELayer(nnx.Module):
 
     def __init__(self, key: PRNGKeyArray, backbone: Backbone, spec: MoESpec):
         router_key, expert_key, shared_key = jax.random.split(key, 3)
-        shape, rows = (backbone.d_model, spec.num_experts), spec.router.controller.rows
-        matrix = normal(router_key, shape, backbone.d_model**-0.5) if spec.router.learned else None
-        self.router = None if matrix is None else param(matrix, ("embed", None), "router")
+        self.router = nnx.Dict(spec.router.init(router_key, backbone.d_model, spec.num_experts))
+        rows = spec.router.controller.rows
         zeros = jnp.zeros((rows, spec.num_experts), jnp.float32)
         self.controller = BalancingState(zeros, axes=(None, None)) if rows else None
         d_ff, kind = ffn_width(backbone, spec.d_ff), {"gated": spec.gated, "activation": spec.activation}
@@ -198,7 +198,7 @@ class MoELayer(nnx.Module):
             tokens=batch.tokens,
             domains=batch.domains,
             keys=_row_keys(context) if spec.router.needs_noise else None,
-            router=None if self.router is None else gather_for_compute(self.router[...]),
+            parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
             state=None if self.controller is None else self.controller[...],
         )
 
@@ -207,7 +207,7 @@ class MoELayer(nnx.Module):
 
         by_row: Any = P(BATCH_AXES)
         whole: Any = P()
-        specs = Routing(mask=by_row, tokens=by_row, domains=by_row, keys=by_row, router=whole, state=whole)
+        specs = Routing(mask=by_row, tokens=by_row, domains=by_row, keys=by_row, parameters=whole, state=whole)
         in_specs = (P(BATCH_AXES, None, None), specs, *weight_specs)
         run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()))
         y_BTD, moe = run(x_BTD.astype(self.experts.dtype), routing, *weights)
@@ -243,8 +243,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
             generating=mode == "generate",
             noise=noise,
         )
-        logits_GSE = _logits(x_GSD, routing.router, noise, spec)
-        decision = decide(logits_GSE, inputs, spec.router, routing.state)
+        decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.num_experts, routing.state)
     movement = MOVEMENTS[spec.dispatch]
     with jax.named_scope("dispatch"):
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
@@ -256,15 +255,6 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     moe = with_local_balance(report(decision, mask_GS), decision.pairs, p_GSE, routing.mask, spec.router.balance, k)
     return y_GSD.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
-
-
-def _logits(x_GSD, router_DE, noise: Optional[Noise], spec: MoESpec) -> Float[Array, "G S E"]:
-    """Float32 at full precision; zeros where there is no router."""
-    if router_DE is None:
-        return vary_like(jnp.zeros((*x_GSD.shape[:2], spec.num_experts), jnp.float32), x_GSD)
-    seen_GSD = jitter(x_GSD.astype(jnp.float32), noise, spec.router.jitter)
-    logits_GSE = jnp.einsum("gsd,de->gse", seen_GSD, router_DE, precision=jax.lax.Precision.HIGHEST)
-    return soft_capped(logits_GSE, spec.router.logit_cap)
 
 
 def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The router: its axes, its one parameter, and the pure function from tokens to a decision."""
+"""The router: its axes, its parameters, and the pure function from tokens to a decision."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,19 +6,23 @@ from typing import Optional
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import choice
 from sparsejax.base.reports import MoEReport
+from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots, fill_slots, served_tokens
+from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
 from sparsejax.routers.candidates import Candidates, Inputs, Noise, Selector
 from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
+from sparsejax.routers.logits import LOGITS, Logits, Parameters
 from sparsejax.routers.noise import NOISES, LogitNoise
 from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
@@ -32,6 +36,7 @@ from sparsejax.routers.weights import WEIGHTS, Constant, Renormalized, Weight
 class RouterConfig:
     """One setting of the axes. The default is GShard-like top-2."""
 
+    logits: Logits = choice(LOGITS, "linear")
     noise: LogitNoise = choice(NOISES, "none")
     score: Score = choice(SCORES, "softmax")
     selection: Selector = choice(SELECTORS, "top_k")
@@ -98,7 +103,7 @@ class RouterConfig:
             reasons |= dict.fromkeys(("limit", "controller", "balance"), f"selection={kind} is a table")
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
-            reasons |= dict.fromkeys(("noise", "score", "balance", "z_loss", "jitter", "logit_cap"), without)
+            reasons |= dict.fromkeys(("logits", "noise", "score", "balance", "z_loss", "jitter", "logit_cap"), without)
         if isinstance(self.selection, (Sinkhorn, BalancedAssignment)):
             kind = SELECTORS.name_of(self.selection)
             reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} balances the logits itself")
@@ -109,6 +114,14 @@ class RouterConfig:
         if traits.causal and self.order.traits.causal:
             reasons["allow_leak"] = "selection and order are accepted without it"
         return reasons
+
+    def init(self, key: PRNGKeyArray, d_model: int, num_experts: int) -> dict[str, nnx.Param]:
+        """The router's parameters by name; none when it is not learned."""
+        return self.logits.init(key, d_model, num_experts) if self.learned else {}
+
+    def size(self, d_model: int, num_experts: int) -> tuple[int, int]:
+        """(number of parameters, multiply-adds of one token's matrix products)."""
+        return self.logits.size(d_model, num_experts) if self.learned else (0, 0)
 
     def check(self, num_experts: int) -> None:
         """Raises `ConfigError` when the axes do not go with this number of experts."""
@@ -134,6 +147,23 @@ class Decision:
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
     dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
+
+
+def route(
+    x_GSD: Float[Array, "G S D"],
+    parameters: Parameters,
+    inputs: Inputs,
+    config: RouterConfig,
+    num_experts: int,
+    state: Optional[Float[Array, "N E"]] = None,
+) -> "Decision":
+    """The decision for each group of tokens, in float32 whatever the dtype of `x_GSD`."""
+    if config.learned:
+        seen_GSD = jitter(x_GSD.astype(jnp.float32), inputs.noise, config.jitter)
+        logits_GSE = soft_capped(config.logits(seen_GSD, parameters, inputs), config.logit_cap)
+    else:
+        logits_GSE = vary_like(jnp.zeros((*x_GSD.shape[:2], num_experts), jnp.float32), x_GSD)
+    return decide(logits_GSE, inputs, config, state)
 
 
 def decide(

@@ -64,7 +64,9 @@ SETTINGS = {
 def with_router(params, change):
     """The same parameters with another router: `change` of the old matrix."""
     params = jax.tree.map(lambda leaf: leaf, params)
-    params["router"] = params["router"].replace(np.asarray(change(params["router"][...]), np.float32))
+    params["router"]["weight"] = params["router"]["weight"].replace(
+        np.asarray(change(params["router"]["weight"][...]), np.float32)
+    )
     return params
 
 
@@ -91,7 +93,7 @@ def reference(layer_spec, params, x, mask):
     matrices = ["w_in", "w_out"] + (["w_gate"] if layer_spec.gated else [])
     weight = layer_spec.router.weight
     layer = slow.Layer(
-        router=params["router"][...],
+        router=params["router"]["weight"][...],
         **{name: params["experts"][name][...] for name in matrices},
         shared=tuple(params["shared"][name]["weight"][...] for name in matrices) if layer_spec.shared_experts else (),
         k=layer_spec.experts_per_token,
@@ -151,7 +153,7 @@ class TestDenseLimit:
         layer_spec = spec(router, capacity_factor=1.0)
         params, (x, arrays) = layer_params(layer_spec), inputs(padded=0)
         y, report = run_layer(layer_spec, params, x, arrays)
-        logits = x.astype(np.float64) @ params["router"][...]
+        logits = x.astype(np.float64) @ params["router"]["weight"][...]
         scores = 1 / (1 + np.exp(-logits))
         if isinstance(score, Softmax):
             scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -308,7 +310,7 @@ class TestRouterGradient:
         target = np.random.default_rng(5).normal(size=x.shape)
         grads = gradient(layer_spec, layer_params(layer_spec), x, arrays, lambda y, _: ((y - target) ** 2).mean())
         scale = np.abs(grads["experts"]["w_out"][...]).max()
-        assert np.abs(grads["router"][...]).max() > 1e-3 * scale
+        assert np.abs(grads["router"]["weight"][...]).max() > 1e-3 * scale
 
     def test_one_renormalized_expert_is_refused_with_the_reason(self):
         with pytest.raises(ConfigError, match="no gradient") as error:
@@ -321,7 +323,7 @@ class TestRouterGradient:
         totals = Totals(targets=jnp.int32(1), tokens=jnp.int32(ROWS * LENGTH), rows=jnp.int32(ROWS), microbatches=1)
         loss = lambda _, report: layer_spec.losses(_Report(report), totals, None)["balance"]  # noqa: E731
         grads = gradient(layer_spec, layer_params(layer_spec), *inputs(padded=0), loss)
-        assert np.abs(grads["router"][...]).max() > 1e-5
+        assert np.abs(grads["router"]["weight"][...]).max() > 1e-5
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads["experts"]))
 
     def test_an_expert_without_tokens_has_a_gradient_of_zero(self):
@@ -330,7 +332,7 @@ class TestRouterGradient:
         x[:] = x[:, :1, :]
         x[:] = x[:1]
         grads = gradient(layer_spec, params, x, arrays, lambda y, _: (y**2).sum())
-        chosen = int(np.argmax(x[0, 0] @ params["router"][...]))
+        chosen = int(np.argmax(x[0, 0] @ params["router"]["weight"][...]))
         used = [np.abs(grads["experts"]["w_in"][e]).max() > 0 for e in range(EXPERTS)]
         assert used == [e == chosen for e in range(EXPERTS)]
 

@@ -20,6 +20,7 @@ from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import BALANCES, LoadBalance
 from sparsejax.routers.controllers import CONTROLLERS
 from sparsejax.routers.limits import LIMITS
+from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.noise import NOISES
 from sparsejax.routers.orders import ORDERS
 from sparsejax.routers.router import RouterConfig
@@ -53,6 +54,7 @@ BASE = {
     "allow_leak": True,
 }
 AXES = {
+    "logits": LOGITS,
     "noise": NOISES,
     "score": SCORES,
     "selection": SELECTORS,
@@ -141,7 +143,7 @@ def run(router: str, movement: str, shape: tuple[int, int, int]):
     x, direction = rng.normal(size=(2, ROWS, LENGTH, BACKBONE.d_model)).astype(np.float32)
     params = jax.tree.map(lambda leaf: leaf, moe_layer_params(spec, BACKBONE))
     if "router" in params:
-        params["router"] = params["router"].replace(4 * params["router"][...])  # far from uniform
+        params["router"] = jax.tree.map(lambda leaf: 4 * leaf, params["router"])  # far from uniform
     if "controller" in params:
         state = np.arange(params["controller"][...].size, dtype=np.float32).reshape(params["controller"].shape)
         params["controller"] = params["controller"].replace(0.02 * np.sin(state))
@@ -202,7 +204,7 @@ def outputs(router: str, capacity_factor: float, changed_from: int | None) -> np
         )
     params = jax.tree.map(lambda leaf: leaf, moe_layer_params(spec, BACKBONE))
     if "router" in params:
-        params["router"] = params["router"].replace(4 * params["router"][...])
+        params["router"] = jax.tree.map(lambda leaf: 4 * leaf, params["router"])
     y, _ = moe_layer_runner(spec, BACKBONE, ONE_DEVICE)(params, x, arrays, key=jax.random.key(3))
     return y
 

@@ -34,7 +34,7 @@ def feed_forward(params: Params, x: np.ndarray, mask: np.ndarray, moe: dict[str,
     if "mlp" in params:
         weights = {name: layer["weight"] for name, layer in params["mlp"].items()}
         return slow_moe.feed_forward(x, **weights)
-    layer = slow_moe.Layer(router=params["router"], **params["experts"], **moe)
+    layer = slow_moe.Layer(router=params["router"]["weight"], **params["experts"], **moe)
     return slow_moe.forward(layer, x, mask).y
 
 

@@ -365,7 +365,7 @@ BLOCKS = "stack.units.blocks"
     [
         ("final_norm.scale", math.nan, ..., "parameter final_norm.scale is not finite"),
         ("final_norm.scale", 3e38, ..., "the output of final_norm is not finite"),
-        (f"{BLOCKS}.1.feed_forward.router", 3e38, 1, "the output of layer 03_moe is not finite"),
+        (f"{BLOCKS}.1.feed_forward.router.weight", 3e38, 1, "the output of layer 03_moe is not finite"),
         (f"{BLOCKS}.0.feed_forward.mlp.w_out.weight", 3e38, 1, "the output of layer 02_dense is not finite"),
         (f"{BLOCKS}.0.attention.out.weight", 3e38, 0, "the output of layer 00_dense is not finite"),
     ],
