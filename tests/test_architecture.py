@@ -14,7 +14,8 @@ PACKAGE, TESTS = ROOT / "sparsejax", ROOT / "tests"
 FLOORS = (
     {"base"},
     {"ops"},
-    {"nn", "routers"},  # beside each other: parameters here, decisions there
+    {"nn"},
+    {"routers"},
     {"memory"},
     {"blocks"},
     {"model"},
