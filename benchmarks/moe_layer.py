@@ -20,7 +20,7 @@ from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.nn.mlp import expert_ffn
+from sparsejax.ops.ffn import expert_ffn
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw

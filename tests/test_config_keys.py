@@ -186,6 +186,7 @@ TABLE: dict[str, Row] = {
     f"{MOE}.eval_capacity_factor": row(1.0, evaluation),
     f"{MOE}.capacity_convention": row("per_token", evaluation),
     f"{MOE}.dispatch": row("einsum", evaluation),
+    f"{MOE}.grouped_matmul": row("ragged_dot", evaluation, **{f"{MOE}.dispatch": "grouped"}),
     f"{ROUTER}.score.name": row("sigmoid", evaluation),
     f"{ROUTER}.selection.name": row("top_p", evaluation),
     f"{ROUTER}.selection.k": row(3, evaluation),

@@ -33,6 +33,7 @@ class MoEReport:
     z_sum: Float[Array, "*R"]  # Σ over tokens of logsumexp(logits)²
     balance_sum: Float[Array, "*R"]  # Σ over units of E/k · Σ_e f_e P_e; a unit is what the balance scope names
     balance_units: Float[Array, "*R"]  # the number of those units
+    block_rows: Optional[Int[Array, "*R"]] = None  # slots of a dropless layer that were blocks of uneven loads
     dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
 
@@ -79,7 +80,8 @@ def moe_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]:
     mean = max(load.mean(), 1e-9)
     assigned, tokens, slots = max(load.sum(), 1.0), max(float(report.tokens), 1.0), max(float(report.slots), 1.0)
     num_experts = load.shape[-1]
-    return {
+    blocks = {} if report.block_rows is None else {"moe/block_fraction": float(report.block_rows / slots)}
+    return blocks | {
         "moe/drop_fraction": float(report.dropped.sum() / assigned),
         "moe/unserved_fraction": float(report.unserved / tokens),
         "moe/load_max_over_mean": float(load.max() / mean),

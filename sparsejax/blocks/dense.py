@@ -12,8 +12,9 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
-from sparsejax.nn.backbone import Activation, Backbone
+from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.mlp import MLP, ffn_weights, ffn_width
+from sparsejax.ops.ffn import Activation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,19 +15,21 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
+from sparsejax.base.sharding import BATCH_AXES, MeshConfig, gather_for_compute, mesh_platform
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
-from sparsejax.nn.backbone import Activation, Backbone
-from sparsejax.nn.mlp import MLP, Experts, expert_ffn, ffn_weights, ffn_width
+from sparsejax.nn.backbone import Backbone
+from sparsejax.nn.mlp import MLP, Experts, ffn_weights, ffn_width
 from sparsejax.ops.assignment import CapacityConvention, capacity_table
 from sparsejax.ops.dispatch import MOVEMENTS
+from sparsejax.ops.ffn import Activation, Weights, expert_ffn
+from sparsejax.ops.grouped import Implementation, grouped_experts
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
 from sparsejax.routers.candidates import Inputs, Noise
 from sparsejax.routers.logits import Parameters
-from sparsejax.routers.router import RouterConfig, report, route
+from sparsejax.routers.router import Decision, RouterConfig, report, route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,14 @@ class MoESpec(BlockSpec):
     capacity_factor: float = 1.25  # in training
     eval_capacity_factor: float = 2.0  # in evaluation; generation has a slot for every token
     capacity_convention: CapacityConvention = "per_choice"
-    dispatch: Literal["gather", "einsum"] = "gather"
+    dispatch: Literal["gather", "einsum", "grouped"] = "gather"  # grouped: dropless
+    grouped_matmul: Literal["auto", "slots", "megablox", "ragged_dot"] = "auto"  # auto: megablox on TPU, else slots
     router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:
-        return ("attention", "slots", "experts") + (("mlp",) if self.shared_experts else ())
+        moved = () if self.dropless else ("slots", "experts")
+        return ("attention", *moved) + (("mlp",) if self.shared_experts else ())
 
     def __post_init__(self):
         for name in ("num_experts", "d_ff", "group_size", "capacity_factor", "eval_capacity_factor"):
@@ -74,20 +78,35 @@ class MoESpec(BlockSpec):
         return self.router.selection.experts_per_token
 
     @property
+    def dropless(self) -> bool:
+        return self.dispatch == "grouped"
+
+    @property
+    def implementation(self) -> Implementation:
+        """What multiplies the rows of `dispatch = grouped` on the devices of the mesh in force."""
+        if self.grouped_matmul != "auto":
+            return self.grouped_matmul
+        return "megablox" if mesh_platform() == "tpu" else "slots"
+
+    @property
     def counts_first(self) -> bool:
         return self.router.balance.scope == "global"
 
     def factor(self, mode: Mode) -> float:
-        """The capacity factor asked for; in generation, the one at which nothing can drop."""
-        if mode == "generate":
+        """The capacity factor asked for; without a capacity and in generation, the one at which nothing can drop."""
+        if mode == "generate" or (self.dropless and not self.router.selection.traits.fits):
             return self.num_experts / (self.experts_per_token if self.capacity_convention == "per_choice" else 1)
         trained = mode == "train" or self.router.selection.traits.fits
         return self.capacity_factor if trained else self.eval_capacity_factor
 
     def unused(self) -> dict[str, str]:
-        if not self.router.selection.traits.fits:
-            return {}
-        return {"eval_capacity_factor": "slots are the selection, so evaluation has those of training"}
+        reasons = {} if self.dropless else {"grouped_matmul": f"dispatch={self.dispatch}; it counts with grouped"}
+        if self.router.selection.traits.fits:
+            reasons["eval_capacity_factor"] = "slots are the selection, so evaluation has those of training"
+        elif self.dropless:
+            names = ("capacity_factor", "eval_capacity_factor", "capacity_convention")
+            reasons |= dict.fromkeys(names, "dispatch=grouped drops nothing, so there is no capacity")
+        return reasons
 
     def capacities(self, group_size: int, mode: Mode) -> np.ndarray:
         """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
@@ -118,6 +137,14 @@ class MoESpec(BlockSpec):
 
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        if self.dropless and mesh.expert > 1:
+            raise ConfigError(
+                "dispatch",
+                f"grouped needs all experts on each device, and mesh.expert={mesh.expert}; allowed: mesh.expert=1, or "
+                "dispatch=gather",
+            )
 
     def check_tokens(self, tokens: int) -> None:
         size = self.group_size
@@ -209,7 +236,9 @@ class MoELayer(nnx.Module):
         whole: Any = P()
         specs = Routing(mask=by_row, tokens=by_row, domains=by_row, keys=by_row, parameters=whole, state=whole)
         in_specs = (P(BATCH_AXES, None, None), specs, *weight_specs)
-        run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()))
+        # Pallas calls carry no varying-axes types.
+        typed = not (spec.dropless and spec.implementation == "megablox")
+        run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()), check_vma=typed)
         y_BTD, moe = run(x_BTD.astype(self.experts.dtype), routing, *weights)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
@@ -241,20 +270,40 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
             num_slots=int(capacities[-1]),
             training=mode == "train",
             generating=mode == "generate",
+            dropless=spec.dropless,
             noise=noise,
         )
         decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.num_experts, routing.state)
+    moe = report(decision, mask_GS)
+    if spec.dropless:
+        weights = _whole(weights, weight_specs)
+        with jax.named_scope("experts"):
+            y, rows, in_blocks = grouped_experts(
+                x_GSD.reshape(groups * size, -1),
+                weights,
+                decision.pairs,
+                decision.slots,
+                activation,
+                spec.implementation,
+            )
+        moe = dataclasses.replace(moe, slots=rows, block_rows=in_blocks)
+    else:
+        y = _through_slots(x_GSD, decision, weights, weight_specs, spec, activation)
+    if "tensor" in weight_specs[0]:
+        with jax.named_scope("combine"):
+            y = jax.lax.psum(y, "tensor")
+    k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
+    moe = with_local_balance(moe, decision.pairs, p_GSE, routing.mask, spec.router.balance, k)
+    return y.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
+
+
+def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: MoESpec, activation: Activation):
     movement = MOVEMENTS[spec.dispatch]
     with jax.named_scope("dispatch"):
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
     out_EGCD = _expert_parallel(z_EGCD, weights, weight_specs, activation)
     with jax.named_scope("combine"):
-        y_GSD = movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
-        if "tensor" in weight_specs[0]:
-            y_GSD = jax.lax.psum(y_GSD, "tensor")
-    k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
-    moe = with_local_balance(report(decision, mask_GS), decision.pairs, p_GSE, routing.mask, spec.router.balance, k)
-    return y_GSD.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
+        return movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
 
 
 def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int]:
@@ -269,9 +318,7 @@ def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
     """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered
     here, so that their gradients leave by reduce-scatter."""
     exchange = weight_specs[0][0] == "expert"
-    weights = tuple(
-        _gather_data(weight, weight_spec) for weight, weight_spec in zip(weights, weight_specs, strict=True)
-    )
+    weights = _whole(weights, weight_specs)
     if exchange:
         with jax.named_scope("exchange"):
             z_EGCD = jax.lax.all_to_all(z_EGCD, "expert", split_axis=0, concat_axis=1, tiled=True)
@@ -283,6 +330,11 @@ def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
         with jax.named_scope("exchange"):
             out_EGCD = jax.lax.all_to_all(out_EGCD, "expert", split_axis=1, concat_axis=0, tiled=True)
     return out_EGCD
+
+
+def _whole(weights: Weights, specs: tuple[P, ...]) -> Weights:
+    """Weights as they are used: not split over `data`."""
+    return tuple(_gather_data(weight, spec) for weight, spec in zip(weights, specs, strict=True))
 
 
 def _gather_data(weight: Float[Array, "E ..."], spec: P) -> Float[Array, "E ..."]:

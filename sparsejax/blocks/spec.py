@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.reports import Report
+from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.nn.backbone import Backbone
 
@@ -67,6 +68,9 @@ class BlockSpec(abc.ABC):
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         """Config field → (size, logical axis) of what the mesh must split evenly."""
         return {}
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Raises `ConfigError` unless the block runs on such a mesh, beyond what `splits` says."""
 
     def check_tokens(self, tokens: int) -> None:
         """Raises `ConfigError` unless the block can take `tokens` tokens: what a device holds of one microbatch."""

@@ -5,7 +5,6 @@ from typing import Literal, Optional
 
 from sparsejax.base.errors import ConfigError
 
-Activation = Literal["gelu", "silu", "relu"]
 DType = Literal["float32", "bfloat16"]
 
 

@@ -3,16 +3,14 @@
 from typing import Optional
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.sharding import BATCH_AXES
-from sparsejax.nn.backbone import Activation, Backbone
+from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear, normal, param
-
-ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+from sparsejax.ops.ffn import Activation, Weights, hidden
 
 
 def residual_scale(backbone: Backbone) -> float:
@@ -45,10 +43,8 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        act = ACTIVATIONS[self.activation]
-        hidden = self.w_in(x_BTD)
-        hidden = act(hidden) if self.w_gate is None else act(self.w_gate(x_BTD)) * hidden
-        return self.w_out(hidden)
+        linear = [self.w_in] + ([] if self.w_gate is None else [self.w_gate])
+        return self.w_out(hidden(tuple(layer(x_BTD) for layer in linear), self.activation))
 
 
 class Experts(nnx.Module):
@@ -68,17 +64,7 @@ class Experts(nnx.Module):
         self.activation: Activation = activation
         self.dtype = backbone.dtype
 
-    def weights(self) -> tuple[Float[Array, "E ..."], ...]:
-        """(w_in, w_out) or (w_in, w_out, w_gate), in the compute dtype, as stored on the mesh."""
+    def weights(self) -> Weights:
+        """In the compute dtype, as stored on the mesh."""
         stored = [self.w_in, self.w_out] + ([] if self.w_gate is None else [self.w_gate])
         return tuple(weight[...].astype(self.dtype) for weight in stored)
-
-
-def expert_ffn(
-    z_END: Float[Array, "E N D"], weights: tuple[Float[Array, "E ..."], ...], activation: Activation
-) -> Float[Array, "E N D"]:
-    """Every expert on its own N rows: two (three, when gated) batched matrix products. Works on any part of E or F."""
-    act, (w_in, w_out, *gate) = ACTIVATIONS[activation], weights
-    hidden_ENF = jnp.einsum("end,edf->enf", z_END, w_in)
-    hidden_ENF = act(jnp.einsum("end,edf->enf", z_END, gate[0])) * hidden_ENF if gate else act(hidden_ENF)
-    return jnp.einsum("enf,efd->end", hidden_ENF, w_out)

@@ -40,6 +40,8 @@ class Slots:
     position: Int[Array, "G P"]  # among the valid pairs of its expert
     keep: Bool[Array, "G P"]  # valid, and within the capacity
     pair: Int[Array, "G E C"]  # the pair in each slot, P where the slot is empty
+    order: Int[Array, "G P"]  # pairs by expert, then by their place in the list; invalid ones last
+    start: Int[Array, "G E+1"]  # where each expert's begin in that order, and where the last one's end
     assigned: Int[Array, " E"]  # valid pairs by expert, summed over groups
     processed: Int[Array, " E"]  # pairs in a slot, counted from the slots
 
@@ -91,8 +93,25 @@ def choice_major_pairs(
     )
 
 
-def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Array, " G"]) -> Slots:
+def one_group(pairs: Pairs) -> Pairs:
+    """The lists of all groups as one list, G = 1."""
+    groups, size = pairs.token.shape
+    _, tokens, k = pairs.of_token.shape
+    group_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    flat = lambda values_GP: values_GP.reshape(1, groups * size)  # noqa: E731
+    of_token = jnp.where(pairs.of_token == size, groups * size, size * group_G1[..., None] + pairs.of_token)
+    return Pairs(
+        token=flat(tokens * group_G1 + pairs.token),
+        expert=flat(pairs.expert),
+        weight=flat(pairs.weight),
+        valid=flat(pairs.valid),
+        of_token=of_token.reshape(1, groups * tokens, k),
+    )
+
+
+def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Optional[Int[Array, " G"]]) -> Slots:
     """Gives every valid pair the next free slot of its expert; beyond `limit_G` (≤ `num_slots` = C) pairs are dropped.
+    Without a limit none is, and positions go on past the slots.
 
     One stable sort by expert; no scatter of rows and no array of size S × E × C. Keys are `expert · P + index`, all
     different, so that a single-operand sort is stable by construction. Needs (E + 1) · P < 2³¹."""
@@ -109,7 +128,8 @@ def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Arra
     count_GE = start_GE[:, 1:] - start_GE[:, :-1]
 
     slot_C = jnp.arange(num_slots, dtype=jnp.int32)
-    filled_GEC = slot_C < jnp.minimum(count_GE, limit_G[:, None])[:, :, None]
+    taken_GE = count_GE if limit_G is None else jnp.minimum(count_GE, limit_G[:, None])
+    filled_GEC = slot_C < taken_GE[:, :, None]
     rank_GEC = jnp.minimum(start_GE[:, :-1, None] + slot_C, size - 1)
     pair_GEC = jnp.take_along_axis(order_GP, rank_GEC.reshape(groups, -1), axis=-1).reshape(rank_GEC.shape)
 
@@ -118,10 +138,12 @@ def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Int[Arra
     position_GP = rank_GP - start_of_pair_GP
     return Slots(
         position=position_GP,
-        keep=pairs.valid & (position_GP < limit_G[:, None]),
+        keep=pairs.valid if limit_G is None else pairs.valid & (position_GP < limit_G[:, None]),
         pair=jnp.where(filled_GEC, pair_GEC, size),
+        order=order_GP,
+        start=start_GE,
         assigned=count_GE.sum(0),
-        processed=filled_GEC.sum((0, 2), dtype=jnp.int32),
+        processed=count_GE.sum(0) if limit_G is None else filled_GEC.sum((0, 2), dtype=jnp.int32),
     )
 
 

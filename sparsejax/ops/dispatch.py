@@ -55,7 +55,7 @@ class Gather:
 
     def dispatch(self, x_GSD, pairs, slots):
         groups, size, width = x_GSD.shape
-        z_ND = _dispatch_rows(x_GSD.reshape(groups * size, width), _index(pairs, slots))
+        z_ND = dispatch_rows(x_GSD.reshape(groups * size, width), slot_index(pairs, slots))
         _, num_experts, num_slots = slots.pair.shape
         return z_ND.reshape(num_experts, groups, num_slots, width)
 
@@ -63,7 +63,7 @@ class Gather:
         groups, size, _ = pairs.of_token.shape
         out_ND = out_EGCD.reshape(-1, out_EGCD.shape[-1])
         weight_P = vary_like(pairs.weight.reshape(-1), out_EGCD)
-        return _combine_rows(out_ND, weight_P, _index(pairs, slots)).reshape(groups, size, -1)
+        return combine_rows(out_ND, weight_P, slot_index(pairs, slots)).reshape(groups, size, -1)
 
 
 MOVEMENTS: Mapping[str, Movement] = {"gather": Gather(), "einsum": Einsum()}
@@ -80,7 +80,7 @@ class Index:
     pair_TK: Int[Array, "T K"]
 
 
-def _index(pairs: Pairs, slots: Slots) -> Index:
+def slot_index(pairs: Pairs, slots: Slots) -> Index:
     groups, size = pairs.token.shape
     _, tokens, k = pairs.of_token.shape
     _, num_experts, num_slots = slots.pair.shape
@@ -97,46 +97,46 @@ def _index(pairs: Pairs, slots: Slots) -> Index:
     )
 
 
-def _at(values: Array, index: Int[Array, " N"], fill: int = 0) -> Array:
+def at(values: Array, index: Int[Array, " N"], fill: int = 0) -> Array:
     """Entries by number; a number one past the end gives `fill`."""
     return values.at[index].get(mode="fill", fill_value=fill)
 
 
-def _slots_by_choice(index: Index) -> list[Int[Array, " T"]]:
+def slots_by_choice(index: Index) -> list[Int[Array, " T"]]:
     """For each of the K columns of `pair_TK`, the slots of those pairs."""
     nowhere = index.pair_N.size
-    return [_at(index.slot_P, pair_T, fill=nowhere) for pair_T in index.pair_TK.T]
+    return [at(index.slot_P, pair_T, fill=nowhere) for pair_T in index.pair_TK.T]
 
 
 @jax.custom_vjp
-def _dispatch_rows(x_TD, index: Index):
-    return _at(x_TD, index.token_N)
+def dispatch_rows(x_TD, index: Index):
+    return at(x_TD, index.token_N)
 
 
 def _dispatch_bwd(index: Index, dz_ND):
-    return sum(_at(dz_ND, slot_T) for slot_T in _slots_by_choice(index)), None
+    return sum(at(dz_ND, slot_T) for slot_T in slots_by_choice(index)), None
 
 
-_dispatch_rows.defvjp(lambda x_TD, index: (_dispatch_rows(x_TD, index), index), _dispatch_bwd)
+dispatch_rows.defvjp(lambda x_TD, index: (dispatch_rows(x_TD, index), index), _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine_rows(out_ND, weight_P, index: Index):
-    columns = zip(index.pair_TK.T, _slots_by_choice(index), strict=True)
-    return sum(_at(weight_P, pair_T)[:, None].astype(out_ND.dtype) * _at(out_ND, slot_T) for pair_T, slot_T in columns)
+def combine_rows(out_ND, weight_P, index: Index):
+    columns = zip(index.pair_TK.T, slots_by_choice(index), strict=True)
+    return sum(at(weight_P, pair_T)[:, None].astype(out_ND.dtype) * at(out_ND, slot_T) for pair_T, slot_T in columns)
 
 
 def _combine_fwd(out_ND, weight_P, index: Index):
-    return _combine_rows(out_ND, weight_P, index), (out_ND, weight_P, index)
+    return combine_rows(out_ND, weight_P, index), (out_ND, weight_P, index)
 
 
 def _combine_bwd(residuals, dy_TD):
     out_ND, weight_P, index = residuals
-    dy_ND = _at(dy_TD, index.token_N)  # read once for both gradients
-    dout_ND = _at(weight_P, index.pair_N)[:, None].astype(dy_TD.dtype) * dy_ND
+    dy_ND = at(dy_TD, index.token_N)  # read once for both gradients
+    dout_ND = at(weight_P, index.pair_N)[:, None].astype(dy_TD.dtype) * dy_ND
     # Float32: a weight's gradient is a sum over the model width.
     dweight_N = jnp.sum((dy_ND * out_ND).astype(jnp.float32), axis=-1)
-    return dout_ND, _at(dweight_N, index.slot_P).astype(weight_P.dtype), None
+    return dout_ND, at(dweight_N, index.slot_P).astype(weight_P.dtype), None
 
 
-_combine_rows.defvjp(_combine_fwd, _combine_bwd)
+combine_rows.defvjp(_combine_fwd, _combine_bwd)

@@ -8,6 +8,7 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, causal_keys, component_costs, total
 from sparsejax.ops.assignment import capacity
+from sparsejax.ops.grouped import common_slots
 
 SlotMode = Literal["train", "eval"]
 
@@ -114,8 +115,10 @@ def group_size(spec: MoESpec, sequence_length: int) -> int:
 
 
 def slots_per_expert(spec: MoESpec, sequence_length: int, mode: SlotMode) -> int:
-    """C, for one group of unmasked tokens."""
+    """C, for one group of unmasked tokens; dropless, the slots for a row's tokens if loads are nearly even."""
     size, factor = group_size(spec, sequence_length), spec.factor(mode)
+    if spec.dropless:
+        return common_slots(size * spec.experts_per_token, spec.num_experts)
     return capacity(size, spec.num_experts, spec.experts_per_token, factor, spec.capacity_convention)
 
 

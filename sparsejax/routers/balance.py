@@ -93,7 +93,8 @@ def with_local_balance(
         return moe
     rows, length = mask_BT.shape
     num_experts = probabilities_GSE.shape[-1]
-    first_G1 = probabilities_GSE.shape[1] * jnp.arange(probabilities_GSE.shape[0], dtype=jnp.int32)[:, None]
+    groups, size, _ = pairs.of_token.shape
+    first_G1 = size * jnp.arange(groups, dtype=jnp.int32)[:, None]
     row_GP = (first_G1 + pairs.token) // length
     counts_BE = jnp.zeros((rows, num_experts), jnp.int32).at[row_GP, pairs.expert].add(pairs.valid.astype(jnp.int32))
     p_BTE = jnp.where(mask_BT[..., None], probabilities_GSE.reshape(rows, length, num_experts), 0)

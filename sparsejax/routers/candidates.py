@@ -35,6 +35,7 @@ class Inputs:
     num_slots: int
     training: bool
     generating: bool = False
+    dropless: bool = False  # every pair is computed; slots are those of a selection that `fits`
     noise: Optional[Noise] = None  # None outside training
 
 

@@ -14,8 +14,9 @@ from sparsejax.base.registry import choice
 from sparsejax.base.reports import MoEReport
 from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
-from sparsejax.ops.assignment import Pairs, Slots, fill_slots, served_tokens
+from sparsejax.ops.assignment import Pairs, Slots, fill_slots, one_group, served_tokens
 from sparsejax.ops.attention import soft_capped
+from sparsejax.ops.grouped import common_slots
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
 from sparsejax.routers.candidates import Candidates, Inputs, Noise, Selector
@@ -142,7 +143,7 @@ class RouterConfig:
 class Decision:
     """Who goes where, with what weight, and what the router looked like doing it."""
 
-    pairs: Pairs
+    pairs: Pairs  # of one group, G = 1, when dropless
     slots: Slots
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
@@ -197,8 +198,12 @@ def decide(
         pairs = TopK(k=k)(by_score)
     else:
         pairs = selection(candidates)
-    pairs = config.order(pairs, candidates)
-    slots = fill_slots(pairs, num_experts, inputs.num_slots, inputs.limit)
+    if inputs.dropless:
+        pairs = one_group(pairs)
+        slots = fill_slots(pairs, num_experts, common_slots(pairs.token.size, num_experts), None)
+    else:
+        pairs = config.order(pairs, candidates)
+        slots = fill_slots(pairs, num_experts, inputs.num_slots, inputs.limit)
     return Decision(
         pairs=dataclasses.replace(pairs, weight=config.weight(pairs, slots.keep)),
         slots=slots,
@@ -223,7 +228,7 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
         dropped_capacity=count_experts(decision.pairs.expert, dropped_GP, num_experts),
         tokens=tokens,
         masked=jnp.int32(mask_GS.size) - tokens,
-        unserved=(mask_GS & ~served_tokens(decision.pairs, slots)).sum(dtype=jnp.int32),
+        unserved=(mask_GS & ~served_tokens(decision.pairs, slots).reshape(mask_GS.shape)).sum(dtype=jnp.int32),
         slots=jnp.int32(slots.pair.size),
         probability_sum=jnp.sum(jnp.where(mask_GS[..., None], p_GSE, 0), axis=(0, 1)),
         entropy_sum=jnp.sum(jnp.where(mask_GS, entropy_GS, 0)),

@@ -12,8 +12,9 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.nn.attention import Attention, KVCache
 from sparsejax.nn.embed import Embedding, Head
 from sparsejax.nn.linear import RMSNorm, normal
-from sparsejax.nn.mlp import MLP, Experts, expert_ffn
+from sparsejax.nn.mlp import MLP, Experts
 from sparsejax.ops.attention import soft_capped
+from sparsejax.ops.ffn import expert_ffn
 
 from reference import moe as slow
 from reference.transformer import rms_norm

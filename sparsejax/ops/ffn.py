@@ -1,0 +1,46 @@
+"""The feed-forward network of experts as functions of arrays, in two halves: up to the hidden layer, and down from it.
+
+The halves are apart because a dropless layer keeps the hidden layer between its forward and backward pass, and because
+a combine weight is cheapest applied to the hidden layer."""
+
+from typing import Literal, Optional
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Activation = Literal["gelu", "silu", "relu"]
+ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+
+Weights = tuple[Float[Array, "E ..."], ...]
+"""(w_in, w_out), or (w_in, w_out, w_gate) when gated (Shazeer, arXiv:2002.05202)."""
+
+
+def expert_up(z_END: Float[Array, "E N D"], weights: Weights) -> tuple[Float[Array, "E N F"], ...]:
+    """The products with w_in and, when gated, w_gate, before any activation."""
+    w_in, _, *gate = weights
+    return tuple(jnp.einsum("end,edf->enf", z_END, weight) for weight in (w_in, *gate))
+
+
+def hidden(up: tuple[Float[Array, "..."], ...], activation: Activation) -> Float[Array, "..."]:
+    """act(x W_in), or act(x W_gate) ⊙ x W_in."""
+    act, (inner, *gate) = ACTIVATIONS[activation], up
+    return act(gate[0]) * inner if gate else act(inner)
+
+
+def expert_down(
+    up: tuple[Float[Array, "E N F"], ...],
+    weights: Weights,
+    activation: Activation,
+    scale_EN: Optional[Float[Array, "E N"]] = None,
+) -> Float[Array, "E N D"]:
+    """The output, times `scale_EN` row by row."""
+    hidden_ENF = hidden(up, activation)
+    if scale_EN is not None:
+        hidden_ENF = hidden_ENF * scale_EN[..., None].astype(hidden_ENF.dtype)
+    return jnp.einsum("enf,efd->end", hidden_ENF, weights[1])
+
+
+def expert_ffn(z_END: Float[Array, "E N D"], weights: Weights, activation: Activation) -> Float[Array, "E N D"]:
+    """Every expert on its own N rows: two (three, when gated) batched matrix products. Works on any part of E or F."""
+    return expert_down(expert_up(z_END, weights), weights, activation)

@@ -1,0 +1,284 @@
+"""Dropless experts: every pair is computed, whatever the loads. What moves is decided elsewhere; here pairs lie in one
+list (`one_group`), sorted by expert once, and forward and backward pass read the same indices.
+
+`slots` is for XLA on any platform. Every expert has the same number of slots, enough for loads that are nearly even,
+and its network runs on them as one batched product. What does not fit is computed in blocks of rows of one expert, as
+many as the loads ask for. When much would not fit, there are only blocks.
+
+`megablox` (Pallas, TPU) and `ragged_dot` (XLA) multiply the sorted rows as they are; some compilers turn the latter
+into E dense products (`ragged_dot_cost`)."""
+
+import dataclasses
+import functools
+import logging
+import math
+from typing import Literal, Optional
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.base.sharding import vary_like
+from sparsejax.base.structs import struct
+from sparsejax.ops.assignment import Pairs, Slots
+from sparsejax.ops.dispatch import Index, at, combine_rows, dispatch_rows, slot_index, slots_by_choice
+from sparsejax.ops.ffn import Activation, Weights, expert_down, expert_up, hidden
+
+Implementation = Literal["slots", "megablox", "ragged_dot"]
+log = logging.getLogger(__name__)
+
+LARGE_BLOCK = 512
+"""Rows of a block that amortise reading an expert's weights and adding to their gradient."""
+
+
+def common_slots(pairs: int, num_experts: int) -> int:
+    """Slots that every expert has: 1.5 standard deviations of uniform routing above the mean load, a multiple of 8."""
+    mean = pairs / num_experts
+    return min(pairs, 8 * math.ceil((mean + 1.5 * math.sqrt(mean)) / 8))
+
+
+def grouped_experts(
+    x_TD: Float[Array, "T D"],
+    weights: Weights,
+    pairs: Pairs,
+    slots: Slots,
+    activation: Activation,
+    implementation: Implementation,
+) -> tuple[Float[Array, "T D"], Int[Array, ""], Int[Array, ""]]:
+    """(Σ over each token's pairs of weight · its expert's output; rows computed; those of them in blocks), int32.
+
+    Args:
+      pairs: of one group, none of them dropped.
+      slots: what `fill_slots` says of them, with `common_slots` slots.
+    """
+    for weight in weights:  # one type for all, so that their cotangents have it, too
+        x_TD = vary_like(x_TD, weight)
+    weights = tuple(vary_like(weight, x_TD) for weight in weights)
+    weight_P = vary_like(pairs.weight[0], x_TD)
+    if implementation == "slots":
+        plan = _plan(pairs, slots)
+        y_TD = jnp.asarray(_experts(activation, x_TD, weights, weight_P, plan))
+        in_blocks = sum((size * blocks.end_E[-1] for size, blocks in plan.blocks), jnp.int32(0))
+        return y_TD, jnp.where(plan.even, slots.pair.size, 0) + in_blocks, in_blocks
+    index, sizes_E = _sorted_rows(pairs, slots)
+    multiply = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
+    w_in, w_out, *gate = weights
+    z_ND = dispatch_rows(x_TD, index)
+    hidden_NF = hidden(tuple(multiply(z_ND, weight) for weight in (w_in, *gate)), activation)
+    y_TD = jnp.asarray(combine_rows(multiply(hidden_NF, w_out), weight_P, index))
+    return y_TD, jnp.int32(index.pair_N.size), jnp.int32(0)
+
+
+# Slots for what is even, blocks for the rest.
+
+
+@struct
+class Blocks:
+    """Equal blocks of one expert's rows each. Expert e's are numbers `end[e − 1]` … `end[e] − 1`."""
+
+    end_E: Int[Array, " E"]
+    first_E: Int[Array, " E"]  # where e's first block begins among the pairs sorted by expert
+
+
+@struct
+class Plan:
+    """Who is where."""
+
+    even: Bool[Array, ""]  # whether the common slots are used
+    index: Index  # of the common slots
+    token_P: Int[Array, " P"]
+    order_P: Int[Array, " P"]  # pairs by expert
+    end_E: Int[Array, " E"]  # where each expert's end
+    large: Blocks
+    small: Blocks
+
+    @property
+    def blocks(self) -> tuple[tuple[int, Blocks], ...]:
+        """(rows of a block, blocks)."""
+        num_slots = self.index.pair_N.size // self.end_E.size
+        return (LARGE_BLOCK, self.large), (_small_block(num_slots), self.small)
+
+
+def _small_block(num_slots: int) -> int:
+    """An eighth of the slots: few rows of a block stay empty, and few blocks are needed when loads are nearly even."""
+    return max(8, num_slots // 64 * 8)
+
+
+def _plan(pairs: Pairs, slots: Slots) -> Plan:
+    num_slots = slots.pair.shape[-1]
+    first_E, end_E = slots.start[0, :-1], slots.start[0, 1:]
+    excess_E = jnp.maximum(end_E - first_E - num_slots, 0)
+    even = excess_E.sum() <= end_E[-1] // 4
+    first_E = jnp.where(even, jnp.minimum(first_E + num_slots, end_E), first_E)
+    large_E = (end_E - first_E) // LARGE_BLOCK
+    after_E = first_E + large_E * LARGE_BLOCK
+    small_E = -(-(end_E - after_E) // _small_block(num_slots))
+    in_slots = dataclasses.replace(slots, keep=slots.keep & (slots.position < num_slots))
+    return Plan(
+        even=even,
+        index=slot_index(pairs, in_slots),
+        token_P=pairs.token[0],
+        order_P=slots.order[0],
+        end_E=end_E,
+        large=Blocks(end_E=jnp.cumsum(large_E, dtype=jnp.int32), first_E=first_E),
+        small=Blocks(end_E=jnp.cumsum(small_E, dtype=jnp.int32), first_E=after_E),
+    )
+
+
+def _block(number: Int[Array, ""], size: int, blocks: Blocks, plan: Plan):
+    """(expert, its pairs [size], their tokens [size]) of a block; one past the end stands for nobody."""
+    expert = jnp.searchsorted(blocks.end_E, number, side="right").astype(jnp.int32)
+    before = jnp.where(expert > 0, blocks.end_E[expert - 1], 0)
+    rank_B = blocks.first_E[expert] + (number - before) * size + jnp.arange(size, dtype=jnp.int32)
+    nobody = plan.order_P.size
+    pair_B = jnp.where(rank_B < plan.end_E[expert], at(plan.order_P, rank_B), nobody)
+    return expert, pair_B, at(plan.token_P, pair_B, fill=nobody)
+
+
+def _of_one(x_BD, weights: Weights, scale_B, activation: Activation):
+    """One expert's scaled output for rows of its own."""
+    stacked = tuple(weight[None] for weight in weights)
+    return expert_down(expert_up(x_BD[None], stacked), stacked, activation, scale_B[None])[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(activation: Activation, x_TD, weights: Weights, weight_P, plan: Plan):
+    return _experts_fwd(activation, x_TD, weights, weight_P, plan)[0]
+
+
+def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan: Plan):
+    index = plan.index
+
+    def common(x_TD, weights, weight_P):
+        up = expert_up(_by_expert(x_TD, index.token_N, weights), weights)
+        out_END = expert_down(up, weights, activation, _by_expert(weight_P, index.pair_N, weights))
+        return _sum_slots(out_END, index), up
+
+    y_TD, up = _if_even(plan, common, x_TD, weights, weight_P)
+    for size, blocks in plan.blocks:
+
+        def add_block(number, y_TD, size=size, blocks=blocks):
+            expert, pair_B, token_B = _block(number, size, blocks, plan)
+            out_BD = _of_one(at(x_TD, token_B), _weights_of(expert, weights), at(weight_P, pair_B), activation)
+            return y_TD.at[token_B].add(out_BD, mode="drop")
+
+        y_TD = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, y_TD)
+    return y_TD, (x_TD, weights, weight_P, plan, up)
+
+
+def _experts_bwd(activation: Activation, residuals, dy_TD):
+    """Slots keep their hidden layer, blocks compute it again. Nothing is kept of the output: a combine weight scales
+    the hidden layer, where its gradient falls off as well."""
+    x_TD, weights, weight_P, plan, up = residuals
+    index = plan.index
+
+    def common(dy_TD, x_TD, weights, weight_P, up):
+        scale_EN = _by_expert(weight_P, index.pair_N, weights)
+        _, pull_down = jax.vjp(
+            lambda up, weights, scale: expert_down(up, weights, activation, scale), up, weights, scale_EN
+        )
+        dup, dweights_down, dscale_EN = pull_down(_by_expert(dy_TD, index.token_N, weights))
+        _, pull_up = jax.vjp(expert_up, _by_expert(x_TD, index.token_N, weights), weights)
+        dz_END, dweights_up = pull_up(dup)
+        dweights = jax.tree.map(jnp.add, dweights_up, dweights_down)
+        return _sum_slots(dz_END, index), dweights, at(dscale_EN.reshape(-1), index.slot_P)
+
+    grads = _if_even(plan, common, dy_TD, x_TD, weights, weight_P, up)
+    for size, blocks in plan.blocks:
+
+        def add_block(number, grads, size=size, blocks=blocks):
+            dx_TD, dweights, dweight_P = grads
+            expert, pair_B, token_B = _block(number, size, blocks, plan)
+            rows = at(x_TD, token_B), _weights_of(expert, weights), at(weight_P, pair_B)
+            _, pull = jax.vjp(lambda x, weights, scale: _of_one(x, weights, scale, activation), *rows)
+            dx_BD, dweights_of_one, dscale_B = pull(at(dy_TD, token_B))
+            return (
+                dx_TD.at[token_B].add(dx_BD, mode="drop"),
+                tuple(_add_at(*both, expert) for both in zip(dweights, dweights_of_one, strict=True)),
+                dweight_P.at[pair_B].set(dscale_B, mode="drop"),
+            )
+
+        grads = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, grads)
+    return *grads, None
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+
+
+def _if_even(plan: Plan, function, *operands):
+    """`function` of the operands, or zeros of its shapes when the common slots are not used."""
+    shapes = jax.eval_shape(function, *operands)
+    zeros = lambda *_: jax.tree.map(lambda s: vary_like(jnp.zeros(s.shape, s.dtype), operands[0]), shapes)  # noqa: E731
+    return jax.lax.cond(plan.even, function, zeros, *operands)
+
+
+def _by_expert(values: Array, index_N: Int[Array, " N"], weights: Weights) -> Array:
+    """Values at the common slots, `[E, N / E, …]`."""
+    return at(values, index_N).reshape(weights[0].shape[0], -1, *values.shape[1:])
+
+
+def _sum_slots(out_END: Float[Array, "E N D"], index: Index) -> Float[Array, "T D"]:
+    rows_ND = out_END.reshape(-1, out_END.shape[-1])
+    return sum((at(rows_ND, slot_T) for slot_T in slots_by_choice(index)[1:]), at(rows_ND, slots_by_choice(index)[0]))
+
+
+def _weights_of(expert: Int[Array, ""], weights: Weights) -> Weights:
+    return tuple(jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False) for weight in weights)
+
+
+def _add_at(stack: Array, value: Array, expert: Int[Array, ""]) -> Array:
+    """In place: a scatter would be a pass over the whole stack."""
+    sum_ = jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) + value
+    return jax.lax.dynamic_update_index_in_dim(stack, sum_, expert, 0)
+
+
+# Sorted rows, for kernels that multiply them as they are.
+
+ROW_TILE = 128
+"""Kernels want a multiple of this many rows."""
+
+
+def _sorted_rows(pairs: Pairs, slots: Slots) -> tuple[Index, Int[Array, " E"]]:
+    """(the index whose slots are the sorted pairs, rows of each expert). Rows beyond the last expert's are nobody's."""
+    size, tokens = pairs.token.shape[1], pairs.of_token.shape[1]
+    start_E1 = slots.start[0]
+    rank_N = jnp.arange(-(-size // ROW_TILE) * ROW_TILE, dtype=jnp.int32)
+    pair_N = jnp.where(rank_N < start_E1[-1], at(slots.order[0], rank_N), size)
+    slot_P = jnp.where(slots.keep[0], start_E1[pairs.expert[0]] + slots.position[0], rank_N.size)
+    token_N = at(pairs.token[0], pair_N, fill=tokens)
+    index = Index(token_N=token_N, pair_N=pair_N, slot_P=slot_P, pair_TK=pairs.of_token[0])
+    return index, start_E1[1:] - start_E1[:-1]
+
+
+def grouped_matmul(
+    lhs_ND: Float[Array, "N D"],
+    rhs_EDF: Float[Array, "E D F"],
+    sizes_E: Int[Array, " E"],
+    implementation: Literal["megablox", "ragged_dot"],
+    interpret: bool = False,
+) -> Float[Array, "N F"]:
+    """Rows, sorted by expert, times their expert's matrix; rows beyond Σ sizes have no meaning. `interpret` runs the
+    kernel anywhere, slowly. N is a multiple of `ROW_TILE`."""
+    if implementation == "ragged_dot":
+        return jax.lax.ragged_dot(lhs_ND, rhs_EDF, sizes_E)
+    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm  # heavy, and only a TPU or its compiler needs it
+
+    rows = next(tile for tile in (512, 256, ROW_TILE) if lhs_ND.shape[0] % tile == 0)
+    tiling = (rows, min(1024, rhs_EDF.shape[1]), min(1024, rhs_EDF.shape[2]))
+    return gmm(lhs_ND, rhs_EDF, sizes_E, lhs_ND.dtype, tiling, interpret=interpret)
+
+
+@functools.cache
+def ragged_dot_cost() -> float:
+    """FLOPs of `ragged_dot` as this platform compiles it, over those of its rows: near 1, or near E = 8 if dense."""
+    rows, width, num_experts = 256, 64, 8
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((rows, width), jnp.float32),
+            ((num_experts, width, width), jnp.float32),
+            ((num_experts,), jnp.int32),
+        )
+    ]
+    cost: Optional[dict] = jax.jit(jax.lax.ragged_dot).lower(*shapes).compile().cost_analysis()
+    return (cost or {}).get("flops", math.nan) / (2 * rows * width * width)
