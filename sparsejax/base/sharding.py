@@ -7,7 +7,7 @@ one table, `Rules`, maps them to mesh axes. FSDP is the rule `embed → data`: s
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -115,6 +115,32 @@ def gather_for_compute(value: Array) -> Array:
     """A stored parameter as its layer uses it: gathered over the batch axes (FSDP), still split over `tensor`."""
     spec = jax.typeof(value).sharding.spec
     return jax.sharding.reshard(value, P(*(axis if axis == "tensor" else None for axis in spec)))
+
+
+def on_each_device(
+    function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: tuple[Any, ...], check_vma: bool = True
+) -> Callable[..., Any]:
+    """`jax.shard_map`; on a mesh of one device the function itself, which then must not name the mesh axes: XLA for CPU
+    keeps collectives among one device, and each is a copy."""
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+
+    def alone(*operands: Any) -> Any:
+        whole = jax.tree.map(lambda array: jax.sharding.reshard(array, P()), operands)
+        back = lambda spec, part: jax.tree.map(lambda array: jax.sharding.reshard(array, spec), part)  # noqa: E731
+        return tuple(back(spec, part) for spec, part in zip(out_specs, function(*whole), strict=True))
+
+    return alone
+
+
+def sum_over(tree: Any, axes: str | tuple[str, ...]) -> Any:
+    """The sum over mesh axes, inside `on_each_device`."""
+    return jax.lax.psum(tree, axes) if jax.sharding.get_abstract_mesh().size > 1 else tree
+
+
+def split_axes(array: Array) -> P:
+    """The mesh axes that `on_each_device` finds a stored array split over: none on a mesh of one device."""
+    return jax.typeof(array).sharding.spec if jax.sharding.get_abstract_mesh().size > 1 else P()
 
 
 def vary_like(value: Array, like: Array) -> Array:

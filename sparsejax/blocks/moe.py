@@ -15,7 +15,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, MeshConfig, gather_for_compute, mesh_platform
+from sparsejax.base.sharding import (
+    BATCH_AXES,
+    MeshConfig,
+    gather_for_compute,
+    mesh_platform,
+    on_each_device,
+    split_axes,
+    sum_over,
+)
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
@@ -219,7 +227,7 @@ class MoELayer(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
         spec, batch = self.spec, context.batch
         weights = self.experts.weights()
-        weight_specs = tuple(jax.typeof(weight).sharding.spec for weight in weights)
+        weight_specs = tuple(split_axes(weight) for weight in weights)
         routing = Routing(
             mask=batch.segments > 0,
             tokens=batch.tokens,
@@ -235,10 +243,10 @@ class MoELayer(nnx.Module):
         by_row: Any = P(BATCH_AXES)
         whole: Any = P()
         specs = Routing(mask=by_row, tokens=by_row, domains=by_row, keys=by_row, parameters=whole, state=whole)
-        in_specs = (P(BATCH_AXES, None, None), specs, *weight_specs)
+        rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
         typed = not (spec.dropless and spec.implementation == "megablox")
-        run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(BATCH_AXES, None, None), P()), check_vma=typed)
+        run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P()), check_vma=typed)
         y_BTD, moe = run(x_BTD.astype(self.experts.dtype), routing, *weights)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
@@ -291,10 +299,10 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
         y = _through_slots(x_GSD, decision, weights, weight_specs, spec, activation)
     if "tensor" in weight_specs[0]:
         with jax.named_scope("combine"):
-            y = jax.lax.psum(y, "tensor")
+            y = sum_over(y, "tensor")
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     moe = with_local_balance(moe, decision.pairs, p_GSE, routing.mask, spec.router.balance, k)
-    return y.reshape(x_BTD.shape), jax.lax.psum(moe, BATCH_AXES)
+    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES)
 
 
 def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: MoESpec, activation: Activation):
@@ -317,7 +325,7 @@ def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int
 def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
     """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered
     here, so that their gradients leave by reduce-scatter."""
-    exchange = weight_specs[0][0] == "expert"
+    exchange = "expert" in weight_specs[0]
     weights = _whole(weights, weight_specs)
     if exchange:
         with jax.named_scope("exchange"):
