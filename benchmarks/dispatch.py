@@ -11,7 +11,8 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from sparsejax.ops.assignment import capacity, choice_major_pairs, fill_slots
+from sparsejax.ops.assignment import choice_major_pairs, fill_slots
+from sparsejax.ops.capacity import capacity
 from sparsejax.ops.dispatch import MOVEMENTS
 
 from timing import interleaved, quartiles

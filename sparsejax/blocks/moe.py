@@ -30,7 +30,7 @@ from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.mlp import MLP, Experts, ffn_weights, ffn_width
-from sparsejax.ops.assignment import CapacityConvention, capacity_table
+from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.ops.ffn import Activation, Weights, expert_ffn
 from sparsejax.ops.grouped import Implementation, grouped_experts
@@ -101,14 +101,26 @@ class MoESpec(BlockSpec):
         return self.router.balance.scope == "global"
 
     def factor(self, mode: Mode) -> float:
-        """The capacity factor asked for; without a capacity and in generation, the one at which nothing can drop."""
+        """The capacity factor asked for; without a capacity and in generation, the one that stands for a slot for every
+        token."""
         if mode == "generate" or (self.dropless and not self.router.selection.traits.fits):
-            return self.num_experts / (self.experts_per_token if self.capacity_convention == "per_choice" else 1)
-        trained = mode == "train" or self.router.selection.traits.fits
-        return self.capacity_factor if trained else self.eval_capacity_factor
+            return self.num_experts / (self.experts_per_token if self._convention.counts_k else 1)
+        return self.capacity_factor if self._slots_of_training(mode) else self.eval_capacity_factor
+
+    def _slots_of_training(self, mode: Mode) -> bool:
+        return mode == "train" or self.router.selection.traits.fits
+
+    @property
+    def _convention(self) -> Convention:
+        return CONVENTIONS[self.capacity_convention]
 
     def unused(self) -> dict[str, str]:
         reasons = {} if self.dropless else {"grouped_matmul": f"dispatch={self.dispatch}; it counts with grouped"}
+        if not self._convention.reads_factor(self.experts_per_token):
+            fixed = f"{self.capacity_convention} has a fixed number of slots for k = {self.experts_per_token}"
+            reasons["capacity_factor"] = fixed
+        if self._convention.evaluation is not None:
+            reasons["eval_capacity_factor"] = f"{self.capacity_convention} has a fixed number of slots in evaluation"
         if self.router.selection.traits.fits:
             reasons["eval_capacity_factor"] = "slots are the selection, so evaluation has those of training"
         elif self.dropless:
@@ -120,9 +132,9 @@ class MoESpec(BlockSpec):
         """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
         if mode == "generate":
             return np.arange(group_size + 1, dtype=np.int32)
-        return capacity_table(
-            group_size, self.num_experts, self.experts_per_token, self.factor(mode), self.capacity_convention
-        )
+        trained = self._slots_of_training(mode)
+        shape = group_size, self.num_experts, self.experts_per_token
+        return capacity_table(*shape, self.factor(mode), self.capacity_convention, trained)
 
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
         attention_key, moe_key = jax.random.split(key)

@@ -4,18 +4,13 @@ A decision is a flat list of (token, expert, weight, valid) pairs *in the order 
 slot is its stable position among the pairs of its expert; a position at or beyond the capacity means that the pair is
 dropped. Everything downstream (any dispatch, the ledger, the balance losses) reads this list and nothing else."""
 
-import math
-from fractions import Fraction
-from typing import Literal, Optional
+from typing import Optional
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.structs import struct
-
-CapacityConvention = Literal["per_choice", "per_token"]
 
 
 @struct
@@ -44,31 +39,6 @@ class Slots:
     start: Int[Array, "G E+1"]  # where each expert's begin in that order, and where the last one's end
     assigned: Int[Array, " E"]  # valid pairs by expert, summed over groups
     processed: Int[Array, " E"]  # pairs in a slot, counted from the slots
-
-
-def capacity(
-    tokens: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention
-) -> int:
-    """Slots of one expert for a group of `tokens` tokens, exact in rational arithmetic.
-
-    `per_choice`: ⌈CF · k · S / E⌉, so that CF = 1 is just enough for balanced routing (V-MoE). `per_token`: ⌈CF · S /
-    E⌉, in which k is not counted (Switch, Mesh-TensorFlow): top-2 at CF 1.25 then has 0.625 slots a choice."""
-    slots = _slots_per_token(num_experts, experts_per_token, factor, convention)
-    return min(tokens, math.ceil(slots * tokens))
-
-
-def capacity_table(
-    group_size: int, num_experts: int, experts_per_token: int, factor: float, convention: CapacityConvention
-) -> np.ndarray:
-    """`capacity` for 0 … `group_size` unmasked tokens, int32: padding in a group must not buy slots for the others."""
-    slots = _slots_per_token(num_experts, experts_per_token, factor, convention)
-    tokens = np.arange(group_size + 1, dtype=np.int64)
-    return np.minimum(tokens, -(-tokens * slots.numerator // slots.denominator)).astype(np.int32)
-
-
-def _slots_per_token(num_experts: int, experts_per_token: int, factor: float, convention: str) -> Fraction:
-    """Slots of one expert per token of the group, before rounding up."""
-    return Fraction(str(factor)) * (experts_per_token if convention == "per_choice" else 1) / num_experts
 
 
 def choice_major_pairs(

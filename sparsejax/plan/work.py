@@ -7,7 +7,6 @@ from sparsejax.base.config import leaves
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, causal_keys, component_costs, total
-from sparsejax.ops.assignment import capacity
 from sparsejax.ops.grouped import common_slots
 
 SlotMode = Literal["train", "eval"]
@@ -116,10 +115,10 @@ def group_size(spec: MoESpec, sequence_length: int) -> int:
 
 def slots_per_expert(spec: MoESpec, sequence_length: int, mode: SlotMode) -> int:
     """C, for one group of unmasked tokens; dropless, the slots for a row's tokens if loads are nearly even."""
-    size, factor = group_size(spec, sequence_length), spec.factor(mode)
+    size = group_size(spec, sequence_length)
     if spec.dropless:
         return common_slots(size * spec.experts_per_token, spec.num_experts)
-    return capacity(size, spec.num_experts, spec.experts_per_token, factor, spec.capacity_convention)
+    return int(spec.capacities(size, mode)[-1])
 
 
 def _slots(config: ModelConfig, block: str, sequence_length: int, mode: SlotMode) -> Slots:

@@ -1,4 +1,4 @@
-"""Capacity by whole numbers, slot order by hand and against the loop that fills one slot at a time."""
+"""Slot order by hand and against the loop that fills one slot at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,6 @@ from sparsejax.ops.assignment import (
     Pairs,
     at_pairs,
     by_token,
-    capacity,
-    capacity_table,
     choice_major_pairs,
     fill_slots,
     served_tokens,
@@ -18,45 +16,6 @@ from sparsejax.ops.assignment import (
 )
 
 from reference import routing as slow
-
-
-class TestCapacity:
-    @pytest.mark.parametrize(
-        "tokens, experts, k, factor, per_choice, per_token",
-        [
-            (64, 8, 2, 1.25, 20, 10),  # per choice: V-MoE, Megatron, DeepSpeed; per token: Mesh-TensorFlow, Flaxformer
-            (50, 8, 2, 1.25, 16, 8),  # V-MoE and Megatron round up; Flaxformer's round() happens to agree with ⌈7.8⌉
-            (2048, 64, 8, 1.0, 256, 32),
-        ],
-    )
-    def test_golden_values_of_the_peers(self, tokens, experts, k, factor, per_choice, per_token):
-        assert capacity(tokens, experts, k, factor, "per_choice") == per_choice
-        assert capacity(tokens, experts, k, factor, "per_token") == per_token
-
-    @pytest.mark.parametrize(
-        "tokens, experts, k, slots", [(400, 8, 1, 55), (50, 11, 1, 5), (25, 11, 4, 10), (1600, 64, 2, 55)]
-    )
-    def test_a_factor_of_1_1_is_eleven_tenths_and_not_a_float(self, tokens, experts, k, slots):
-        assert np.ceil(1.1 * k * tokens / experts) == slots + 1, "the case no longer shows the rounding it is here for"
-        assert capacity(tokens, experts, k, 1.1, "per_choice") == slots
-
-    def test_equals_the_reference_in_whole_numbers(self):
-        for tokens in range(0, 200, 7):
-            for experts, k, percent in [(8, 2, 125), (7, 3, 110), (16, 1, 70), (3, 3, 200), (5, 1, 33)]:
-                for convention in ("per_choice", "per_token"):
-                    expected = slow.capacity(tokens, experts, k, percent, 100, convention == "per_choice")
-                    assert capacity(tokens, experts, k, percent / 100, convention) == expected
-
-    def test_never_more_slots_than_tokens_nor_less_than_one(self):
-        assert capacity(16, 4, 2, 100.0, "per_choice") == 16
-        assert capacity(1, 64, 1, 0.01, "per_choice") == 1
-        assert capacity(0, 4, 2, 1.0, "per_choice") == 0
-
-    def test_table_holds_every_number_of_unmasked_tokens(self):
-        table = capacity_table(12, 5, 2, 1.1, "per_choice")
-        assert table.dtype == np.int32
-        assert list(table) == [capacity(n, 5, 2, 1.1, "per_choice") for n in range(13)]
-
 
 HAND_WORKED = np.array([[[0, 1], [0, 2], [1, 0]]])  # three tokens, three experts, two choices
 """Choice-major: t0→e0, t1→e0, t2→e1, then t0→e1, t1→e2, t2→e0."""

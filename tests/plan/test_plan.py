@@ -19,7 +19,7 @@ from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
-from sparsejax.ops.assignment import capacity
+from sparsejax.ops.capacity import capacity
 from sparsejax.plan import command
 from sparsejax.plan.abstract import abstract_batch, abstract_mesh
 from sparsejax.plan.activations import saved_for_backward

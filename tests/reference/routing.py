@@ -30,6 +30,26 @@ def capacity(tokens: int, num_experts: int, k: int, numerator: int, denominator:
     return min(tokens, -(-top // (denominator * num_experts)))
 
 
+def peer_capacity(name: str, tokens: int, num_experts: int, k: int, factor: float) -> int:
+    """Slots as the code of the library `name` computes them, floats and all."""
+    share = tokens / num_experts
+    return {
+        "per_choice": lambda: math.ceil(share * k * factor),
+        "per_token": lambda: math.ceil(share * factor),
+        "mesh_tf": lambda: max(min(tokens, int(share * factor)), 4),
+        "flaxformer": lambda: max(round(factor * tokens / num_experts), 4),
+        "axlearn": lambda: int(tokens * factor / num_experts),
+        "praxis": lambda: (int(share * factor) + 3) // 4 * 4,
+        "vmoe": lambda: math.ceil(math.ceil(share * k * factor) / 4) * 4,
+        "megablocks": lambda: int(factor * k * tokens / num_experts),
+        "olmo_core": lambda: (int(factor * k * tokens / num_experts) + 7) // 8 * 8,
+        "tutel": lambda: k * int(factor * math.ceil(share)),
+        "maxtext": lambda: int(max(math.ceil(tokens * k / num_experts) * factor, factor)),
+        "deepspeed": lambda: max(math.ceil(share * factor * k), 4),
+        "torchscale": lambda: int(factor * math.ceil(share)) if k == 1 else 2 * math.ceil(share),
+    }[name]()
+
+
 def fill(pairs: list[tuple[int, bool]], num_experts: int, limit: int) -> tuple[list[int], list[bool]]:
     """(position, kept) of each (expert, valid) pair: first come, first served. An invalid pair has position -1."""
     taken = [0] * num_experts

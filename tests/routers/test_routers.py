@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.ops.assignment import by_token, capacity_table, choice_major_pairs
+from sparsejax.ops.assignment import by_token, choice_major_pairs
+from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.balance import LoadBalance, NoBalance
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.router import RouterConfig, count_experts, decide, jitter, report
