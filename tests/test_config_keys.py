@@ -150,7 +150,10 @@ def selection(name: str) -> dict[str, str]:
 
 LEAKING = {f"{ROUTER}.allow_leak": "true"}
 RAW = {f"{ROUTER}.weight": "raw"}
+TOP_1 = {f"{ROUTER}.selection.k": "1"} | RAW
 LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
+BY_SCORE = {f"{ROUTER}.order": "by_score"}
+NEXT_BEST = {f"{ROUTER}.overflow": "next_best"}
 MOMENTUM = {f"{ROUTER}.controller.rule": "momentum"}
 ADAFACTOR = {"optimizer": "adafactor"}
 WSD = {"optimizer__schedule": "wsd"}
@@ -219,6 +222,10 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.controller.momentum (loss_free)": row(0.5, training, **LOSS_FREE, **MOMENTUM),
     f"{ROUTER}.controller.decay (quantile)": row(0.5, training, **{f"{ROUTER}.controller": "quantile"}),
     f"{ROUTER}.order.name": row("token_major", evaluation),
+    f"{ROUTER}.overflow.name": row("next_best", evaluation, **TOP_1, **LEAKING, **BY_SCORE),
+    f"{ROUTER}.overflow.rounds (next_best)": row(
+        2, evaluation, **TOP_1, **LEAKING, **{f"{ROUTER}.overflow": "next_best"}
+    ),
     f"{ROUTER}.weight.name": row("raw", evaluation),
     f"{ROUTER}.weight.scale": row(2.0, evaluation),
     f"{ROUTER}.weight.value (constant)": row(0.3, evaluation, **selection("hash"), **{f"{ROUTER}.weight": "constant"}),

@@ -22,7 +22,7 @@ class MoEReport:
     float32."""
 
     assigned: Int[Array, "*R E"]  # pairs the router chose, before capacity
-    processed: Int[Array, "*R E"]  # pairs that sit in a slot
+    processed: Int[Array, "*R E"]  # of them, those that sit in a slot
     dropped_capacity: Int[Array, "*R E"]  # pairs that found their expert full
     tokens: Int[Array, "*R"]  # unmasked tokens
     masked: Int[Array, "*R"]  # padding: neither routed nor counted anywhere else

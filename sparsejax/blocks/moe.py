@@ -313,7 +313,8 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
         with jax.named_scope("combine"):
             y = sum_over(y, "tensor")
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
-    moe = with_local_balance(moe, decision.pairs, p_GSE, routing.mask, spec.router.balance, k)
+    chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
+    moe = with_local_balance(moe, chosen, p_GSE, routing.mask, spec.router.balance, k)
     return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES)
 
 

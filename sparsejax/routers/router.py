@@ -26,6 +26,7 @@ from sparsejax.routers.limits import LIMITS, Limit, NoLimit
 from sparsejax.routers.logits import LOGITS, Logits, Parameters
 from sparsejax.routers.noise import NOISES, LogitNoise
 from sparsejax.routers.orders import ORDERS, Order
+from sparsejax.routers.overflow import OVERFLOWS, Overflow
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
@@ -44,12 +45,13 @@ class RouterConfig:
     limit: Limit = choice(LIMITS, "none")
     controller: Controller = choice(CONTROLLERS, "none")
     order: Order = choice(ORDERS, "choice_major")
+    overflow: Overflow = choice(OVERFLOWS, "drop")
     weight: Weight = choice(WEIGHTS, "renormalized")
     balance: Balance = choice(BALANCES, "load_balance")
     z_loss: float = 0.001  # coefficient of the mean of logsumexp(logits)²; 0 is off
     jitter: float = 0.0  # in training the router's input is multiplied by U[1 − jitter, 1 + jitter]
     logit_cap: Optional[float] = None  # c · tanh(logits / c)
-    allow_leak: bool = False  # accept a selection or order in which a token's experts depend on later tokens
+    allow_leak: bool = False  # accept a selection, order or overflow in which a token's experts depend on later tokens
 
     def __post_init__(self):
         k = self.selection.experts_per_token
@@ -62,7 +64,7 @@ class RouterConfig:
         if isinstance(self.weight, Constant) and not self.selection.traits.fixed:
             fixed = ", ".join(name for name, entry in SELECTORS.items() if entry().traits.fixed)
             raise ConfigError("weight", f"constant gives a learned router no gradient; it goes with selection={fixed}")
-        for axis in ("selection", "order"):
+        for axis in ("selection", "order", "overflow"):
             if not getattr(self, axis).traits.causal and not self.allow_leak:
                 raise ConfigError(
                     axis,
@@ -78,6 +80,10 @@ class RouterConfig:
             raise ConfigError(
                 "controller", "quantile balances over all experts and knows no limit; allowed: limit=none"
             )
+        try:
+            self.overflow.check(self.selection)
+        except ConfigError as error:
+            raise error.below("overflow") from None
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
         if not 0 <= self.jitter < 1:
@@ -112,8 +118,8 @@ class RouterConfig:
             reasons["controller"] = "a number per expert does not change which tokens it ranks highest"
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
-        if traits.causal and self.order.traits.causal:
-            reasons["allow_leak"] = "selection and order are accepted without it"
+        if traits.causal and self.order.traits.causal and self.overflow.traits.causal:
+            reasons["allow_leak"] = "selection, order and overflow are accepted without it"
         return reasons
 
     def init(self, key: PRNGKeyArray, d_model: int, num_experts: int) -> dict[str, nnx.Param]:
@@ -145,6 +151,7 @@ class Decision:
 
     pairs: Pairs  # of one group, G = 1, when dropless
     slots: Slots
+    chosen_GP: Int[Array, "G P"]  # the pairs' experts before any was sent on for want of slots
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
     dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
@@ -200,13 +207,14 @@ def decide(
         pairs = selection(candidates)
     if inputs.dropless:
         pairs = one_group(pairs)
+        chosen_GP = pairs.expert
         slots = fill_slots(pairs, num_experts, common_slots(pairs.token.size, num_experts), None)
     else:
-        pairs = config.order(pairs, candidates)
-        slots = fill_slots(pairs, num_experts, inputs.num_slots, inputs.limit)
+        pairs, slots, chosen_GP = config.overflow(config.order(pairs, candidates), candidates)
     return Decision(
         pairs=dataclasses.replace(pairs, weight=config.weight(pairs, slots.keep)),
         slots=slots,
+        chosen_GP=chosen_GP,
         logits_GSE=logits_GSE,
         probabilities_GSE=as_probabilities(scores_GSE),
         dual=dual,
@@ -225,7 +233,7 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
     return MoEReport(
         assigned=slots.assigned,
         processed=slots.processed,
-        dropped_capacity=count_experts(decision.pairs.expert, dropped_GP, num_experts),
+        dropped_capacity=count_experts(decision.chosen_GP, dropped_GP, num_experts),
         tokens=tokens,
         masked=jnp.int32(mask_GS.size) - tokens,
         unserved=(mask_GS & ~served_tokens(decision.pairs, slots).reshape(mask_GS.shape)).sum(dtype=jnp.int32),

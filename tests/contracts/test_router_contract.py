@@ -23,6 +23,7 @@ from sparsejax.routers.limits import LIMITS
 from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.noise import NOISES
 from sparsejax.routers.orders import ORDERS
+from sparsejax.routers.overflow import OVERFLOWS
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import SCORES, Relu
 from sparsejax.routers.selectors import SELECTORS
@@ -61,6 +62,7 @@ AXES = {
     "limit": LIMITS,
     "controller": CONTROLLERS,
     "order": ORDERS,
+    "overflow": OVERFLOWS,
     "weight": WEIGHTS,
     "balance": BALANCES,
 }
@@ -68,6 +70,7 @@ VARIANTS = {
     ("selection", "top_k"): {"top_1": {"k": 1}, "top_2": {"k": 2}},
     ("selection", "second_expert"): {p: {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")},
     ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum")},
+    ("overflow", "next_best"): {"next_best": {"rounds": 1}},
     ("weight", "renormalized"): {"before": {"drop": "before"}, "after": {"drop": "after"}},
     ("balance", "load_balance"): {s: {"scope": s} for s in ("sequence", "microbatch", "global")},
 }
@@ -79,6 +82,7 @@ PARTNERS = {
     ("selection", "sinkhorn"): {"weight": Raw()},
     ("selection", "balanced_assignment"): {"weight": Raw()},
     ("selection", "positive"): {"score": Relu(), "weight": Raw()},
+    ("overflow", "next_best"): {"selection": TopK(k=1), "weight": Raw()},
     ("weight", "constant"): {"selection": Hash(k=2)},
 }
 """What else has to be set for an entry to make sense."""
@@ -237,7 +241,17 @@ def test_an_order_of_slots_sees_the_future_exactly_when_it_says_so(name, k, monk
     assert any(leaks) == (not causal)
 
 
-@pytest.mark.parametrize("axis, name", [(a, n) for a in ("selection", "order") for n in AXES[a]])
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_what_becomes_of_overflow_depends_on_the_future_exactly_when_it_says_so(name, monkeypatch):
+    router = RouterConfig(**(BASE | PARTNERS[("overflow", "next_best")] | {"overflow": OVERFLOWS[name]()}))
+    monkeypatch.setitem(ROUTERS, name, router)
+    leaks = [
+        not np.array_equal(outputs(name, 0.5, at)[:, :at], outputs(name, 0.5, None)[:, :at]) for at in range(1, LENGTH)
+    ]
+    assert any(leaks) == (not router.overflow.traits.causal)
+
+
+@pytest.mark.parametrize("axis, name", [(a, n) for a in ("selection", "order", "overflow") for n in AXES[a]])
 def test_a_leak_has_to_be_allowed(axis, name):
     entry = AXES[axis][name]()
     settings = PARTNERS.get((axis, name), {}) | {axis: entry}

@@ -93,3 +93,22 @@ def quantile_step(bias: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
     alpha = np.array([sorted(row + bias, reverse=True)[k] for row in scores])
     beta = np.array([sorted(scores[:, e] - alpha, reverse=True)[k * size // num_experts] for e in range(num_experts)])
     return -beta - (-beta).mean()
+
+
+def next_best(ranking: np.ndarray, mask: np.ndarray, limit: int, rounds: int) -> tuple[list[int], list[bool]]:
+    """Top-1 where who finds its expert full asks, round by round, the best expert that had free slots when the round
+    began; (expert, whether it got a slot) of each token, the first choice where it got none."""
+    size, num_experts = ranking.shape
+    choice = [best(ranking[s : s + 1], 1)[0][0] for s in range(size)]
+    served, free = [False] * size, [limit] * num_experts
+    for number in range(rounds + 1):
+        is_open = [number == 0 or slots > 0 for slots in free]
+        for s in range(size):
+            candidates = [e for e in range(num_experts) if is_open[e] and np.isfinite(ranking[s, e])]
+            if served[s] or not mask[s] or not candidates:
+                continue
+            wanted = max(candidates, key=lambda e: (ranking[s, e], -e))
+            if free[wanted] > 0:
+                served[s], choice[s] = True, wanted
+                free[wanted] -= 1
+    return choice, served
