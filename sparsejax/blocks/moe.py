@@ -36,6 +36,7 @@ from sparsejax.ops.ffn import Activation, Weights, expert_ffn
 from sparsejax.ops.grouped import Implementation, grouped_experts
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
 from sparsejax.routers.candidates import Inputs, Noise
+from sparsejax.routers.exploration import mask_outputs
 from sparsejax.routers.logits import Parameters
 from sparsejax.routers.router import Decision, RouterConfig, report, route
 
@@ -312,6 +313,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
     if "tensor" in weight_specs[0]:
         with jax.named_scope("combine"):
             y = sum_over(y, "tensor")
+    y = mask_outputs(y.reshape(x_GSD.shape), noise, spec.router.output_masking)
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
     moe = with_local_balance(moe, chosen, p_GSE, routing.mask, spec.router.balance, k)

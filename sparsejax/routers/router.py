@@ -19,9 +19,10 @@ from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.grouped import common_slots
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
-from sparsejax.routers.candidates import Candidates, Inputs, Noise, Selector
+from sparsejax.routers.candidates import Candidates, Inputs, Selector
 from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
+from sparsejax.routers.exploration import drop_inputs, explore, jitter
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
 from sparsejax.routers.logits import LOGITS, Logits, Parameters
 from sparsejax.routers.noise import NOISES, LogitNoise
@@ -50,6 +51,9 @@ class RouterConfig:
     balance: Balance = choice(BALANCES, "load_balance")
     z_loss: float = 0.001  # coefficient of the mean of logsumexp(logits)²; 0 is off
     jitter: float = 0.0  # in training the router's input is multiplied by U[1 − jitter, 1 + jitter]
+    input_dropout: float = 0.0  # in training this share of the numbers of the router's input is 0
+    exploration: float = 0.0  # in training this share of tokens ranks the experts at random; weights are as ever
+    output_masking: float = 0.0  # in training this share of tokens gets nothing from the experts
     logit_cap: Optional[float] = None  # c · tanh(logits / c)
     allow_leak: bool = False  # accept a selection, order or overflow in which a token's experts depend on later tokens
 
@@ -86,8 +90,11 @@ class RouterConfig:
             raise error.below("overflow") from None
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
-        if not 0 <= self.jitter < 1:
-            raise ConfigError("jitter", f"{self.jitter} is outside [0, 1)")
+        for name in ("jitter", "input_dropout", "output_masking"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(name, f"{getattr(self, name)} is outside [0, 1)")
+        if not 0 <= self.exploration <= 1:
+            raise ConfigError("exploration", f"{self.exploration} is outside [0, 1]")
         if self.logit_cap is not None and self.logit_cap <= 0:
             raise ConfigError("logit_cap", f"{self.logit_cap} is not positive")
 
@@ -98,22 +105,26 @@ class RouterConfig:
 
     @property
     def needs_noise(self) -> bool:
-        return (
-            self.jitter > 0 or not self.noise.silent or "noise" in self.selection.traits.needs | self.order.traits.needs
-        )
+        draws = (self.jitter, self.input_dropout, self.exploration, self.output_masking)
+        needs = self.selection.traits.needs | self.order.traits.needs
+        return any(draws) or not self.noise.silent or "noise" in needs
 
     def unused(self) -> dict[str, str]:
         reasons: dict[str, str] = {}
         traits = self.selection.traits
         if traits.fixed:
             kind = SELECTORS.name_of(self.selection)
-            reasons |= dict.fromkeys(("limit", "controller", "balance"), f"selection={kind} is a table")
+            reasons |= dict.fromkeys(("limit", "controller", "balance", "exploration"), f"selection={kind} is a table")
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
-            reasons |= dict.fromkeys(("logits", "noise", "score", "balance", "z_loss", "jitter", "logit_cap"), without)
+            reasons |= dict.fromkeys(
+                ("logits", "noise", "score", "balance", "z_loss", "jitter", "input_dropout", "logit_cap"), without
+            )
         if isinstance(self.selection, (Sinkhorn, BalancedAssignment)):
             kind = SELECTORS.name_of(self.selection)
-            reasons |= dict.fromkeys(("limit", "controller"), f"selection={kind} balances the logits itself")
+            reasons |= dict.fromkeys(
+                ("limit", "controller", "exploration"), f"selection={kind} balances the logits itself"
+            )
         if isinstance(self.selection, ExpertChoice):
             reasons["controller"] = "a number per expert does not change which tokens it ranks highest"
         if traits.fits:
@@ -168,6 +179,7 @@ def route(
     """The decision for each group of tokens, in float32 whatever the dtype of `x_GSD`."""
     if config.learned:
         seen_GSD = jitter(x_GSD.astype(jnp.float32), inputs.noise, config.jitter)
+        seen_GSD = drop_inputs(seen_GSD, inputs.noise, config.input_dropout)
         logits_GSE = soft_capped(config.logits(seen_GSD, parameters, inputs), config.logit_cap)
     else:
         logits_GSE = vary_like(jnp.zeros((*x_GSD.shape[:2], num_experts), jnp.float32), x_GSD)
@@ -194,7 +206,7 @@ def decide(
     dual = config.controller.measure(ranking_GSE, inputs.mask, k)
     candidates = Candidates(
         scores=scores_GSE,
-        ranking=config.limit(ranking_GSE),
+        ranking=config.limit(explore(ranking_GSE, inputs.noise, config.exploration)),
         logits=jax.lax.stop_gradient(noisy_GSE),
         inputs=inputs,
     )
@@ -252,10 +264,3 @@ def count_experts(expert: Int[Array, "..."], valid: Bool[Array, "..."], num_expe
     """How often each expert occurs among the valid entries, exact int32."""
     hits = (expert[..., None] == jnp.arange(num_experts)) & valid[..., None]
     return hits.sum(axis=tuple(range(expert.ndim)), dtype=jnp.int32)
-
-
-def jitter(x_GSD: Float[Array, "G S D"], noise: Optional[Noise], amount: float) -> Float[Array, "G S D"]:
-    """x ⊙ U[1 − amount, 1 + amount] in training (Switch, arXiv:2101.03961, appendix C)."""
-    if noise is None or amount == 0:
-        return x_GSD
-    return x_GSD * (1 + amount * (2 * noise.uniform(0, x_GSD.shape[-1]) - 1))

@@ -102,7 +102,7 @@ def routers():
         for name, entry in variants(axis):
             settings = BASE | PARTNERS.get((axis, name), {}) | {axis: entry}
             found[f"{axis}={name}"] = RouterConfig(**settings)
-    return found
+    return found | {"random": RouterConfig(**BASE, input_dropout=0.2, exploration=0.3, output_masking=0.3)}
 
 
 def products():

@@ -1,7 +1,6 @@
 """The axes of a router one by one, and the decision they make together."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choice_major_pairs
 from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.balance import LoadBalance, NoBalance
-from sparsejax.routers.candidates import Noise
-from sparsejax.routers.router import RouterConfig, count_experts, decide, jitter, report
+from sparsejax.routers.router import RouterConfig, count_experts, decide, report
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
 from sparsejax.routers.selectors import SELECTORS, TopK
 from sparsejax.routers.weights import Raw, Renormalized
@@ -109,24 +107,6 @@ class TestWeights:
         weights = by_token(Renormalized()(pairs, pairs.valid), pairs)
         experts = by_token(pairs.expert, pairs)
         assert_close(weights, jax.nn.softmax(jnp.take_along_axis(logits, experts, -1), axis=-1), 1e-6)
-
-
-class TestJitter:
-    def test_is_within_bounds_centred_and_a_rows_own(self):
-        x = jnp.ones((4, 50, 20))
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), jnp.arange(4))
-        draw = lambda x, keys: np.asarray(jitter(x, Noise(keys_B=keys, row_length=50, groups=x.shape[:2]), 0.1))  # noqa: E731
-        noise = draw(x, keys)
-        assert noise.min() >= 0.9 and noise.max() <= 1.1 and noise.max() - noise.min() > 0.19
-        np.testing.assert_allclose(noise.mean(), 1.0, atol=4 * 0.2 / math.sqrt(12 * noise.size))
-        alone = draw(x[2:3], keys[2:3])
-        assert np.array_equal(alone[0], noise[2]) and not np.array_equal(noise[1], noise[2])
-
-    def test_none_or_zero_leaves_the_input_alone(self):
-        x = jnp.ones((2, 3, 4))
-        assert jitter(x, None, 0.5) is x
-        keys = jax.random.split(jax.random.key(0), 2)
-        assert jitter(x, Noise(keys_B=keys, row_length=3, groups=(2, 3)), 0.0) is x
 
 
 def decided(config, logits, mask=MASK, factor=0.75):
