@@ -114,7 +114,7 @@ def assert_close(actual: Any, desired: Any, tolerance: float = 1e-5, atol: float
 def known(mask: np.ndarray, num_slots: int = 1, limit: int | None = None, **more: Any) -> Inputs:
     """What a router knows of groups of tokens with this mask `[G, S]`, in training."""
     mask = jnp.asarray(mask)
-    given: dict[str, Any] = {"tokens": jnp.zeros(mask.shape, jnp.int32), "domains": jnp.zeros(mask.shape, jnp.int32)}
+    given: dict[str, Any] = dict.fromkeys(("tokens", "previous", "domains"), jnp.zeros(mask.shape, jnp.int32))
     limits = jnp.full(mask.shape[0], num_slots if limit is None else limit, jnp.int32)
     return Inputs(mask=mask, limit=limits, num_slots=num_slots, **({"training": True} | given | more))
 

@@ -201,6 +201,8 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.selection.k (positive)": row(3, evaluation, **selection("positive")),
     f"{ROUTER}.selection.k (expert_choice)": row(3, evaluation, **selection("expert_choice"), **LEAKING),
     f"{ROUTER}.selection.k (hash)": row(3, evaluation, **selection("hash"), **RAW),
+    f"{ROUTER}.selection.kind (hash)": row("bigram", evaluation, **selection("hash"), **RAW),
+    f"{ROUTER}.selection.path (hash)": row("counts.npy", "tests/routers/test_tables.py::TestFiles"),
     f"{ROUTER}.selection.seed (hash)": row(3, evaluation, **selection("hash"), **RAW),
     f"{ROUTER}.selection.k (by_domain)": row(3, evaluation, **selection("by_domain"), **RAW),
     f"{ROUTER}.selection.k (sinkhorn)": row(2, training, **selection("sinkhorn"), **LEAKING, **RAW),

@@ -216,6 +216,7 @@ class Routing:
 
     mask: Bool[Array, "B T"]
     tokens: Int[Array, "B T"]
+    previous: Int[Array, "B T"]
     domains: Int[Array, "B T"]
     keys: Optional[PRNGKeyArray]  # [B]
     parameters: Parameters
@@ -244,6 +245,7 @@ class MoELayer(nnx.Module):
         routing = Routing(
             mask=batch.segments > 0,
             tokens=batch.tokens,
+            previous=batch.preceding(),
             domains=batch.domains,
             keys=_row_keys(context) if spec.router.needs_noise else None,
             parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
@@ -255,7 +257,8 @@ class MoELayer(nnx.Module):
 
         by_row: Any = P(BATCH_AXES)
         whole: Any = P()
-        specs = Routing(mask=by_row, tokens=by_row, domains=by_row, keys=by_row, parameters=whole, state=whole)
+        rows: Any = dict.fromkeys(("mask", "tokens", "previous", "domains", "keys"), by_row)
+        specs = Routing(**rows, parameters=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
         typed = not (spec.dropless and spec.implementation == "megablox")
@@ -286,6 +289,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
         inputs = Inputs(
             mask=mask_GS,
             tokens=routing.tokens.reshape(groups, size),
+            previous=routing.previous.reshape(groups, size),
             domains=routing.domains.reshape(groups, size),
             limit=jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)],
             num_slots=int(capacities[-1]),

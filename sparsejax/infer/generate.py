@@ -123,13 +123,14 @@ class Generator:
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.salts)
 
         def step(carry, _):
-            token_B, position_B, caches = carry
-            batch = _batch(token_B[:, None], position_B[:, None], prompts.real[:, None])
+            before_B, token_B, position_B, caches = carry
+            batch = _batch(token_B[:, None], position_B[:, None], prompts.real[:, None], before_B[:, None])
             out = lm(batch, mode="generate", caches=caches)
-            token_B = self._draw(out.logits[:, 0], keys_B, position_B)
-            return (token_B, position_B + 1, out.caches), token_B
+            next_B = self._draw(out.logits[:, 0], keys_B, position_B)
+            return (token_B, next_B, position_B + 1, out.caches), next_B
 
-        (_, _, caches), tokens_TB = jax.lax.scan(step, (prompts.last, prompts.lengths, caches), length=max_tokens)
+        start = (prompts.before, prompts.last, prompts.lengths, caches)
+        (*_, caches), tokens_TB = jax.lax.scan(step, start, length=max_tokens)
         return jax.sharding.reshard(tokens_TB.T, P(None, None)), caches
 
     def _draw(
@@ -145,7 +146,12 @@ class Generator:
         return draw(keys_B, position_B, jax.sharding.reshard(logits_BV, whole))
 
 
-def _batch(tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], real_BT: Bool[Array, "B T"]) -> Batch:
+def _batch(
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    real_BT: Bool[Array, "B T"],
+    previous_BT: Optional[Int[Array, "B T"]] = None,
+) -> Batch:
     """A batch without targets, each row one document."""
     nothing = jnp.zeros_like(tokens_BT)
     return Batch(
@@ -156,4 +162,5 @@ def _batch(tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], real_B
         loss_mask=nothing > 0,
         domains=nothing,
         rows=nothing[:, 0],
+        previous=previous_BT,
     )

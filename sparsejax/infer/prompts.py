@@ -25,6 +25,7 @@ class Prompts:
     tokens: Int[Array, "B T"]
     lengths: Int[Array, " B"]  # of `tokens` without padding: the position of the prompt's last token
     last: Int[Array, " B"]
+    before: Int[Array, " B"]  # the token before the last, −1 where there is none
     real: Bool[Array, " B"]  # False for rows that only fill the mesh
     salts: UInt32[Array, " B"]  # what a row's samples depend on beside the seed
 
@@ -52,15 +53,23 @@ def place_prompts(prompts: Sequence[np.ndarray], mesh: jax.sharding.Mesh) -> Pro
     longest = max(len(prompt) for prompt in prompts) - 1
     padded = max(SHORTEST, 1 << max(longest - 1, 0).bit_length())
     tokens_BT, salts_B = np.zeros((rows, padded), np.int32), np.zeros(rows, np.uint32)
-    lengths_B, last_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    lengths_B, last_B, before_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
     seen: Counter[bytes] = Counter()
     for row, prompt in enumerate(prompts):
         *start, last_B[row] = prompt
         tokens_BT[row, : len(start)], lengths_B[row] = start, len(start)
+        before_B[row] = start[-1] if start else -1
         content = np.asarray(prompt, np.int32).tobytes()
         salts_B[row] = zlib.crc32(content, seen[content])
         seen[content] += 1
     real_B = np.arange(rows) < len(prompts)
-    host = {"tokens": tokens_BT, "lengths": lengths_B, "last": last_B, "real": real_B, "salts": salts_B}
+    host = {
+        "tokens": tokens_BT,
+        "lengths": lengths_B,
+        "last": last_B,
+        "before": before_B,
+        "real": real_B,
+        "salts": salts_B,
+    }
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return Prompts(**{name: jax.device_put(array, sharding) for name, array in host.items()})

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.base.sharding import AXES, BATCH_AXES, MeshConfig
-from sparsejax.base.structs import Batch
+from sparsejax.base.structs import LOADED
 from sparsejax.train.config import ExperimentConfig
 
 
@@ -23,7 +23,7 @@ def abstract_batch(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> dict[
     sharding = NamedSharding(mesh, P(None, BATCH_AXES))
     rows = (config.train.accumulation, config.microbatch_size)
     tokens = (*rows, config.data.sequence_length)
-    shapes = dict.fromkeys(Batch.__dataclass_fields__, (tokens, jnp.int32))
+    shapes = dict.fromkeys(LOADED, (tokens, jnp.int32))
     shapes |= {"loss_mask": (tokens, jnp.bool_), "rows": (rows, jnp.int32)}
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 

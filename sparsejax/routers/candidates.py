@@ -30,6 +30,7 @@ class Inputs:
 
     mask: Bool[Array, "G S"]  # False for padding
     tokens: Int[Array, "G S"]  # vocabulary ids
+    previous: Int[Array, "G S"]  # the id before each in its document, −1 for none
     domains: Int[Array, "G S"]
     limit: Int[Array, " G"]  # slots of an expert in this group, at most `num_slots`
     num_slots: int

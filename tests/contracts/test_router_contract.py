@@ -69,6 +69,7 @@ AXES = {
 VARIANTS = {
     ("selection", "top_k"): {"top_1": {"k": 1}, "top_2": {"k": 2}},
     ("selection", "second_expert"): {p: {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")},
+    ("selection", "hash"): {"hash": {}, "bigram": {"kind": "bigram"}},
     ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum")},
     ("overflow", "next_best"): {"next_best": {"rounds": 1}},
     ("weight", "renormalized"): {"before": {"drop": "before"}, "after": {"drop": "after"}},
@@ -77,6 +78,7 @@ VARIANTS = {
 """Settings of an entry that are a mechanism of their own; an entry that is not named has its defaults."""
 PARTNERS = {
     ("selection", "hash"): {"weight": Constant()},
+    ("selection", "bigram"): {"weight": Constant()},
     ("selection", "by_domain"): {"weight": Raw()},
     ("selection", "top_1"): {"weight": Raw()},
     ("selection", "sinkhorn"): {"weight": Raw()},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.structs import Batch
+from sparsejax.base.structs import LOADED
 from sparsejax.data.config import DataConfig
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import RowSource, batches, eval_batches, num_eval_batches, train_rows
@@ -36,7 +36,7 @@ def assert_same(left, right):
 def test_a_batch_has_the_fields_of_batch_and_the_rows_of_its_step(corpus):
     source = train_rows(corpus, CONFIG, seed=0)
     batch = take(batches(source, batch_size=6, start_step=4), 1)[0]
-    assert set(batch) == set(Batch.__dataclass_fields__)
+    assert set(batch) == set(LOADED)
     assert batch["tokens"].shape == (6, 32) and batch["rows"].tolist() == [0, 1, 2, 3, 4, 5]
     assert all(array.dtype == (bool if name == "loss_mask" else np.int32) for name, array in batch.items())
     for index in range(6):

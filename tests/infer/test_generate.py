@@ -10,7 +10,7 @@ from sparsejax.infer.prompts import SHORTEST, place_prompts
 from sparsejax.infer.sampling import Sampling
 from sparsejax.model.lm import init_caches
 
-from tiny import CUBE, DENSE, ONE, SPARSE, SWITCH, batch_of, forward, greedy_without_cache, mesh_of, variables
+from tiny import BIGRAM, CUBE, DENSE, ONE, SPARSE, SWITCH, batch_of, forward, greedy_without_cache, mesh_of, variables
 
 A, B, C = np.array([5, 9, 2, 7]), np.array([11]), np.arange(20) * 3 % 64
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(top_k=40)
@@ -57,11 +57,11 @@ class TestCaches:
 
 
 class TestGenerator:
-    @pytest.mark.parametrize("shape", [ONE, CUBE])
-    def test_greedy_continuations_are_those_without_a_cache(self, generators, shape):
+    @pytest.mark.parametrize(("config", "shape"), [(SPARSE, ONE), (SPARSE, CUBE), (BIGRAM, ONE)])
+    def test_greedy_continuations_are_those_without_a_cache(self, generators, config, shape):
         with jax.set_mesh(mesh_of(shape)):
-            want = greedy_without_cache(SPARSE, mesh_of(shape), [A, B, C], 6)
-        np.testing.assert_array_equal(generators([A, B, C], mesh=shape), want)
+            want = greedy_without_cache(config, mesh_of(shape), [A, B, C], 6)
+        np.testing.assert_array_equal(generators([A, B, C], config=config, mesh=shape), want)
 
     def test_a_sampled_continuation_does_not_depend_on_the_other_prompts(self, generators):
         together = generators([A, C, B], SAMPLED)

@@ -14,7 +14,7 @@ from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.selectors import TopK
+from sparsejax.routers.selectors import Hash, TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.state import Variables, abstract_model, variable_specs
 
@@ -55,6 +55,16 @@ SWITCH = dataclasses.replace(
         ),
     },
 )
+
+BIGRAM = dataclasses.replace(
+    SPARSE,
+    tied_head=False,  # a tied one likes to repeat itself
+    blocks={
+        "dense": DenseSpec(d_ff=32),
+        "moe": MoESpec(num_experts=4, d_ff=32, router=RouterConfig(selection=Hash(kind="bigram"), weight=Raw())),
+    },
+)
+"""Experts that depend on the token before, too."""
 
 DENSE = dataclasses.replace(SPARSE, pattern=("dense",), blocks={"dense": DenseSpec(d_ff=32)})
 

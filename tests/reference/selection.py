@@ -46,8 +46,8 @@ def positive(scores: np.ndarray, k: int) -> set[tuple[int, int]]:
     return {(s, e) for s, e in top_k(scores, k) if scores[s, e] > 0}
 
 
-def hash_experts(token: int, num_experts: int, k: int, seed: int) -> list[int]:
-    """The k experts with the largest hash of (token, expert), in whole numbers modulo 2³²."""
+def mix(left: int, right: int, seed: int) -> int:
+    """A hash of two numbers, in whole numbers modulo 2³²."""
     word = 0xFFFFFFFF
 
     def finalise(value: int) -> int:
@@ -55,8 +55,12 @@ def hash_experts(token: int, num_experts: int, k: int, seed: int) -> list[int]:
         value = ((value ^ (value >> 13)) * 0xC2B2AE35) & word
         return value ^ (value >> 16)
 
-    of_expert = [finalise((finalise(token ^ seed) * 0x9E3779B1 + e) & word) for e in range(num_experts)]
-    return sorted(range(num_experts), key=lambda e: -of_expert[e])[:k]
+    return finalise((finalise(left ^ seed) * 0x9E3779B1 + right) & word)
+
+
+def hash_experts(token: int, num_experts: int, k: int, seed: int) -> list[int]:
+    """The k experts with the largest hash of (token, expert)."""
+    return sorted(range(num_experts), key=lambda e: -mix(token, e, seed))[:k]
 
 
 def expert_choice(scores: np.ndarray, mask: np.ndarray, limit: int) -> set[tuple[int, int]]:
@@ -112,3 +116,19 @@ def next_best(ranking: np.ndarray, mask: np.ndarray, limit: int, rounds: int) ->
                 served[s], choice[s] = True, wanted
                 free[wanted] -= 1
     return choice, served
+
+
+def bigram_experts(token: int, previous: int, num_experts: int, k: int, seed: int) -> list[int]:
+    """As `hash_experts` of the hash of both ids; `previous` is −1 at the start of a document."""
+    return hash_experts(mix(token, previous + 1, seed), num_experts, k, seed)
+
+
+def balanced_table(counts: list[int], num_experts: int, k: int) -> list[list[int]]:
+    """Ids from the most frequent on, each to the k least loaded experts, then those with fewest ids, then the lower."""
+    load, ids, table = [0] * num_experts, [0] * num_experts, [[] for _ in counts]
+    for token in sorted(range(len(counts)), key=lambda t: (-counts[t], t)):
+        table[token] = sorted(range(num_experts), key=lambda e: (load[e], ids[e], e))[:k]
+        for e in table[token]:
+            load[e] += counts[token]
+            ids[e] += 1
+    return table
