@@ -131,7 +131,8 @@ def candidates(scores: Any, mask: np.ndarray | None = None, **more: Any) -> Cand
 def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.State:
     """Host parameters of one MoE layer; settings without parameters do not change them."""
     keeps = {"controller": spec.router.controller, "logits": spec.router.logits}  # have variables of their own
-    one = RouterConfig(selection=TopK(k=1), weight=Raw(), **keeps) if spec.router.learned else presets.hash_layer()
+    selection = spec.router.selection if spec.router.selection.traits.sparse else TopK(k=1)  # a controller may ask so
+    one = RouterConfig(selection=selection, weight=Raw(), **keeps) if spec.router.learned else presets.hash_layer()
     fields = {name: getattr(spec, name) for name in ("num_experts", "d_ff", "gated", "shared_experts")}
     shaped = MoESpec(**fields, router=one)
     if spec != shaped:

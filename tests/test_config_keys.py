@@ -155,6 +155,7 @@ LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
 BY_SCORE = {f"{ROUTER}.order": "by_score"}
 NEXT_BEST = {f"{ROUTER}.overflow": "next_best"}
 MOMENTUM = {f"{ROUTER}.controller.rule": "momentum"}
+SPARSITY = selection("positive") | {f"{ROUTER}.score": "relu", f"{ROUTER}.controller": "sparsity"}
 ADAFACTOR = {"optimizer": "adafactor"}
 WSD = {"optimizer__schedule": "wsd"}
 SPREAD = {"mesh__data": 2, "mesh__expert": 2, "mesh__tensor": 2}
@@ -199,6 +200,7 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.selection.p (top_p)": row(0.3, evaluation, **selection("top_p")),
     f"{ROUTER}.selection.k (top_p)": row(3, evaluation, **selection("top_p")),
     f"{ROUTER}.selection.k (positive)": row(3, evaluation, **selection("positive")),
+    f"{ROUTER}.selection.most (positive)": row(5, evaluation, **selection("positive")),
     f"{ROUTER}.selection.k (expert_choice)": row(3, evaluation, **selection("expert_choice"), **LEAKING),
     f"{ROUTER}.selection.k (hash)": row(3, evaluation, **selection("hash"), **RAW),
     f"{ROUTER}.selection.kind (hash)": row("bigram", evaluation, **selection("hash"), **RAW),
@@ -222,6 +224,8 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.controller.rate (loss_free)": row(0.1, training, **LOSS_FREE),
     f"{ROUTER}.controller.rule (loss_free)": row("proportional", training, **LOSS_FREE),
     f"{ROUTER}.controller.momentum (loss_free)": row(0.5, training, **LOSS_FREE, **MOMENTUM),
+    f"{ROUTER}.controller.initial (sparsity)": row(1e-6, training, **SPARSITY),
+    f"{ROUTER}.controller.factor (sparsity)": row(1.5, training, **SPARSITY),
     f"{ROUTER}.controller.decay (quantile)": row(0.5, training, **{f"{ROUTER}.controller": "quantile"}),
     f"{ROUTER}.order.name": row("token_major", evaluation),
     f"{ROUTER}.overflow.name": row("next_best", evaluation, **TOP_1, **LEAKING, **BY_SCORE),

@@ -36,6 +36,7 @@ class MoEReport:
     block_rows: Optional[Int[Array, "*R"]] = None  # slots of a dropless layer that were blocks of uneven loads
     dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
+    pressed_sum: Optional[Float[Array, "*R E"]] = None  # coefficient · Σ over tokens of scores, of a controller's loss
 
     @property
     def dropped(self) -> Int[Array, "*R E"]:

@@ -178,14 +178,17 @@ class MoESpec(BlockSpec):
             )
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
-        """Balance and z-loss, each coefficient · the layer's value, summed over the layers stacked in `report`."""
+        """Balance, z-loss and that of the controller, if it has one: coefficient · the layer's value, summed over the
+        layers stacked in `report`."""
         moe, k = _moe(report), self.experts_per_token
         all_pairs = None if counted is None else _moe(counted)
         balance = balance_loss(
             moe, self.router.balance, k, totals.tokens, totals.rows, totals.microbatches, counted=all_pairs
         )
         z = moe.z_sum / jnp.maximum(totals.tokens, 1)
-        return {"balance": balance, "router_z": self.router.z_loss * z.sum()}
+        terms = {"balance": balance, "router_z": self.router.z_loss * z.sum()}
+        pressure = self.router.controller.loss(moe, totals.tokens, k)
+        return terms if pressure is None else terms | {"sparsity": pressure}
 
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
         return moe_ratios(_moe(report), self.experts_per_token) | {"moe/capacity_factor": self.factor(mode)}

@@ -60,6 +60,7 @@ class Traits:
     train_only: bool = False  # evaluation and generation take the k best by score instead
     needs: frozenset[str] = frozenset()  # of: noise, tokens, domains
     fits: bool = False  # slots are its selection: no pair is dropped; generation takes the k best by score instead
+    sparse: bool = False  # an expert whose score is 0 is not chosen
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
 
 

@@ -9,11 +9,13 @@ from typing import Literal, Optional, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
 from sparsejax.base.reports import MoEReport
+from sparsejax.routers.candidates import Selector
+from sparsejax.routers.sparsity import Sparsity
 
 State = Float[Array, "*R N E"]
 
@@ -31,13 +33,41 @@ class Controller(Protocol):
         correction in it."""
         ...
 
+    def check(self, selection: Selector) -> None:
+        """Raises `ConfigError` when there is nothing to control in this selection."""
+        ...
+
+    def pressure(
+        self, state: Float[Array, "N E"], scores_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]
+    ) -> Optional[Float[Array, " E"]]:
+        """Sum over tokens of the scores times a coefficient of its own: what its loss is made of, with gradient."""
+        ...
+
+    def loss(self, report: MoEReport, tokens: Int[Array, ""], k: int) -> Optional[Float[Array, ""]]:
+        """What one microbatch adds to the loss of a step with so many tokens, summed over the layers stacked in
+        `report`."""
+        ...
+
     def update(self, state: State, report: MoEReport, k: int) -> State:
         """The state for the next step. `report` is the whole step's; leading axes are repeats of the layer."""
         ...
 
 
+class WithoutLoss:
+    """What controllers that move the ranking alone have in common."""
+
+    def check(self, selection: Selector) -> None:
+        pass
+
+    def pressure(self, state, scores_GSE, mask_GS) -> None:
+        return None
+
+    def loss(self, report: MoEReport, tokens, k: int) -> None:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class NoController:
+class NoController(WithoutLoss):
     """Nothing is added."""
 
     rows = 0
@@ -50,7 +80,7 @@ class NoController:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossFree:
+class LossFree(WithoutLoss):
     """Bias towards experts with too little load (Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437).
 
     With the load error ε_e = 1 − load_e / mean load: `sign` adds rate · sign(ε), `proportional` rate · ε, `momentum`
@@ -96,7 +126,7 @@ class LossFree:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantile:
+class Quantile(WithoutLoss):
     """Quantile balancing (arXiv:2607.24653): one dual step of the balanced assignment on every batch, for the next.
 
     For each group of S tokens: α_t is the (k + 1)-th largest corrected score of token t, and β_e the (kS/E + 1)-th
@@ -128,4 +158,6 @@ class Quantile:
         return (bias - bias.mean(-1, keepdims=True))[..., None, :]
 
 
-CONTROLLERS = Registry("controller", {"none": NoController, "loss_free": LossFree, "quantile": Quantile})
+CONTROLLERS = Registry(
+    "controller", {"none": NoController, "loss_free": LossFree, "quantile": Quantile, "sparsity": Sparsity}
+)

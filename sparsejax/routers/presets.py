@@ -19,6 +19,7 @@ from sparsejax.routers.orders import Priority
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import Relu, Sigmoid, SqrtSoftplus
+from sparsejax.routers.sparsity import Sparsity
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK
 from sparsejax.routers.weights import Constant, Raw, Renormalized
@@ -144,9 +145,12 @@ def quantile_balanced() -> RouterConfig:
 
 
 def remoe() -> RouterConfig:
-    """Every expert with a positive ReLU score, at most 4 (arXiv:2412.14711). In place of the paper's adaptive L1 term,
-    which sets the sparsity, stand the limit of 4 and f · P."""
-    return RouterConfig(score=Relu(), selection=Positive(k=4), weight=Raw(), z_loss=0.0)
+    """Every expert with a positive ReLU score, whose number an adaptive L1 loss brings down to 4 (arXiv:2412.14711).
+    The first hundred steps or so are denser than that, so that scarce slots drop much. The paper has one coefficient,
+    here every layer has its own."""
+    return RouterConfig(
+        score=Relu(), selection=Positive(k=4), controller=Sparsity(), weight=Raw(), balance=NoBalance(), z_loss=0.0
+    )
 
 
 PRESETS: Mapping[str, Callable[[], RouterConfig]] = {

@@ -84,10 +84,11 @@ class RouterConfig:
             raise ConfigError(
                 "controller", "quantile balances over all experts and knows no limit; allowed: limit=none"
             )
-        try:
-            self.overflow.check(self.selection)
-        except ConfigError as error:
-            raise error.below("overflow") from None
+        for axis in ("overflow", "controller"):
+            try:
+                getattr(self, axis).check(self.selection)
+            except ConfigError as error:
+                raise error.below(axis) from None
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
         for name in ("jitter", "input_dropout", "output_masking"):
@@ -166,6 +167,7 @@ class Decision:
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
     dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
+    pressed_E: Optional[Float[Array, " E"]]  # what its loss is made of
 
 
 def route(
@@ -204,6 +206,7 @@ def decide(
     if state is not None:
         ranking_GSE = ranking_GSE + state[0]
     dual = config.controller.measure(ranking_GSE, inputs.mask, k)
+    pressed_E = None if state is None else config.controller.pressure(state, scores_GSE, inputs.mask)
     candidates = Candidates(
         scores=scores_GSE,
         ranking=config.limit(explore(ranking_GSE, inputs.noise, config.exploration)),
@@ -230,6 +233,7 @@ def decide(
         logits_GSE=logits_GSE,
         probabilities_GSE=as_probabilities(scores_GSE),
         dual=dual,
+        pressed_E=pressed_E,
     )
 
 
@@ -257,6 +261,7 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
         balance_units=jnp.float32(0),
         dual_sum=dual_sum,
         dual_units=dual_units,
+        pressed_sum=decision.pressed_E,
     )
 
 

@@ -1,7 +1,7 @@
 """Selectors in which each token takes its best experts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -132,14 +132,24 @@ class TopP(ChoosesK):
 
 @dataclass(frozen=True, kw_only=True)
 class Positive(ChoosesK):
-    """Every expert whose score is positive, at most `k`, for scores that can be 0 (ReMoE, arXiv:2412.14711)."""
+    """Every expert whose score is positive, for scores that can be 0 (ReMoE, arXiv:2412.14711).
+
+    Nothing here makes them `k` on average, which capacity counts on: controller=sparsity does. `most` bounds those of a
+    token, and with them the length of the list of pairs."""
 
     k: int = 4
+    most: Optional[int] = None  # the highest of the positive; None: all of them
 
-    traits = Traits(variable_k=True)
+    traits = Traits(variable_k=True, sparse=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.most is not None and self.most < self.k:
+            raise ConfigError("most", f"{self.most} is less than k={self.k}")
 
     def __call__(self, candidates: Candidates) -> Pairs:
-        experts_GSK, scores_GSK = take_best(candidates, self.k)
+        num_experts = candidates.ranking.shape[-1]
+        experts_GSK, scores_GSK = take_best(candidates, min(self.most or num_experts, num_experts))
         return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask, scores_GSK > 0)
 
 

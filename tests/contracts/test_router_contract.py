@@ -28,7 +28,7 @@ from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import SCORES, Relu
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.tables import Hash
-from sparsejax.routers.top_k import TopK
+from sparsejax.routers.top_k import Positive, TopK
 from sparsejax.routers.weights import WEIGHTS, Constant, Raw
 
 from support import (
@@ -84,6 +84,7 @@ PARTNERS = {
     ("selection", "sinkhorn"): {"weight": Raw()},
     ("selection", "balanced_assignment"): {"weight": Raw()},
     ("selection", "positive"): {"score": Relu(), "weight": Raw()},
+    ("controller", "sparsity"): {"selection": Positive(k=2), "score": Relu(), "weight": Raw()},
     ("overflow", "next_best"): {"selection": TopK(k=1), "weight": Raw()},
     ("weight", "constant"): {"selection": Hash(k=2)},
 }

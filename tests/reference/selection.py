@@ -132,3 +132,13 @@ def balanced_table(counts: list[int], num_experts: int, k: int) -> list[list[int
             load[e] += counts[token]
             ids[e] += 1
     return table
+
+
+def pressed(scores: np.ndarray, k: int) -> float:
+    """Σ_e f_e · (mean score of e) over the tokens of one unit, f_e = E/k times its positive scores per token."""
+    tokens, num_experts = scores.shape
+    value = 0.0
+    for e in range(num_experts):
+        chosen = sum(1 for s in range(tokens) if scores[s, e] > 0)
+        value += num_experts / k * chosen / tokens * sum(scores[s, e] for s in range(tokens)) / tokens
+    return float(value)

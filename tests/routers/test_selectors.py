@@ -18,6 +18,7 @@ from sparsejax.routers.noise import Gaussian, Gumbel
 from sparsejax.routers.orders import ORDERS, Random
 from sparsejax.routers.plans import BalancedAssignment
 from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
 from sparsejax.routers.weights import Raw, Renormalized
@@ -72,12 +73,20 @@ def check(pairs, scores, expected):
             lambda g: slow.second_expert(SCORES[g], lambda x: x > 0.3),
         ),
         (TopP(p=0.6, k=4), SCORES, lambda g: slow.top_p(SCORES[g], 0.6, 4)),
-        (Positive(k=3), SPARSE, lambda g: slow.positive(SPARSE[g], 3)),
+        (Positive(k=3, most=3), SPARSE, lambda g: slow.positive(SPARSE[g], 3)),
+        (Positive(k=3), SPARSE, lambda g: slow.positive(SPARSE[g], EXPERTS)),
     ],
     ids=lambda value: str(value) if dataclasses.is_dataclass(value) else "",
 )
 def test_token_choice_against_loops(selector, scores, expected):
     check(jax.jit(lambda s: selector(candidates(s, MASK)))(scores), scores, expected)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selection_leaves_scores_of_0_out_exactly_when_it_says_so(name):
+    nothing = candidates(np.zeros_like(SCORES), MASK, num_slots=4)
+    pairs = SELECTORS[name]()(nothing)
+    assert bool(pairs.valid.any()) != SELECTORS[name]().traits.sparse
 
 
 class TestPrototypes:
