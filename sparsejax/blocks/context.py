@@ -21,11 +21,12 @@ class Context:
     batch: Batch
     mode: Mode
     key: Optional[PRNGKeyArray] = None
+    step_key: Optional[PRNGKeyArray] = None  # the same for all layers, `key` where there is but one
 
     def at_layer(self, layer: int | Int[Array, ""]) -> "Context":
         """The same with a key of the layer's own."""
         key = None if self.key is None else jax.random.fold_in(self.key, layer)
-        return Context(batch=self.batch, mode=self.mode, key=key)
+        return Context(batch=self.batch, mode=self.mode, key=key, step_key=self.key)
 
 
 @struct

@@ -1,7 +1,9 @@
 """The mixture-of-experts block: route, dispatch, exchange, compute, combine."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -55,6 +57,7 @@ class MoESpec(BlockSpec):
     )
     capacity_factor: float = 1.25  # in training
     eval_capacity_factor: float = 2.0  # in evaluation; generation has a slot for every token
+    gating_dropout: float = 0.0  # in training this share of steps goes without the routed experts of all layers
     capacity_convention: CapacityConvention = "per_choice"
     dispatch: Literal["gather", "einsum", "grouped"] = "gather"  # grouped: dropless
     grouped_matmul: Literal["auto", "slots", "megablox", "ragged_dot"] = "auto"  # auto: megablox on TPU, else slots
@@ -79,6 +82,8 @@ class MoESpec(BlockSpec):
             self.router.check(self.num_experts)
         except ConfigError as error:
             raise error.below("router") from None
+        if not 0 <= self.gating_dropout < 1:
+            raise ConfigError("gating_dropout", f"{self.gating_dropout} is outside [0, 1)")
         if self.shared_experts < 0:
             raise ConfigError("shared_experts", f"{self.shared_experts} is negative")
 
@@ -266,12 +271,25 @@ class MoELayer(nnx.Module):
         # Pallas calls carry no varying-axes types.
         typed = not (spec.dropless and spec.implementation == "megablox")
         run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P()), check_vma=typed)
-        y_BTD, moe = run(x_BTD.astype(self.experts.dtype), routing, *weights)
+        compute = functools.partial(run, x_BTD.astype(self.experts.dtype), routing, *weights)
+        y_BTD, moe = _now_and_then(compute, spec.gating_dropout, context)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
         if self.shared is not None:
             y_BTD = y_BTD + checkpoint_name(self.shared(x_BTD), "mlp")
         return y_BTD, moe
+
+
+def _now_and_then(compute: Callable[[], Any], dropout: float, context: Context) -> Any:
+    """`compute()`, or with probability `dropout` zeros of its shape, without computing or communicating anything
+    (Gate-Expert-Drop, arXiv:2205.14336). One coin a step for all layers, microbatches and devices; none is tossed
+    outside training."""
+    key = context.key if context.step_key is None else context.step_key
+    if key is None or dropout == 0:
+        return compute()
+    like = jax.eval_shape(compute)
+    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), like)  # noqa: E731
+    return jax.lax.cond(jax.random.bernoulli(key, dropout), nothing, compute)
 
 
 def _row_keys(context: Context) -> Optional[Array]:
