@@ -87,10 +87,12 @@ class TestSpec:
     def test_a_quarter_of_the_tokens_in_torchscales_evaluation(self):
         spec = MoESpec(num_experts=8, capacity_convention="torchscale")
         assert [spec.capacities(50, mode)[-1] for mode in ("train", "eval", "generate")] == [14, 13, 50]
-        assert set(spec.unused()) == {"capacity_factor", "eval_capacity_factor"}
+        factors = {"capacity_factor", "eval_capacity_factor"}
+        assert factors & set(spec.unused()) == factors
         top_1 = RouterConfig(selection=TopK(k=1), weight=Raw())
-        assert set(MoESpec(router=top_1, capacity_convention="torchscale").unused()) == {"eval_capacity_factor"}
-        assert not MoESpec(capacity_convention="tutel").unused()
+        one = MoESpec(router=top_1, capacity_convention="torchscale")
+        assert factors & set(one.unused()) == {"eval_capacity_factor"}
+        assert not factors & set(MoESpec(capacity_convention="tutel").unused())
 
     def test_slots_that_are_the_selection_are_those_of_training(self):
         router = RouterConfig(selection=ExpertChoice(), allow_leak=True)
