@@ -99,7 +99,7 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     if verb == "train":
         assert file is not None  # `_config_file` sees to it
         workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
-        return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change)
+        return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change, args.init_from)
     if verb == "eval":
         return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
     if verb == "generate":
@@ -194,6 +194,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
 
 def _train_flags(add: Callable[..., Any]) -> None:
     add("--allow-config-change", action="store_true", help="resume although the config differs from the checkpoint's")
+    add("--init-from", type=_folder, metavar="RUN", help="begin with the parameters of another run's newest checkpoint")
 
 
 def _eval_flags(add: Callable[..., Any]) -> None:

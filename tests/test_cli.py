@@ -102,16 +102,19 @@ def refused(run, *argv):
 def test_train(run):
     Path("exp.py").write_text(CONFIG_FILE)
     assert run("train", "--config=exp.py:5", "--config.mesh.expert", "2", "--config.mesh.tensor=3") == 0
-    loaded, workdir, allow = run.calls[0]
-    assert (loaded.config, workdir, allow) == (
+    loaded, workdir, allow, init_from = run.calls[0]
+    assert (loaded.config, workdir, allow, init_from) == (
         Experiment(steps=5, mesh=Mesh(expert=2, tensor=3)),
         Path("runs/exp"),
         False,
+        None,
     )
     assert (loaded.provenance["steps"], loaded.provenance["mesh.tensor"]) == ("file", "command line")
     assert run.counts == [6]
     assert run("train", "--config=exp.py", "--workdir=elsewhere", "--allow-config-change") == 0
-    assert run.calls[1][1:] == (Path("elsewhere"), True)
+    assert run.calls[1][1:] == (Path("elsewhere"), True, None)
+    assert run("train", "--config=exp.py", "--init-from=runs/dense") == 0
+    assert run.calls[2][3] == Path("runs/dense")
 
 
 def test_mesh_is_short_for_the_config(run):
@@ -176,6 +179,7 @@ def test_parity_needs_no_run_and_leaves_the_config_alone(run):
             "--mesh is given 2 times; train takes one mesh",
         ),
         (["train", "--workdir"], "argument --workdir: expected one argument"),
+        (["train", "--init-from="], "argument --init-from: '' is not a folder"),
         (["train", "--workdir="], "argument --workdir: '' is not a folder"),
         (["plan", "--workdir", ""], "argument --workdir: '' is not a folder"),
         (["train"], "train needs --config=FILE.py (configs/quickstart.py is the default experiment)"),

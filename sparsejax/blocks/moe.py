@@ -30,6 +30,7 @@ from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
+from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_copies
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.mlp import MLP, Experts, ffn_weights, ffn_width
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
@@ -200,6 +201,11 @@ class MoESpec(BlockSpec):
 
     def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
         return self.router.controller.update(state, _moe(report), self.experts_per_token)
+
+    def continued(self, fresh: Arrays, trained: Arrays) -> dict[str, Array]:
+        """From a dense block, a mixture of copies."""
+        alike = any(name.startswith("feed_forward/experts/") for name in trained)
+        return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router)
 
     def settle(self, report: Report) -> Report:
         """A global balance is that of the summed loads."""

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sparsejax.base.reports import Report
 from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.context import Mode, Totals
+from sparsejax.blocks.upcycling import Arrays, copied
 from sparsejax.nn.backbone import Backbone
 
 
@@ -90,6 +91,12 @@ class BlockSpec(abc.ABC):
     def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
         """The balancing state of its layers for the next step, from the settled report of this one."""
         return state
+
+    def continued(self, fresh: Arrays, trained: Arrays) -> dict[str, Array]:
+        """The block's parameters, `fresh` by path, when it begins with what another run's block has learned.
+
+        Raises `RequestError`, which names the arrays, when that block does not fit."""
+        return copied(fresh, trained)
 
     def settle(self, report: Report) -> Report:
         """The step's report, once its microbatches are summed, with what only the whole step can tell."""

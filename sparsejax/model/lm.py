@@ -12,7 +12,7 @@ from sparsejax.base.reports import MoEReport, Report, Reports
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Context, Mode, Totals
 from sparsejax.model.config import Layer, ModelConfig
-from sparsejax.model.stack import Caches, Stack
+from sparsejax.model.stack import Caches, Stack, place
 from sparsejax.nn.attention import HEADS_SPEC, ROWS_SPEC, KVCache
 from sparsejax.nn.embed import Embedding, Head
 from sparsejax.nn.linear import RMSNorm
@@ -89,8 +89,7 @@ def next_balancing(config: ModelConfig, model_state: nnx.State, reports: Reports
     """The model's balancing state after a step with these settled reports: once per step, whatever remat recomputes."""
     flat = dict(nnx.to_flat_state(model_state))
     for path, variable in flat.items():
-        where, *_, number = path[1 : 3 if path[1] != "units" else 4]  # stack.prefix.0… or stack.units.blocks.0…
-        position = f"{'pattern' if where == 'units' else where}_{number}"
+        position, _ = place(path)
         spec = config.blocks[config.positions[position]]
         flat[path] = variable.replace(spec.next_state(variable[...], reports[position]))
     return nnx.from_flat_state(flat)

@@ -1,6 +1,6 @@
 """The stack of blocks: prefix, the repeated pattern (scanned, or unrolled with the same parameters), suffix."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import jax
@@ -104,6 +104,14 @@ class Stack(nnx.Module):
             outputs.append(output)
         reports, new_caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
         return x_BTD, reports, new_caches
+
+
+def place(path: Sequence[Any]) -> tuple[str, str]:
+    """(position, path within the block) of a variable of the stack, from its path in the model."""
+    where, *rest = (
+        path[1:] if path[1] != "units" else ("pattern", *path[3:])
+    )  # stack.prefix.0… or stack.units.blocks.0…
+    return f"{where}_{rest[0]}", "/".join(map(str, rest[1:]))
 
 
 def _build(key: PRNGKeyArray, names: tuple[str, ...], config: ModelConfig) -> list[nnx.Module]:

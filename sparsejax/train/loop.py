@@ -28,14 +28,23 @@ from sparsejax.train.signals import StopOnSignal
 from sparsejax.train.state import TrainState, abstract_state, make_optimizer, new_state
 from sparsejax.train.step import Microbatches, StepReport, make_train_step
 from sparsejax.train.summary import closing_lines
+from sparsejax.train.upcycle import begin_from, check_resumed
 from sparsejax.train.workdir import open_workdir
 
 
-def train(loaded: Loaded[ExperimentConfig], workdir: Path, allow_config_change: bool = False) -> int:
+def train(
+    loaded: Loaded[ExperimentConfig],
+    workdir: Path,
+    allow_config_change: bool = False,
+    init_from: Optional[Path] = None,
+) -> int:
     """Trains, or resumes what `workdir` holds, until `train.steps` or a signal. Returns the exit status.
 
+    Args:
+      init_from: the folder of a run whose parameters a new run begins with.
+
     Raises:
-      RequestError: config, corpus or folder do not fit; nothing has been written then.
+      RequestError: config, corpus or a folder do not fit; nothing has been written then.
       RunError: the run failed: the disk refused, all checkpoints are damaged, losses stayed non-finite.
     """
     config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
@@ -44,16 +53,25 @@ def train(loaded: Loaded[ExperimentConfig], workdir: Path, allow_config_change: 
     mesh = make_mesh(config.mesh)
     check_platform(config, mesh)
     saving = config.checkpoint
+    begun, notes = None, []
+    if init_from is not None and Checkpoints(workdir / "checkpoints", saving.every, saving.keep).steps():
+        notes = [check_resumed(workdir, init_from)]
+    elif init_from is not None:
+        with jax.set_mesh(mesh):
+            begun = begin_from(init_from, config, corpus, mesh)
+        notes = begun.lines()
     with open_workdir(workdir) as folder, jax.set_mesh(mesh), StopOnSignal() as stop:
         checkpoints = Checkpoints(folder / "checkpoints", saving.every, saving.keep, saving.keep_every)
         with contextlib.closing(checkpoints), contextlib.closing(Display()) as display:
             resume_step = checkpoints.latest_good()
             changes = [] if resume_step is None else changes_since(folder, loaded, corpus.info, allow_config_change)
             run = _Run(config, corpus, mesh, folder, checkpoints, display, stop)
-            state = run.begin(resume_step)
+            state = run.begin(resume_step) if begun is None else begun.state
             write_config(folder, loaded, corpus.info)  # not before the checkpoint has been found to fit
-            for line in changes:
-                display.note(f"changed: {line}")
+            if begun is not None:
+                begun.write(folder)
+            for line in [*notes, *(f"changed: {line}" for line in changes)]:
+                display.note(line)
             return run.go(state, resume_step or 0)
 
 

@@ -1,5 +1,6 @@
 """What a run carries from step to step, its layout on the mesh, and how it begins."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,9 +85,16 @@ def state_specs(config: ExperimentConfig, tx: optax.GradientTransformation) -> A
 def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
     """A new run's state, a pure function of `train.seed`: the same values on every mesh. To be called under
     `jax.jit`."""
-    specs = state_specs(config, tx)
     model = LanguageModel(jax.random.key(config.train.seed), config.model)
     _, params, model_state = nnx.split(model, nnx.Param, ...)
+    return first_state(config, tx, params, model_state)
+
+
+def first_state(
+    config: ExperimentConfig, tx: optax.GradientTransformation, params: nnx.State, model_state: nnx.State
+) -> TrainState:
+    """The state of a run that begins with these variables. To be called under `jax.jit`."""
+    specs = state_specs(config, tx)
     params = _place(params, specs.params)
     state = TrainState(
         step=jnp.int32(0),
@@ -100,12 +108,17 @@ def init_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> Tr
 
 
 def new_state(config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
-    """`init_state`, compiled and run. Needs the mesh to be set.
+    """`init_state`, compiled and run. Needs the mesh to be set."""
+    return run_once(lambda: init_state(config, tx))
+
+
+def run_once(begin: Callable[..., TrainState], *args: Any) -> TrainState:
+    """`begin(*args)`, compiled and run.
 
     On CPU it is compiled without optimisation: the random bits of each parameter take LLVM a second otherwise, to run
     once."""
     options: Any = {"xla_backend_optimization_level": "0"} if mesh_platform() == "cpu" else None
-    return jax.jit(lambda: init_state(config, tx)).lower().compile(compiler_options=options)()
+    return jax.jit(begin).lower(*args).compile(compiler_options=options)(*args)
 
 
 def abstract_state(config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
