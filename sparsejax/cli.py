@@ -20,6 +20,7 @@ VERBS = {
     "eval": "restore a run and evaluate it, or compare meshes with --parity",
     "generate": "sample text from a run",
     "plan": "tables of parameters, FLOPs, memory and shardings; nothing is allocated",
+    "trace": "what recorded routing decisions would have dropped and moved under other settings",
 }
 Mesh = tuple[int, int, int]
 
@@ -72,6 +73,13 @@ def _command(argv: list[str]) -> int:
         flag = unknown[0].partition("=")[0]
         what = "unknown flag" if flag.startswith("-") else "unexpected argument"
         raise RequestError(f"{what} {unknown[0]!r} for {verb}; known: {', '.join(known)}.{did_you_mean(flag, known)}")
+    if verb == "trace":  # of a file, which holds its config
+        if overrides:
+            raise RequestError(
+                f"--config.{overrides[0][0]} has no effect on trace, which reads its config from the file"
+            )
+        _function("sparsejax.base.devices", "prepare_devices")(1)
+        return _function("sparsejax.plan.trace_command", "trace_command")(args)
     return _dispatch(verb, args, overrides)
 
 
@@ -114,6 +122,10 @@ def _function(module: str, name: str) -> Callable[..., int]:
 def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
     if verb == "eval" and args.parity and args.step is not None:
         raise RequestError("--step has no effect with --parity, which restores no checkpoint")
+    if verb == "eval" and args.parity:
+        for flag in ("trace", "replay"):
+            if getattr(args, flag) is not None:
+                raise RequestError(f"--{flag} has no effect with --parity")
     if verb == "generate" and args.temperature == 0:
         for flag, value in (("--top-k", args.top_k), ("--top-p", args.top_p)):
             if value is not None:
@@ -180,6 +192,13 @@ def _top_parser() -> argparse.ArgumentParser:
 def _verb_parser(verb: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"sparsejax {verb}", description=VERBS[verb], allow_abbrev=False)
     add = parser.add_argument
+    if verb != "trace":
+        _run_flags(verb, add)
+    _FLAGS[verb](add)
+    return parser
+
+
+def _run_flags(verb: str, add: Callable[..., Any]) -> None:
     source = "a Python file with get_config(), or a run's config.json (default: that of --workdir"
     otherwise = ", else the defaults of every setting)" if verb in ("eval", "plan") else ")"
     add("--config", metavar="FILE[:arg]", help=source + otherwise)
@@ -188,8 +207,6 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     default = " (default: runs/NAME for --config=NAME.py)" if verb == "train" else ""
     add("--workdir", type=_folder, metavar="DIR", help=f"folder of the run{default}")
     add("--mesh", type=_mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
-    _FLAGS[verb](add)
-    return parser
 
 
 def _train_flags(add: Callable[..., Any]) -> None:
@@ -200,6 +217,8 @@ def _train_flags(add: Callable[..., Any]) -> None:
 def _eval_flags(add: Callable[..., Any]) -> None:
     add("--step", type=_whole(0), help="checkpoint to restore (default: the newest)")
     add("--parity", action="store_true", help="compare loss, gradients and ledger on every --mesh with one device")
+    add("--trace", type=_file, metavar="FILE", help="write the routers' decisions, token by token")
+    add("--replay", type=_file, metavar="FILE", help="take the decisions of a trace again")
 
 
 def _generate_flags(add: Callable[..., Any]) -> None:
@@ -218,12 +237,42 @@ def _plan_flags(add: Callable[..., Any]) -> None:
     add("--format", choices=("table", "json"), default="table", help="(default: table)")
 
 
-_FLAGS = {"train": _train_flags, "eval": _eval_flags, "generate": _generate_flags, "plan": _plan_flags}
+def _trace_flags(add: Callable[..., Any]) -> None:
+    add("file", type=_file, metavar="FILE.npz", help="what eval --trace or train.trace wrote")
+    add("--capacity-factor", type=_number(0, None), metavar="X", help="another capacity factor")
+    add("--k", type=_whole(1), metavar="N", help="only the first N choices of a token")
+    add("--group-size", type=_whole(1), metavar="N", help="groups of so many tokens")
+    add("--order", metavar="NAME", help="another order in which slots are filled")
+    add("--devices", type=_whole(1), metavar="N", help="devices along the mesh axis expert")
+    add("--placement", type=_devices, metavar="D,D,…", help="the device of each expert (default: equal blocks)")
+    add("--format", choices=("table", "json"), default="table", help="(default: table)")
+
+
+_FLAGS = {
+    "train": _train_flags,
+    "eval": _eval_flags,
+    "generate": _generate_flags,
+    "plan": _plan_flags,
+    "trace": _trace_flags,
+}
 _ONE_MESH = "devices along data, expert and tensor; short for --config.mesh.*"
 _MESH_HELP = dict.fromkeys(VERBS, _ONE_MESH) | {
     "eval": f"{_ONE_MESH}; with --parity repeatable",
     "plan": f"{_ONE_MESH}; repeatable: the meshes to compare",
 }
+
+
+def _devices(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not D,D,…: the number of a device for each expert")
+    return tuple(map(int, numbers))
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a file")
+    return Path(text)
 
 
 def _folder(text: str) -> Path:

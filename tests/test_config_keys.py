@@ -296,6 +296,7 @@ TABLE: dict[str, Row] = {
     "train.log_every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),
     "train.accumulation": row(2, gradients),
     "train.max_nonfinite": row(3, "tests/train/test_loop.py::test_a_run_that_stays_nan_stops_and_names_the_module"),
+    "train.trace": row("(1,)", "tests/train/test_trace.py::test_a_step_of_training_is_traced"),
     "train.profile": row("(1, 2)", "tests/train/test_loop.py::test_a_profile_is_written_on_request"),
     "train.tensorboard": row(False, "tests/test_end_to_end.py::test_what_train_leaves_behind"),
     "eval.every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),

@@ -4,6 +4,7 @@ A report holds *sums and integer counts* only, so that layers stack by `lax.scan
 by `+`, and a ratio is taken once, at the very end. The ledger's law, for every layer and expert: `assigned =
 processed + dropped`."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,28 @@ from typing import Any, Optional
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.structs import struct
 
 
 @struct
+class Decisions:
+    """What one mixture-of-experts layer decided token by token (leading axes: repeats of the layer). Padding has no
+    expert."""
+
+    experts: Int[Array, "*R B T K"]  # in the order of its choices; −1 where a token has fewer than K
+    ranking: Float[Array, "*R B T K"]  # what they were chosen by
+    weights: Float[Array, "*R B T K"]  # what their outputs are multiplied with
+    kept: Bool[Array, "*R B T K"]  # found a slot
+    best: Float[Array, "*R B T"]  # the highest ranking of any expert
+    margin: Float[Array, "*R B T"]  # the lowest ranking chosen − the highest not chosen
+
+
+@struct
 class MoEReport:
     """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
-    float32."""
+    float32. `decisions` alone is no sum: `split_decisions` takes it out before reports are added."""
 
     assigned: Int[Array, "*R E"]  # pairs the router chose, before capacity
     processed: Int[Array, "*R E"]  # of them, those that sit in a slot
@@ -37,6 +51,7 @@ class MoEReport:
     dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
     pressed_sum: Optional[Float[Array, "*R E"]] = None  # coefficient · Σ over tokens of scores, of a controller's loss
+    decisions: Optional[Decisions] = None  # when the model is asked to record them
 
     @property
     def dropped(self) -> Int[Array, "*R E"]:
@@ -53,6 +68,16 @@ class Report:
 
 Reports = Mapping[str, Report]
 """By position of the block in the model; a position in the repeated pattern holds stacked reports."""
+
+
+def split_decisions(reports: Reports) -> tuple[dict[str, Report], dict[str, Decisions]]:
+    """The reports without what was recorded, which does not add up, and that, by position."""
+    sums, decisions = dict(reports), {}
+    for position, report in reports.items():
+        if report.moe is not None and report.moe.decisions is not None:
+            decisions[position] = report.moe.decisions
+            sums[position] = dataclasses.replace(report, moe=dataclasses.replace(report.moe, decisions=None))
+    return sums, decisions
 
 
 def add(left: Any, right: Any) -> Any:

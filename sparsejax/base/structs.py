@@ -29,6 +29,7 @@ class Batch:
     domains: Int[Array, "B T"]  # the document's domain id, 0 where padded
     rows: Int[Array, " B"]  # the row's number in its batch: 0 .. global batch size - 1; seeds the row's noise
     previous: Optional[Int[Array, "B T"]] = None  # as `preceding`, where rows begin in the middle of a document
+    experts: Optional[Int[Array, "B T L K"]] = None  # of every layer, to be chosen again; −1: none
 
     def preceding(self) -> Int[Array, "B T"]:
         """The id before each token in its own document, −1 where there is none."""
@@ -39,4 +40,4 @@ class Batch:
 
 
 LOADED = tuple(name for name, field in Batch.__dataclass_fields__.items() if field.default is dataclasses.MISSING)
-"""The fields of a batch that data loaders fill: all but `previous`."""
+"""The fields of a batch that data loaders fill."""

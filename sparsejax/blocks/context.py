@@ -1,5 +1,6 @@
 """What every block is given beside the residual stream, and what it gives back."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -16,17 +17,23 @@ Mode = Literal["train", "eval", "generate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The batch a block runs on, seen from one layer. `key` is None outside training."""
+    """The batch a block runs on, seen from one layer. `key` is None outside training.
+
+    With `record` the reports hold the decisions of the routers; with `experts` routers choose these."""
 
     batch: Batch
     mode: Mode
     key: Optional[PRNGKeyArray] = None
     step_key: Optional[PRNGKeyArray] = None  # the same for all layers, `key` where there is but one
+    record: bool = False
+    experts: Optional[Int[Array, "B T K"]] = None
 
     def at_layer(self, layer: int | Int[Array, ""]) -> "Context":
-        """The same with a key of the layer's own."""
+        """The same with a key, and decisions to be taken again, of the layer's own."""
         key = None if self.key is None else jax.random.fold_in(self.key, layer)
-        return Context(batch=self.batch, mode=self.mode, key=key, step_key=self.key)
+        all_layers = self.batch.experts
+        experts = None if all_layers is None else jax.lax.dynamic_index_in_dim(all_layers, layer, 2, keepdims=False)
+        return dataclasses.replace(self, key=key, step_key=self.key, experts=experts)
 
 
 @struct

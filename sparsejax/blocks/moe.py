@@ -41,6 +41,7 @@ from sparsejax.routers.balance import balance_loss, with_local_balance, with_who
 from sparsejax.routers.candidates import Inputs, Noise
 from sparsejax.routers.exploration import mask_outputs
 from sparsejax.routers.logits import Parameters
+from sparsejax.routers.replay import record
 from sparsejax.routers.router import Decision, RouterConfig, report, route
 
 
@@ -207,6 +208,14 @@ class MoESpec(BlockSpec):
         alike = any(name.startswith("feed_forward/experts/") for name in trained)
         return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router)
 
+    def check_replay(self, expert: int) -> None:
+        if expert >= self.num_experts:
+            raise ConfigError("num_experts", f"{self.num_experts}, but a recorded token went to expert {expert}")
+        if self.router.selection.traits.own_scores:
+            raise ConfigError(
+                "router.selection", "its weights know more than who was chosen, so that decisions cannot be taken again"
+            )
+
     def settle(self, report: Report) -> Report:
         """A global balance is that of the summed loads."""
         if self.router.balance.scope != "global":
@@ -235,6 +244,7 @@ class Routing:
     keys: Optional[PRNGKeyArray]  # [B]
     parameters: Parameters
     state: Optional[Float[Array, "N E"]]
+    experts: Optional[Int[Array, "B T K"]]  # decisions to be taken again
 
 
 class MoELayer(nnx.Module):
@@ -264,26 +274,27 @@ class MoELayer(nnx.Module):
             keys=_row_keys(context) if spec.router.needs_noise else None,
             parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
             state=None if self.controller is None else self.controller[...],
+            experts=context.experts,
         )
 
         def local(x_BTD, routing, *weights):
-            return _routed(x_BTD, routing, weights, weight_specs, spec, context.mode, self.experts.activation)
+            return _routed(x_BTD, routing, weights, weight_specs, spec, context, self.experts.activation)
 
         by_row: Any = P(BATCH_AXES)
         whole: Any = P()
-        rows: Any = dict.fromkeys(("mask", "tokens", "previous", "domains", "keys"), by_row)
+        rows: Any = dict.fromkeys(("mask", "tokens", "previous", "domains", "keys", "experts"), by_row)
         specs = Routing(**rows, parameters=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
         typed = not (spec.dropless and spec.implementation == "megablox")
-        run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P()), check_vma=typed)
+        run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
         compute = functools.partial(run, x_BTD.astype(self.experts.dtype), routing, *weights)
-        y_BTD, moe = _now_and_then(compute, spec.gating_dropout, context)
+        y_BTD, moe, decisions = _now_and_then(compute, spec.gating_dropout, context)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
         if self.shared is not None:
             y_BTD = y_BTD + checkpoint_name(self.shared(x_BTD), "mlp")
-        return y_BTD, moe
+        return y_BTD, dataclasses.replace(moe, decisions=decisions)
 
 
 def _now_and_then(compute: Callable[[], Any], dropout: float, context: Context) -> Any:
@@ -305,9 +316,10 @@ def _row_keys(context: Context) -> Optional[Array]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
 
 
-def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode: Mode, activation: Activation):
+def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, context: Context, activation: Activation):
     """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
     rows, length, _ = x_BTD.shape
+    mode = context.mode
     groups, size = _groups(rows, length, spec, mode)
     x_GSD, mask_GS = x_BTD.reshape(groups, size, -1), routing.mask.reshape(groups, size)
     with jax.named_scope("route"):
@@ -324,6 +336,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
             generating=mode == "generate",
             dropless=spec.dropless,
             noise=noise,
+            experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
         )
         decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.num_experts, routing.state)
     moe = report(decision, mask_GS)
@@ -348,7 +361,8 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, mode:
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
     moe = with_local_balance(moe, chosen, p_GSE, routing.mask, spec.router.balance, k)
-    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES)
+    decisions = record(decision, x_BTD.shape[0]) if context.record else None
+    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), decisions
 
 
 def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: MoESpec, activation: Activation):

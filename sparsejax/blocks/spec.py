@@ -11,6 +11,7 @@ from typing import Optional
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import Report
 from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.context import Mode, Totals
@@ -97,6 +98,10 @@ class BlockSpec(abc.ABC):
 
         Raises `RequestError`, which names the arrays, when that block does not fit."""
         return copied(fresh, trained)
+
+    def check_replay(self, expert: int) -> None:
+        """Raises `ConfigError` unless the block can take recorded decisions again, of which `expert` is the highest."""
+        raise ConfigError("name", "a block of this kind takes no decisions again")
 
     def settle(self, report: Report) -> Report:
         """The step's report, once its microbatches are summed, with what only the whole step can tell."""

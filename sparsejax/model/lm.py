@@ -40,16 +40,23 @@ class LanguageModel(nnx.Module):
         self.config = config
 
     def __call__(
-        self, batch: Batch, *, mode: Mode, key: Optional[PRNGKeyArray] = None, caches: Optional[Caches] = None
+        self,
+        batch: Batch,
+        *,
+        mode: Mode,
+        key: Optional[PRNGKeyArray] = None,
+        caches: Optional[Caches] = None,
+        record: bool = False,
     ) -> ModelOutput:
         """Logits of the next token at every position.
 
         Args:
           mode: 'train' (noise from `key`, training capacity), 'eval', or 'generate' (no token is dropped).
           caches: from `init_caches`; the batch's `positions` then say where its tokens stand.
+          record: reports hold the routers' decisions, token by token.
         """
         x_BTD = self.embedding(batch.tokens)
-        out = self.stack(x_BTD, Context(batch=batch, mode=mode, key=key), caches)
+        out = self.stack(x_BTD, Context(batch=batch, mode=mode, key=key, record=record), caches)
         head = self.embedding if self.head is None else self.head
         logits_BTV = soft_capped(head.logits(self.final_norm(out.x)), self.config.logit_soft_cap)
         return ModelOutput(logits=logits_BTV, reports=out.reports, caches=out.caches)

@@ -77,7 +77,7 @@ class Stack(nnx.Module):
             position = f"{where}_{i}"
             call = _remat(_call_block, self.config, scanned=where == "pattern" and self.config.scan)
             cache = None if caches is None else caches[position]
-            out = call(block, x_BTD, context.batch, context.key, cache, first_layer + i, context.mode)
+            out = call(block, x_BTD, context.batch, context.key, cache, first_layer + i, context.mode, context.record)
             x_BTD, reports[position], new_caches[position] = out.x, out.report, out.cache
         return x_BTD, reports, new_caches
 
@@ -118,8 +118,8 @@ def _build(key: PRNGKeyArray, names: tuple[str, ...], config: ModelConfig) -> li
     return [config.blocks[name].build(jax.random.fold_in(key, i), config) for i, name in enumerate(names)]
 
 
-def _call_block(block, x_BTD, batch, key, cache, layer, mode) -> BlockOutput:
-    return block(x_BTD, Context(batch=batch, mode=mode, key=key).at_layer(layer), cache)
+def _call_block(block, x_BTD, batch, key, cache, layer, mode, record) -> BlockOutput:
+    return block(x_BTD, Context(batch=batch, mode=mode, key=key, record=record).at_layer(layer), cache)
 
 
 def _remat(call: Callable[..., BlockOutput], config: ModelConfig, scanned: bool) -> Callable[..., Any]:
@@ -132,4 +132,4 @@ def _remat(call: Callable[..., BlockOutput], config: ModelConfig, scanned: bool)
     if config.remat == "none":
         return call
     # Under scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-    return jax.checkpoint(call, policy=policies[config.remat], prevent_cse=not scanned, static_argnums=(6,))
+    return jax.checkpoint(call, policy=policies[config.remat], prevent_cse=not scanned, static_argnums=(6, 7))

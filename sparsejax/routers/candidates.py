@@ -38,6 +38,7 @@ class Inputs:
     generating: bool = False
     dropless: bool = False  # every pair is computed; slots are those of a selection that `fits`
     noise: Optional[Noise] = None  # None outside training
+    experts: Optional[Int[Array, "G S K"]] = None  # to be chosen, −1 for none; None: the selector chooses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Traits:
     needs: frozenset[str] = frozenset()  # of: noise, tokens, domains
     fits: bool = False  # slots are its selection: no pair is dropped; generation takes the k best by score instead
     sparse: bool = False  # an expert whose score is 0 is not chosen
+    own_scores: bool = False  # weights know more than the scores of chosen experts: decisions cannot be replayed
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
 
 

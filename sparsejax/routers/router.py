@@ -29,6 +29,7 @@ from sparsejax.routers.noise import NOISES, LogitNoise
 from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.overflow import OVERFLOWS, Overflow
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.top_k import Prototypes, SecondExpert, TopK
@@ -166,6 +167,7 @@ class Decision:
     chosen_GP: Int[Array, "G P"]  # the pairs' experts before any was sent on for want of slots
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
+    ranking_GSE: Float[Array, "G S E"]  # scores after corrections
     dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
     pressed_E: Optional[Float[Array, " E"]]  # what its loss is made of
 
@@ -215,7 +217,9 @@ def decide(
     )
     selection = config.selection
     traits = selection.traits
-    if (traits.train_only and not inputs.training) or (traits.fits and inputs.generating):
+    if inputs.experts is not None:
+        pairs = replay(candidates, inputs.experts)
+    elif (traits.train_only and not inputs.training) or (traits.fits and inputs.generating):
         by_score = dataclasses.replace(candidates, ranking=jax.lax.stop_gradient(scores_GSE))
         pairs = TopK(k=k)(by_score)
     else:
@@ -232,6 +236,7 @@ def decide(
         chosen_GP=chosen_GP,
         logits_GSE=logits_GSE,
         probabilities_GSE=as_probabilities(scores_GSE),
+        ranking_GSE=candidates.ranking,
         dual=dual,
         pressed_E=pressed_E,
     )

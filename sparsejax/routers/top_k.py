@@ -56,7 +56,11 @@ class SecondExpert:
     @property
     def traits(self) -> Traits:
         draws = self.policy in ("random", "sampling")
-        return Traits(variable_k=self.policy != "all", needs=frozenset({"noise"} if draws else ()))
+        return Traits(
+            variable_k=self.policy != "all",
+            needs=frozenset({"noise"} if draws else ()),
+            own_scores=self.policy not in ("all", "sampling"),  # the second score counts whether it is taken or not
+        )
 
     @property
     def experts_per_token(self) -> int:
@@ -94,7 +98,7 @@ class Prototypes(ChoosesK):
 
     k: int = 2
 
-    traits = Traits()
+    traits = Traits(own_scores=True)
 
     def __call__(self, candidates: Candidates) -> Pairs:
         groups, size, num_experts = candidates.ranking.shape

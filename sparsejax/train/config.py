@@ -20,6 +20,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches per step; the batch is that of data.batch_size either way
     max_nonfinite: int = 5  # steps in a row with a non-finite loss or gradient (each is skipped) before the run stops
     profile: tuple[int, ...] = ()  # (first, last): steps to write a profiler trace of
+    trace: tuple[int, ...] = ()  # steps whose routing decisions are written, token by token, to traces/STEP.npz
     tensorboard: bool = True  # write event files, too
 
     def __post_init__(self):
@@ -31,6 +32,9 @@ class TrainConfig:
             raise ConfigError(
                 "profile", f"{self.profile}: two steps first <= last within 1 … train.steps={self.steps}, or ()"
             )
+        outside = [step for step in self.trace if not 0 < step <= self.steps]
+        if outside:
+            raise ConfigError("trace", f"{outside[0]} is not one of the steps 1 … train.steps={self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,10 @@ class ExperimentConfig:
             self._check_rows()
             self._check_splits()
             self._check_groups()
+
+    def unused(self) -> dict[str, str]:
+        routed = any(spec.pair_flops(self.model) for _, spec in self._used_specs())
+        return {} if routed else {"train.trace": "the model has no routers"}
 
     @property
     def microbatch_size(self) -> int:

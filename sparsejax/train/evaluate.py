@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sparsejax.base.config import Loaded
-from sparsejax.base.errors import RunError
+from sparsejax.base.errors import RequestError, RunError
 from sparsejax.base.reports import add, to_host
 from sparsejax.base.sharding import make_mesh, shard_batch
 from sparsejax.base.writers import json_values
@@ -24,6 +24,7 @@ from sparsejax.train.record import check_corpus, check_platform, other_corpus
 from sparsejax.train.restore import restore_variables
 from sparsejax.train.state import Variables
 from sparsejax.train.step import EvalReport, make_eval_step
+from sparsejax.train.trace import Recording, Trace, check_replay, load_trace, token_ids
 
 
 class Evaluator:
@@ -34,21 +35,41 @@ class Evaluator:
         self._step: Optional[Callable[..., EvalReport]] = None
 
     def __call__(
-        self, variables: Variables, should_stop: Callable[[], bool] = lambda: False
+        self,
+        variables: Variables,
+        should_stop: Callable[[], bool] = lambda: False,
+        recording: Optional[Recording] = None,
+        replayed: Optional[Trace] = None,
     ) -> Optional[tuple[Row, Arrays]]:
-        """The metrics of a model over `eval.batches` batches, and its routing arrays; None when told to stop."""
+        """The metrics of a model over `eval.batches` batches, and its routing arrays; None when told to stop.
+
+        Args:
+          recording: is given the routers' decisions.
+          replayed: decisions on the same rows, which are taken again.
+        """
         config, total = self.config, None
         rows, parts = host_rows(config.microbatch_size, 1), config.train.accumulation
         # A microbatch at a time, as in training: memory and groups are those of a step.
         data = eval_batches(self.corpus, config.data, config.data.batch_size, config.eval.batches, rows, parts)
+        chosen = None if replayed is None else _in_batches(replayed, len(rows))
         for batch in data:
             if should_stop():
                 data.close()
                 return None
+            if chosen is not None:
+                try:
+                    batch = {**batch, "experts": _same_rows(chosen, batch)}
+                except RequestError:
+                    data.close()
+                    raise
             arrays = shard_batch(batch, self.mesh, 1)
             if self._step is None:
-                self._step = jax.jit(make_eval_step(config)).lower(variables, arrays).compile()
+                step = jax.jit(make_eval_step(config, record=recording is not None))
+                self._step = step.lower(variables, arrays).compile()
             report = to_host(self._step(variables, arrays))
+            if recording is not None:
+                recording.append(config.model, batch, report.decisions)
+                report = dataclasses.replace(report, decisions=None)
             total = report if total is None else add(total, report)
         if total is None:
             raise RunError("the evaluation has no batch")
@@ -56,6 +77,24 @@ class Evaluator:
         if self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
         return row, arrays
+
+
+def _in_batches(trace: Trace, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, experts) of so many rows at a time."""
+    experts = trace.experts()
+    for first in range(0, len(experts), rows):
+        yield trace.tokens[first : first + rows], experts[first : first + rows]
+
+
+def _same_rows(chosen: Iterator[tuple[np.ndarray, np.ndarray]], batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The experts of the next rows. Raises `RequestError` when these are not the rows of the trace."""
+    tokens, experts = next(chosen, (None, None))
+    if tokens is None or experts is None or not np.array_equal(tokens, token_ids(batch)):
+        raise RequestError(
+            "--replay: its rows are not those of this evaluation; data, eval.batches, data.batch_size and "
+            "data.sequence_length must be those it was recorded with"
+        )
+    return experts
 
 
 def host_rows(batch_size: int, accumulation: int) -> np.ndarray:
@@ -80,12 +119,30 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     check_corpus(config, corpus)
     mesh = make_mesh(config.mesh)
     check_platform(config, mesh)
+    written: Optional[Path] = args.trace
+    _check_writable(written, config)
+    replayed = None if args.replay is None else load_trace(args.replay)
+    if replayed is not None:
+        check_replay(replayed, config)
     with jax.set_mesh(mesh):
         variables, progress, step = restore_variables(config, workdir, mesh, args.step)
-        evaluated = Evaluator(config, corpus, mesh)(variables)
+        recording = None if written is None else Recording()
+        evaluated = Evaluator(config, corpus, mesh)(variables, recording=recording, replayed=replayed)
+    if recording is not None and written is not None:
+        recording.trace(config, "eval", step).save(written)
     assert evaluated is not None  # nothing stops it
     row = evaluated[0]
     row = {"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"]}
     flagged = other_corpus(workdir, corpus.info)
     print(json.dumps(json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))
     return 0
+
+
+def _check_writable(trace: Optional[Path], config: ExperimentConfig) -> None:
+    """Raises `RequestError` when there is nothing to record, or nowhere to."""
+    if trace is None:
+        return
+    if not trace.parent.is_dir():
+        raise RequestError(f"--trace={trace}: there is no folder {trace.parent}")
+    if not any(config.model.blocks[layer.block].pair_flops(config.model) for layer in config.model.layers):
+        raise RequestError(f"--trace={trace}: the model has no routers")

@@ -26,8 +26,9 @@ from sparsejax.train.progress import Display
 from sparsejax.train.record import changes_since, check_corpus, check_platform, write_config
 from sparsejax.train.signals import StopOnSignal
 from sparsejax.train.state import TrainState, abstract_state, make_optimizer, new_state
-from sparsejax.train.step import Microbatches, StepReport, make_train_step
+from sparsejax.train.step import Microbatches, StepReport, make_recorder, make_train_step
 from sparsejax.train.summary import closing_lines
+from sparsejax.train.trace import Recording
 from sparsejax.train.upcycle import begin_from, check_resumed
 from sparsejax.train.workdir import open_workdir
 
@@ -101,6 +102,7 @@ class _Run:
         self.tx = make_optimizer(config)
         self.learning_rate = learning_rate_at(config.optimizer, config.train.steps)
         self.evaluator = Evaluator(config, corpus, mesh)
+        self.recorder = jax.jit(make_recorder(config))
         self.window = Window(config.model)
         self.clock = Clock()
         self.tokens, self.flops, self.nonfinite, self.evaluated = 0, 0.0, 0, 0
@@ -170,6 +172,9 @@ class _Run:
                         compiled = step_fn.lower(state, batch).compile()
                 if train.profile and step == train.profile[0]:
                     tracing.enter_context(jax.profiler.trace(str(self.folder / "profile")))
+                if step in train.trace:
+                    with self.clock.paused():
+                        self._trace(step, state, batch)
                 state, report = compiled(state, batch)
                 in_flight.append((report, batch))
                 self._account(in_flight, state, ahead)
@@ -216,6 +221,18 @@ class _Run:
         if streak >= self.config.train.max_nonfinite:
             cause = first_bad_module(self.config, state, batch, step)
             raise RunError(f"{streak} steps in a row were not finite (train.max_nonfinite): {cause}")
+
+    def _trace(self, step: int, state: TrainState, batch: Microbatches) -> None:
+        """Writes the decisions of the step that is about to be made."""
+        decisions = jax.block_until_ready(self.recorder(state, batch))
+        recording = Recording()
+        for part in range(self.config.train.accumulation):
+            rows, of_part = jax.tree.map(lambda array: np.asarray(array[part]), (batch, decisions))
+            recording.append(self.config.model, rows, of_part)
+        folder = self.folder / "traces"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        recording.trace(self.config, "train", step).save(folder / f"{step}.npz")
 
     def _log(self, step: int, writer: MetricsWriter) -> None:
         row, arrays = self.window.take()

@@ -24,6 +24,7 @@ FREE = (
     "train.log_every",
     "train.max_nonfinite",
     "train.profile",
+    "train.trace",
     "train.tensorboard",
     "data.cache",
     "data.prefetch",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsejax.base.reports import Report, add
+from sparsejax.base.reports import Decisions, Report, add, split_decisions
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Totals
 from sparsejax.model.lm import auxiliary_losses, next_balancing, settle
@@ -48,6 +48,7 @@ class EvalReport:
     tokens: Int[Array, ""]
     rows: Int[Array, ""]
     reports: dict[str, Report]
+    decisions: Optional[dict[str, Decisions]] = None  # by position, when they are recorded; no sum
 
 
 def make_train_step(
@@ -125,23 +126,42 @@ def make_grads_of_step(config: ExperimentConfig):
     return grads_of_step
 
 
-def make_eval_step(config: ExperimentConfig) -> Callable[[Variables, Microbatches], EvalReport]:
-    """Sums over one evaluation batch `[1, B, …]`: no noise, evaluation capacity."""
+def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[Variables, Microbatches], EvalReport]:
+    """Sums over one evaluation batch `[1, B, …]`: no noise, evaluation capacity. With `record`, its decisions."""
     graph, _, _ = abstract_model(config.model)
 
     def eval_step(variables: Variables, microbatches: Microbatches) -> EvalReport:
         batch = Batch(**{name: rows[0] for name, rows in microbatches.items()})
-        out = nnx.merge(graph, variables.params, variables.model_state)(batch, mode="eval")
+        out = nnx.merge(graph, variables.params, variables.model_state)(batch, mode="eval", record=record)
+        reports, decisions = split_decisions(out.reports)
         totals = _totals(microbatches)
         return EvalReport(
             cross_entropy_sum=cross_entropy_sum(out.logits, batch.targets, batch.loss_mask),
             targets=totals.targets,
             tokens=totals.tokens,
             rows=totals.rows,
-            reports=out.reports,
+            reports=reports,
+            decisions=decisions if record else None,
         )
 
     return eval_step
+
+
+def make_recorder(config: ExperimentConfig) -> Callable[[TrainState, Microbatches], dict[str, Decisions]]:
+    """`(state, microbatches) -> decisions` by position that the step from `state` makes on these microbatches `[A, B,
+    …]`: the same parameters, noise and capacity, forward only. The microbatches' rows stand one after the other."""
+    graph, _, _ = abstract_model(config.model)
+
+    def recorder(state: TrainState, microbatches: Microbatches) -> dict[str, Decisions]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+
+        def decisions_of(arrays: Microbatches) -> dict[str, Decisions]:
+            model = nnx.merge(graph, state.params, state.model_state)
+            return split_decisions(model(Batch(**arrays), mode="train", key=key, record=True).reports)[1]
+
+        return jax.lax.map(decisions_of, microbatches)
+
+    return recorder
 
 
 def attended_keys(positions: Int[Array, "A B T"], segments: Int[Array, "A B T"]) -> Float[Array, ""]:

@@ -17,6 +17,7 @@ FILES = {
     "tensorboard": "the same as curves",
     "routing": "counts per layer and expert, STEP.npz",
     "checkpoints": "to resume, evaluate or generate from",
+    "traces": "decisions of the steps that were asked for, for the command trace",
     "profile": "trace of the steps that were asked for",
 }
 
