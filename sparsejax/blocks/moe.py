@@ -113,9 +113,9 @@ class MoESpec(BlockSpec):
         token."""
         if mode == "generate" or (self.dropless and not self.router.selection.traits.fits):
             return self.num_experts / (self.experts_per_token if self._convention.counts_k else 1)
-        return self.capacity_factor if self._slots_of_training(mode) else self.eval_capacity_factor
+        return self.capacity_factor if self.slots_of_training(mode) else self.eval_capacity_factor
 
-    def _slots_of_training(self, mode: Mode) -> bool:
+    def slots_of_training(self, mode: Mode) -> bool:
         return mode == "train" or self.router.selection.traits.fits
 
     @property
@@ -140,7 +140,7 @@ class MoESpec(BlockSpec):
         """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
         if mode == "generate":
             return np.arange(group_size + 1, dtype=np.int32)
-        trained = self._slots_of_training(mode)
+        trained = self.slots_of_training(mode)
         shape = group_size, self.num_experts, self.experts_per_token
         return capacity_table(*shape, self.factor(mode), self.capacity_convention, trained)
 

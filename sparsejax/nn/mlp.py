@@ -40,7 +40,7 @@ class MLP(nnx.Module):
         stddev = residual_scale(backbone) * d_ff**-0.5
         down = {"stddev": stddev, "out_spec": P(BATCH_AXES, None, None), "dtype": dtype}
         self.w_out = Linear(keys[2], "btf,fd->btd", (d_ff, d_model), ("mlp", "embed"), **down)
-        self.activation = activation
+        self.activation: Activation = activation
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         linear = [self.w_in] + ([] if self.w_gate is None else [self.w_gate])

@@ -10,7 +10,8 @@ import numpy as np
 from sparsejax.base.errors import RequestError
 from sparsejax.base.reports import Decisions
 from sparsejax.blocks.moe import MoESpec
-from sparsejax.ops.assignment import by_token, capacity_table, choice_major_pairs, fill_slots
+from sparsejax.ops.assignment import by_token, choice_major_pairs, fill_slots
+from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.candidates import Candidates, Inputs
 from sparsejax.routers.orders import Order
 from sparsejax.train.trace import Trace
@@ -59,7 +60,9 @@ def kept_pairs(trace: Trace, decisions: Decisions, spec: MoESpec, question: Ques
             f"--group-size={size} does not divide the {tokens} tokens that a device held of a microbatch"
         )
     factor = spec.factor(trace.mode) if question.capacity_factor is None else question.capacity_factor
-    capacities = jnp.asarray(capacity_table(size, spec.num_experts, k, factor, spec.capacity_convention))
+    by_training = spec.slots_of_training(trace.mode)
+    table = capacity_table(size, spec.num_experts, k, factor, spec.capacity_convention, by_training)
+    capacities = jnp.asarray(table)
     order = spec.router.order if question.order is None else question.order
     if trace.mode == "train" and "noise" in order.traits.needs:
         raise RequestError("--order: this one drew who got the slots, and will not draw the same again; choose another")
@@ -87,7 +90,13 @@ def _kept(experts_GSK, ranking_GSK, best_GS, mask_GS, capacities, order: Order, 
     ranking_GSE[group, token, experts_GSK[group, token, choice]] = ranking_GSK[group, token, choice]
     nobody = jnp.zeros(mask_GS.shape, jnp.int32)
     inputs = Inputs(
-        mask=mask_GS, tokens=nobody, domains=nobody, limit=limit_G, num_slots=int(capacities[-1]), training=False
+        mask=mask_GS,
+        tokens=nobody,
+        previous=nobody,
+        domains=nobody,
+        limit=limit_G,
+        num_slots=int(capacities[-1]),
+        training=False,
     )
     ranking = jnp.asarray(ranking_GSE)
     candidates = Candidates(logits=ranking, scores=ranking, ranking=ranking, inputs=inputs)
