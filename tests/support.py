@@ -115,6 +115,7 @@ def known(mask: np.ndarray, num_slots: int = 1, limit: int | None = None, **more
     """What a router knows of groups of tokens with this mask `[G, S]`, in training."""
     mask = jnp.asarray(mask)
     given: dict[str, Any] = dict.fromkeys(("tokens", "previous", "domains"), jnp.zeros(mask.shape, jnp.int32))
+    given["positions"] = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
     limits = jnp.full(mask.shape[0], num_slots if limit is None else limit, jnp.int32)
     return Inputs(mask=mask, limit=limits, num_slots=num_slots, **({"training": True} | given | more))
 
@@ -130,9 +131,11 @@ def candidates(scores: Any, mask: np.ndarray | None = None, **more: Any) -> Cand
 @functools.cache
 def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.State:
     """Host parameters of one MoE layer; settings without parameters do not change them."""
-    keeps = {"controller": spec.router.controller, "logits": spec.router.logits}  # have variables of their own
-    selection = spec.router.selection if spec.router.selection.traits.sparse else TopK(k=1)  # a controller may ask so
-    one = RouterConfig(selection=selection, weight=Raw(), **keeps) if spec.router.learned else presets.hash_layer()
+    keeps = {axis: getattr(spec.router, axis) for axis in ("logits", "noise", "controller")}  # have variables
+    traits = spec.router.selection.traits
+    asked = traits.sparse or traits.thresholds  # a controller may ask for it
+    one = RouterConfig(selection=spec.router.selection if asked else TopK(k=1), weight=Raw(), allow_leak=True, **keeps)
+    one = one if spec.router.learned else presets.hash_layer()
     fields = {name: getattr(spec, name) for name in ("num_experts", "d_ff", "gated", "shared_experts")}
     shaped = MoESpec(**fields, router=one)
     if spec != shaped:

@@ -148,9 +148,16 @@ def selection(name: str) -> dict[str, str]:
     return {f"{ROUTER}.selection": name}
 
 
+def logits(name: str) -> dict[str, str]:
+    return {f"{ROUTER}.logits": name}
+
+
 LEAKING = {f"{ROUTER}.allow_leak": "true"}
 RAW = {f"{ROUTER}.weight": "raw"}
 TOP_1 = {f"{ROUTER}.selection.k": "1"} | RAW
+THRESHOLDS = {f"{ROUTER}.selection": "threshold", f"{ROUTER}.controller": "expert_threshold"}
+CHANCE = {f"{ROUTER}.balance": "importance_load", f"{ROUTER}.noise": "gaussian"}
+ENTROPY = {f"{ROUTER}.balance": "entropy"}
 LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
 BY_SCORE = {f"{ROUTER}.order": "by_score"}
 NEXT_BEST = {f"{ROUTER}.overflow": "next_best"}
@@ -202,6 +209,13 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.selection.k (top_p)": row(3, evaluation, **selection("top_p")),
     f"{ROUTER}.selection.k (positive)": row(3, evaluation, **selection("positive")),
     f"{ROUTER}.selection.most (positive)": row(5, evaluation, **selection("positive")),
+    f"{ROUTER}.selection.above (positive)": row(0.2, evaluation, **selection("positive")),
+    f"{ROUTER}.selection.k (threshold)": row(3, evaluation, **THRESHOLDS),
+    f"{ROUTER}.selection.most (threshold)": row(4, evaluation, **THRESHOLDS),
+    f"{ROUTER}.controller.decay (expert_threshold)": row(0.5, training, **THRESHOLDS),
+    f"{ROUTER}.logits.selectors (dselect_k)": row(3, parameters, **logits("dselect_k")),
+    f"{ROUTER}.logits.gamma (dselect_k)": row(2.0, evaluation, **logits("dselect_k")),
+    f"{ROUTER}.score.temperature": row(2.0, evaluation),
     f"{ROUTER}.selection.k (expert_choice)": row(3, evaluation, **selection("expert_choice"), **LEAKING),
     f"{ROUTER}.selection.k (hash)": row(3, evaluation, **selection("hash"), **RAW),
     f"{ROUTER}.selection.kind (hash)": row("bigram", evaluation, **selection("hash"), **RAW),
@@ -214,9 +228,18 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.selection.precision (balanced_assignment)": row(
         0.1, training, **selection("balanced_assignment"), **LEAKING, **RAW
     ),
+    f"{ROUTER}.logits.name": row("cosine", evaluation),
+    f"{ROUTER}.logits.start": row("zeros", initial),
+    f"{ROUTER}.logits.width (cosine)": row(8, parameters, **logits("cosine")),
+    f"{ROUTER}.logits.temperature (cosine)": row(1.0, initial, **logits("cosine")),
+    f"{ROUTER}.logits.lowest (cosine)": row(0.1, evaluation, **logits("cosine")),
+    f"{ROUTER}.logits.width (product_key)": row(8, parameters, **logits("product_key")),
+    f"{ROUTER}.logits.domains (by_domain)": row(3, parameters, **logits("by_domain")),
+    f"{ROUTER}.logits.pool (by_sequence)": row("first", evaluation, **logits("by_sequence")),
     f"{ROUTER}.noise.name": row("gaussian", training),
     f"{ROUTER}.noise.scale (gaussian)": row(2.0, training, **{f"{ROUTER}.noise": "gaussian"}),
     f"{ROUTER}.noise.scale (gumbel)": row(2.0, training, **{f"{ROUTER}.noise": "gumbel"}),
+    f"{ROUTER}.noise.floor (learned)": row(0.1, training, **{f"{ROUTER}.noise": "learned"}),
     f"{ROUTER}.limit.name": row("groups", evaluation),
     f"{ROUTER}.limit.groups (groups)": row(2, evaluation, **{f"{ROUTER}.limit": "groups"}),
     f"{ROUTER}.limit.kept (groups)": row(3, evaluation, **{f"{ROUTER}.limit": "groups"}),
@@ -243,6 +266,16 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.balance.name": row("none", gradients),
     f"{ROUTER}.balance.coefficient": row(0.5, gradients),
     f"{ROUTER}.balance.scope": row("sequence", gradients),
+    f"{ROUTER}.balance.count": row("first", gradients),
+    f"{ROUTER}.balance.form (importance_load)": row("shazeer", gradients, **CHANCE),
+    f"{ROUTER}.balance.importance (importance_load)": row(0.1, gradients, **CHANCE),
+    f"{ROUTER}.balance.load (importance_load)": row(0.1, gradients, **CHANCE),
+    f"{ROUTER}.balance.scope (importance_load)": row("microbatch", gradients, **CHANCE),
+    f"{ROUTER}.balance.local (entropy)": row(0.1, gradients, **ENTROPY),
+    f"{ROUTER}.balance.overall (entropy)": row(0.1, gradients, **ENTROPY),
+    f"{ROUTER}.balance.least (entropy)": row(3.0, gradients, **ENTROPY),
+    f"{ROUTER}.balance.domains (entropy)": row(2, gradients, **ENTROPY),
+    f"{ROUTER}.balance.scope (entropy)": row("microbatch", gradients, **ENTROPY),
     f"{ROUTER}.z_loss": row(0.5, gradients),
     f"{ROUTER}.jitter": row(0.01, gradients),
     f"{ROUTER}.input_dropout": row(0.1, gradients),

@@ -45,9 +45,10 @@ class MoEReport:
     probability_sum: Float[Array, "*R E"]  # Σ over tokens of the score, normalised over experts
     entropy_sum: Float[Array, "*R"]  # Σ over tokens of that distribution's entropy, nats
     z_sum: Float[Array, "*R"]  # Σ over tokens of logsumexp(logits)²
-    balance_sum: Float[Array, "*R"]  # Σ over units of E/k · Σ_e f_e P_e; a unit is what the balance scope names
+    balance_sum: Float[Array, "*R"]  # Σ over units of the balance, 1 at best; a unit is what its scope names
     balance_units: Float[Array, "*R"]  # the number of those units
     block_rows: Optional[Int[Array, "*R"]] = None  # slots of a dropless layer that were blocks of uneven loads
+    balance_measured: Optional[Float[Array, "*R N E"]] = None  # Σ over tokens of what the balance measured
     dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
     pressed_sum: Optional[Float[Array, "*R E"]] = None  # coefficient · Σ over tokens of scores, of a controller's loss

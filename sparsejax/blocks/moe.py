@@ -241,6 +241,7 @@ class Routing:
     tokens: Int[Array, "B T"]
     previous: Int[Array, "B T"]
     domains: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
     keys: Optional[PRNGKeyArray]  # [B]
     parameters: Parameters
     state: Optional[Float[Array, "N E"]]
@@ -271,6 +272,7 @@ class MoELayer(nnx.Module):
             tokens=batch.tokens,
             previous=batch.preceding(),
             domains=batch.domains,
+            positions=batch.positions,
             keys=_row_keys(context) if spec.router.needs_noise else None,
             parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
             state=None if self.controller is None else self.controller[...],
@@ -282,7 +284,8 @@ class MoELayer(nnx.Module):
 
         by_row: Any = P(BATCH_AXES)
         whole: Any = P()
-        rows: Any = dict.fromkeys(("mask", "tokens", "previous", "domains", "keys", "experts"), by_row)
+        names = ("mask", "tokens", "previous", "domains", "positions", "keys", "experts")
+        rows: Any = dict.fromkeys(names, by_row)
         specs = Routing(**rows, parameters=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
@@ -330,6 +333,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, conte
             tokens=routing.tokens.reshape(groups, size),
             previous=routing.previous.reshape(groups, size),
             domains=routing.domains.reshape(groups, size),
+            positions=routing.positions.reshape(groups, size),
             limit=jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)],
             num_slots=int(capacities[-1]),
             training=mode == "train",
@@ -360,7 +364,8 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, conte
     y = mask_outputs(y.reshape(x_GSD.shape), noise, spec.router.output_masking)
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
-    moe = with_local_balance(moe, chosen, p_GSE, routing.mask, spec.router.balance, k)
+    measured, balance = decision.measured_GSNE, spec.router.balance
+    moe = with_local_balance(moe, chosen, p_GSE, routing.mask, balance, k, measured)
     decisions = record(decision, x_BTD.shape[0]) if context.record else None
     return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), decisions
 

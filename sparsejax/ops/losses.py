@@ -36,3 +36,30 @@ def load_balance(
 def router_z_sum(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]) -> Float[Array, ""]:
     """Σ over unmasked tokens of logsumexp(logits)² (ST-MoE, arXiv:2202.08906, eq. 5)."""
     return jnp.sum(jnp.where(mask_GS, jnp.square(jax.nn.logsumexp(logits_GSE, axis=-1)), 0))
+
+
+def squared_variation(values: Float[Array, "*U E"]) -> Float[Array, "*U"]:
+    """CV² = variance / mean² over experts, 0 where all are alike, also where all are 0 (arXiv:1701.06538)."""
+    return jnp.var(values, axis=-1) / (jnp.square(jnp.mean(values, axis=-1)) + 1e-10)
+
+
+def smooth_load(
+    clean: Float[Array, "*B E"],
+    noisy: Float[Array, "*B E"],
+    deviation: Float[Array, "*B E"],
+    k: int,
+    among_others: bool,
+) -> Float[Array, "*B E"]:
+    """P(clean_e + deviation_e · n > threshold_e) for n of N(0, 1): how likely e is among the k best when its noise is
+    drawn anew and that of all others stays.
+
+    The threshold is the k-th largest noisy logit, `among_others` of the experts beside e (Shazeer et al.,
+    arXiv:1701.06538: an expert that is in has to beat the one after the last), else of all (V-MoE)."""
+    num_experts = clean.shape[-1]
+    if among_others and k == num_experts:
+        return jnp.ones_like(clean)
+    best = jax.lax.top_k(noisy, k + 1 if among_others else k)[0]
+    threshold = best[..., k - 1 : k]
+    if among_others:
+        threshold = jnp.where(noisy > best[..., k:], best[..., k:], threshold)
+    return jax.scipy.special.ndtr((clean - threshold) / deviation)

@@ -17,8 +17,9 @@ from sparsejax.base.registry import Registry
 from sparsejax.base.reports import MoEReport
 from sparsejax.ops.assignment import Pairs
 from sparsejax.ops.losses import load_balance
-
-Scope = Literal["sequence", "device", "microbatch", "global"]
+from sparsejax.routers.entropy import Entropy
+from sparsejax.routers.observed import Observed, Scope
+from sparsejax.routers.variation import ImportanceLoad
 
 
 class Balance(Protocol):
@@ -28,10 +29,25 @@ class Balance(Protocol):
     @property
     def scope(self) -> Scope: ...
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of: normal noise, first choices."""
+        ...
+
+    def measure(self, observed: Observed) -> Optional[Float[Array, "G S N E"]]:
+        """N numbers for every token and expert whose sums it wants to know beside pairs and probabilities."""
+        ...
+
     def __call__(
-        self, counts: Int[Array, "*U E"], probability_sum: Float[Array, "*U E"], tokens: Int[Array, "*U"], k: int
+        self,
+        counts: Int[Array, "*U E"],
+        probability_sum: Float[Array, "*U E"],
+        tokens: Int[Array, "*U"],
+        k: int,
+        measured: Optional[Float[Array, "*U N E"]],
     ) -> Float[Array, "*U"]:
-        """The imbalance of each unit, from its pairs by expert, its summed probabilities and its number of tokens."""
+        """The imbalance of each unit, from its pairs by expert, its summed probabilities, its number of tokens and its
+        sums of what was measured. With scope `global`, linear in the probabilities, which have the gradient alone."""
         ...
 
 
@@ -47,7 +63,12 @@ class NoBalance:
     def scope(self) -> Scope:
         return "microbatch"
 
-    def __call__(self, counts, probability_sum, tokens, k):
+    needs = frozenset()
+
+    def measure(self, observed: Observed) -> None:
+        return None
+
+    def __call__(self, counts, probability_sum, tokens, k, measured):
         return load_balance(counts, probability_sum, tokens, k)
 
 
@@ -59,10 +80,11 @@ class LoadBalance:
     The narrower the unit, the more the loss forbids experts to specialise: a row (`sequence`), what one device holds
     of a microbatch (`device`), a microbatch, or the tokens of the whole step (`global`). `sequence` and `global` do
     not depend on mesh or accumulation; with accumulation `global` costs one more forward pass, in which the loads are
-    counted."""
+    counted. With count = `first`, f_e are first choices alone and k is 1 (GShard, arXiv:2006.16668, algorithm 1)."""
 
     coefficient: float = 0.01
     scope: Scope = "global"
+    count: Literal["all", "first"] = "all"
 
     def __post_init__(self):
         if self.coefficient <= 0:
@@ -70,11 +92,23 @@ class LoadBalance:
                 "coefficient", f"{self.coefficient} is not positive; for no balance loss choose balance = 'none'"
             )
 
-    def __call__(self, counts, probability_sum, tokens, k):
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"first choices"} if self.count == "first" else ())
+
+    def measure(self, observed: Observed) -> Optional[Float[Array, "G S N E"]]:
+        return observed.first_choices()[..., None, :] if self.count == "first" else None
+
+    def __call__(self, counts, probability_sum, tokens, k, measured):
+        if self.count == "first":
+            return load_balance(measured[..., 0, :], probability_sum, tokens, 1)
         return load_balance(counts, probability_sum, tokens, k)
 
 
-BALANCES = Registry("balance", {"load_balance": LoadBalance, "none": NoBalance})
+BALANCES = Registry(
+    "balance",
+    {"load_balance": LoadBalance, "importance_load": ImportanceLoad, "entropy": Entropy, "none": NoBalance},
+)
 
 
 def with_local_balance(
@@ -84,6 +118,7 @@ def with_local_balance(
     mask_BT: Bool[Array, "B T"],
     balance: Balance,
     k: int,
+    measured_GSNE: Optional[Float[Array, "G S N E"]],
 ) -> MoEReport:
     """One device's report with the balance of the units that lie on it, which the scopes `sequence` and `device`
     have."""
@@ -99,12 +134,17 @@ def with_local_balance(
     counts_BE = jnp.zeros((rows, num_experts), jnp.int32).at[row_GP, pairs.expert].add(pairs.valid.astype(jnp.int32))
     p_BTE = jnp.where(mask_BT[..., None], probabilities_GSE.reshape(rows, length, num_experts), 0)
     tokens_B = mask_BT.sum(-1, dtype=jnp.int32)
-    return _with_units(moe, balance(counts_BE, p_BTE.sum(1), tokens_B, k), tokens_B)
+    measured_BNE = None
+    if measured_GSNE is not None:
+        by_row = measured_GSNE.reshape(rows, length, -1, num_experts)
+        measured_BNE = jnp.where(mask_BT[..., None, None], by_row, 0).sum(1)
+    return _with_units(moe, balance(counts_BE, p_BTE.sum(1), tokens_B, k, measured_BNE), tokens_B)
 
 
 def with_whole_balance(moe: MoEReport, balance: Balance, k: int) -> MoEReport:
     """`moe` with the balance of all its tokens together as its one unit."""
-    return _with_units(moe, balance(moe.assigned, moe.probability_sum, moe.tokens, k), moe.tokens)
+    value = balance(moe.assigned, moe.probability_sum, moe.tokens, k, moe.balance_measured)
+    return _with_units(moe, value, moe.tokens)
 
 
 def balance_loss(
@@ -124,7 +164,7 @@ def balance_loss(
       counted: the step's summed report, when a `global` balance has several microbatches.
     """
     if balance.scope == "global" and counted is not None:
-        value = balance(counted.assigned, moe.probability_sum, tokens, k)
+        value = balance(counted.assigned, moe.probability_sum, tokens, k, counted.balance_measured)
     elif balance.scope == "sequence":
         value = moe.balance_sum / jnp.maximum(rows, 1)
     else:

@@ -32,6 +32,7 @@ class Inputs:
     tokens: Int[Array, "G S"]  # vocabulary ids
     previous: Int[Array, "G S"]  # the id before each in its document, −1 for none
     domains: Int[Array, "G S"]
+    positions: Int[Array, "G S"]  # within the document
     limit: Int[Array, " G"]  # slots of an expert in this group, at most `num_slots`
     num_slots: int
     training: bool
@@ -54,7 +55,7 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a selector, or an order of slots, declares; the contract tests prove each claim both ways."""
+    """What logits, a selector, or an order of slots declare; the contract tests prove each claim both ways."""
 
     causal: bool = True  # a token's pairs do not depend on later tokens (but see `orders.ChoiceMajor` with k > 1)
     variable_k: bool = False  # tokens may have different numbers of pairs
@@ -64,6 +65,8 @@ class Traits:
     sparse: bool = False  # an expert whose score is 0 is not chosen
     own_scores: bool = False  # weights know more than the scores of chosen experts: decisions cannot be replayed
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
+    thresholds: bool = False  # takes what ranks above 0, which a controller makes the share of k/E
+    blind: bool = False  # of logits: they do not look at the token's vector
 
 
 class Selector(Protocol):

@@ -26,6 +26,11 @@ class Controller(Protocol):
         """N, 0 for no state."""
         ...
 
+    @property
+    def thresholds(self) -> bool:
+        """Whether 0 in the ranking is where an expert's share of k/E begins."""
+        ...
+
     def measure(
         self, ranking_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], k: int
     ) -> Optional[tuple[Float[Array, " E"], Float[Array, ""]]]:
@@ -71,6 +76,7 @@ class NoController(WithoutLoss):
     """Nothing is added."""
 
     rows = 0
+    thresholds = False
 
     def measure(self, ranking_GSE, mask_GS, k):
         return None
@@ -89,6 +95,8 @@ class LossFree(WithoutLoss):
     rate: float = 0.001
     rule: Literal["sign", "proportional", "momentum"] = "sign"
     momentum: float = 0.9
+
+    thresholds = False
 
     def __post_init__(self):
         if self.rate <= 0:
@@ -136,20 +144,15 @@ class Quantile(WithoutLoss):
     decay: float = 0.0
 
     rows = 1
+    thresholds = False
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ConfigError("decay", f"{self.decay} is outside [0, 1)")
 
     def measure(self, ranking_GSE, mask_GS, k):
-        num_experts = ranking_GSE.shape[-1]
-        tokens_G = mask_GS.sum(-1, dtype=jnp.int32)
         alpha_GS1 = jax.lax.top_k(ranking_GSE, k + 1)[0][..., k:]
-        margin_GSE = jnp.where(mask_GS[..., None], ranking_GSE - alpha_GS1, -jnp.inf)
-        place_G = jnp.minimum(k * tokens_G // num_experts, jnp.maximum(tokens_G - 1, 0))
-        best_first_GSE = jnp.sort(margin_GSE, axis=1, descending=True)
-        quantile_GE = jnp.take_along_axis(best_first_GSE, place_G[:, None, None], axis=1)[:, 0]
-        return jnp.where(tokens_G[:, None] > 0, quantile_GE, 0).sum(0), (tokens_G > 0).sum(dtype=jnp.float32)
+        return _quantiles(ranking_GSE - alpha_GS1, mask_GS, k)
 
     def update(self, state: State, report: MoEReport, k: int) -> State:
         assert report.dual_sum is not None and report.dual_units is not None  # `measure` gave them
@@ -158,6 +161,52 @@ class Quantile(WithoutLoss):
         return (bias - bias.mean(-1, keepdims=True))[..., None, :]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertThreshold(WithoutLoss):
+    """Thresholds above which an expert has k/E of the tokens (arXiv:2603.11535). Goes with selection=threshold.
+
+    For each group of S tokens, θ_e is the (kS/E + 1)-th largest score of the expert. What is added to the ranking is
+    −θ, averaged over groups, then over steps: a mean of all steps at first, and once there are 1 / (1 − `decay`) of
+    them an exponential one. At the first step θ is 0. The state's second row is the number of steps."""
+
+    decay: float = 0.99
+
+    rows = 2
+    thresholds = True
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ConfigError("decay", f"{self.decay} is outside [0, 1)")
+
+    def measure(self, ranking_GSE, mask_GS, k):
+        return _quantiles(ranking_GSE, mask_GS, k)
+
+    def update(self, state: State, report: MoEReport, k: int) -> State:
+        assert report.dual_sum is not None and report.dual_units is not None  # `measure` gave them
+        quantile = report.dual_sum / jnp.maximum(report.dual_units, 1)[..., None]  # of scores − θ
+        steps = state[..., 1, :] + (report.dual_units > 0).astype(jnp.float32)[..., None]
+        part = jnp.maximum(1 - self.decay, 1 / jnp.maximum(steps, 1))
+        return jnp.stack([state[..., 0, :] - part * quantile, steps], axis=-2)
+
+
+def _quantiles(
+    values_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"], k: int
+) -> tuple[Float[Array, " E"], Float[Array, ""]]:
+    """(sum over groups of each expert's (kS/E + 1)-th largest of the S unmasked values, number of groups)."""
+    tokens_G = mask_GS.sum(-1, dtype=jnp.int32)
+    place_G = jnp.minimum(k * tokens_G // values_GSE.shape[-1], jnp.maximum(tokens_G - 1, 0))
+    best_first_GSE = jnp.sort(jnp.where(mask_GS[..., None], values_GSE, -jnp.inf), axis=1, descending=True)
+    quantile_GE = jnp.take_along_axis(best_first_GSE, place_G[:, None, None], axis=1)[:, 0]
+    return jnp.where(tokens_G[:, None] > 0, quantile_GE, 0).sum(0), (tokens_G > 0).sum(dtype=jnp.float32)
+
+
 CONTROLLERS = Registry(
-    "controller", {"none": NoController, "loss_free": LossFree, "quantile": Quantile, "sparsity": Sparsity}
+    "controller",
+    {
+        "none": NoController,
+        "loss_free": LossFree,
+        "quantile": Quantile,
+        "expert_threshold": ExpertThreshold,
+        "sparsity": Sparsity,
+    },
 )

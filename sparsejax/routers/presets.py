@@ -8,20 +8,25 @@
 A preset sets the router alone; capacity, shared experts and widths are the block's. Where a paper's part is not an
 entry of an axis yet, its docstring says what stands in its place."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from sparsejax.routers.balance import LoadBalance, NoBalance
-from sparsejax.routers.controllers import LossFree, Quantile
+from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
+from sparsejax.routers.document_logits import DomainLogits
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
-from sparsejax.routers.noise import Gaussian
+from sparsejax.routers.noise import Gaussian, Gumbel, Learned
 from sparsejax.routers.orders import Priority
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.projections import Cosine, Linear
 from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.scores import Relu, Sigmoid, SqrtSoftplus
+from sparsejax.routers.scores import Relu, Sigmoid, Softmax, SqrtSoftplus
+from sparsejax.routers.smooth_step import DSelectK
 from sparsejax.routers.sparsity import Sparsity
 from sparsejax.routers.tables import Hash
-from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, Threshold, TopK
+from sparsejax.routers.variation import ImportanceLoad
 from sparsejax.routers.weights import Constant, Raw, Renormalized
 
 
@@ -33,20 +38,47 @@ def switch() -> RouterConfig:
 
 
 def gshard() -> RouterConfig:
-    """Top-2 whose second expert is taken at random in proportion to its weight (arXiv:2006.16668). The balance loss
-    counts all pairs, the paper's first choices only."""
-    return RouterConfig(selection=SecondExpert(policy="random", threshold=0.5), z_loss=0.0)
+    """Top-2 whose second expert is taken at random in proportion to its weight; the balance loss counts first choices
+    (arXiv:2006.16668)."""
+    return RouterConfig(
+        selection=SecondExpert(policy="random", threshold=0.5), balance=LoadBalance(count="first"), z_loss=0.0
+    )
+
+
+def mtf_top2() -> RouterConfig:
+    """Mesh-TensorFlow's top-2: GShard's, with a second expert of share 0.2 or more always taken."""
+    return RouterConfig(
+        selection=SecondExpert(policy="random", threshold=0.2), balance=LoadBalance(count="first"), z_loss=0.0
+    )
 
 
 def st_moe() -> RouterConfig:
-    """GShard's top-2 with the router z-loss (arXiv:2202.08906); balance as in `gshard`."""
-    return RouterConfig(selection=SecondExpert(policy="random", threshold=0.2), z_loss=0.001)
+    """`mtf_top2` with the router z-loss (arXiv:2202.08906)."""
+    return RouterConfig(
+        selection=SecondExpert(policy="random", threshold=0.2), balance=LoadBalance(count="first"), z_loss=0.001
+    )
+
+
+def shazeer17() -> RouterConfig:
+    """Noisy top-k that starts from zeros, with losses of importance and load over the batch (arXiv:1701.06538)."""
+    return RouterConfig(
+        logits=Linear(start="zeros"),
+        noise=Learned(),
+        selection=TopK(k=4),
+        balance=ImportanceLoad(form="shazeer", importance=0.1, load=0.1, scope="microbatch"),
+        z_loss=0.0,
+    )
+
+
+def vmoe() -> RouterConfig:
+    """Top-2 of noisy probabilities, raw weights, losses of importance and load (arXiv:2106.05974)."""
+    balance = ImportanceLoad(form="vmoe", importance=0.005, load=0.005)
+    return RouterConfig(noise=Gaussian(), weight=Raw(), balance=balance, z_loss=0.0)
 
 
 def vmoe_bpr() -> RouterConfig:
-    """Top-2 of noisy probabilities, raw weights, batch prioritised routing (arXiv:2106.05974). Not causal. In place of
-    the paper's importance and load losses stands f · P."""
-    return RouterConfig(noise=Gaussian(), order=Priority(), weight=Raw(), z_loss=0.0, allow_leak=True)
+    """`vmoe` with batch prioritised routing. Not causal."""
+    return dataclasses.replace(vmoe(), order=Priority(), allow_leak=True)
 
 
 def expert_choice() -> RouterConfig:
@@ -153,12 +185,54 @@ def remoe() -> RouterConfig:
     )
 
 
+def xmoe() -> RouterConfig:
+    """Switch by directions alone: cosines over a learned temperature (arXiv:2204.09179)."""
+    return dataclasses.replace(switch(), logits=Cosine(), jitter=0.0)
+
+
+def task_moe() -> RouterConfig:
+    """Top-2 chosen once for a domain (arXiv:2110.03742). Tokens of a domain come together and want the same experts,
+    so that it goes with a layer that drops nothing."""
+    return dataclasses.replace(gshard(), logits=DomainLogits())
+
+
+def dselect_k() -> RouterConfig:
+    """Two selectors of smooth binary codes, at most 8 experts a token until their bits are settled; no balance, and
+    without the paper's penalties on entropy and on codes of no expert (arXiv:2106.03760)."""
+    return RouterConfig(
+        logits=DSelectK(selectors=2),
+        score=Relu(),
+        selection=Positive(k=8, most=8),
+        weight=Raw(),
+        balance=NoBalance(),
+        z_loss=0.0,
+    )
+
+
+def dts_gate() -> RouterConfig:
+    """Every expert with enough of a softmax with Gumbel noise (arXiv:2112.14397). The temperature is a
+    setting; the paper's falls during training."""
+    return RouterConfig(
+        noise=Gumbel(), score=Softmax(temperature=0.5), selection=Positive(k=2, above=0.05), weight=Raw(), z_loss=0.0
+    )
+
+
+def expert_threshold() -> RouterConfig:
+    """Every expert whose score is above its running quantile, two in the mean; no balance loss (arXiv:2603.11535)."""
+    return RouterConfig(
+        selection=Threshold(k=2), controller=ExpertThreshold(), weight=Raw(), balance=NoBalance(), z_loss=0.0
+    )
+
+
 PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
     preset.__name__: preset
     for preset in (
         switch,
         gshard,
+        mtf_top2,
         st_moe,
+        shazeer17,
+        vmoe,
         vmoe_bpr,
         expert_choice,
         base,
@@ -174,5 +248,10 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         deepseek_v4_hash,
         quantile_balanced,
         remoe,
+        xmoe,
+        task_moe,
+        dselect_k,
+        dts_gate,
+        expert_threshold,
     )
 }

@@ -26,6 +26,7 @@ from sparsejax.routers.exploration import drop_inputs, explore, jitter
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
 from sparsejax.routers.logits import LOGITS, Logits, Parameters
 from sparsejax.routers.noise import NOISES, LogitNoise
+from sparsejax.routers.observed import Observed
 from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.overflow import OVERFLOWS, Overflow
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
@@ -56,7 +57,7 @@ class RouterConfig:
     exploration: float = 0.0  # in training this share of tokens ranks the experts at random; weights are as ever
     output_masking: float = 0.0  # in training this share of tokens gets nothing from the experts
     logit_cap: Optional[float] = None  # c · tanh(logits / c)
-    allow_leak: bool = False  # accept a selection, order or overflow in which a token's experts depend on later tokens
+    allow_leak: bool = False  # accept a choice of experts (by any axis) that depends on later tokens
 
     def __post_init__(self):
         k = self.selection.experts_per_token
@@ -69,13 +70,18 @@ class RouterConfig:
         if isinstance(self.weight, Constant) and not self.selection.traits.fixed:
             fixed = ", ".join(name for name, entry in SELECTORS.items() if entry().traits.fixed)
             raise ConfigError("weight", f"constant gives a learned router no gradient; it goes with selection={fixed}")
-        for axis in ("selection", "order", "overflow"):
+        for axis in ("logits", "selection", "order", "overflow"):
             if not getattr(self, axis).traits.causal and not self.allow_leak:
                 raise ConfigError(
                     axis,
                     "a token's experts would depend on the tokens after it, which a language model must not see; "
                     "allow_leak=true accepts that",
                 )
+        if self.selection.traits.thresholds != self.controller.thresholds:
+            selections = ", ".join(name for name, entry in SELECTORS.items() if entry().traits.thresholds)
+            controllers = ", ".join(name for name, entry in CONTROLLERS.items() if entry.thresholds)
+            reason = f"selection={selections} takes what is above the thresholds of controller={controllers}"
+            raise ConfigError("controller", f"{reason}; neither goes without the other")
         alone = isinstance(self.selection, SecondExpert) and self.selection.policy == "none"
         if alone and isinstance(self.weight, Renormalized) and self.weight.drop == "after":
             raise ConfigError("weight", "the only expert's share is always 1; with policy=none use weight=raw")
@@ -90,6 +96,11 @@ class RouterConfig:
                 getattr(self, axis).check(self.selection)
             except ConfigError as error:
                 raise error.below(axis) from None
+        if "normal noise" in self.balance.needs and not self.noise.normal:
+            normal = ", ".join(name for name, entry in NOISES.items() if entry.normal)
+            raise ConfigError("balance", f"a load by chance needs normal noise; it goes with noise={normal}")
+        if "first choices" in self.balance.needs and self.selection.traits.fits:
+            raise ConfigError("balance", "experts that take tokens are nobody's first choice; allowed: count=all")
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
         for name in ("jitter", "input_dropout", "output_masking"):
@@ -129,19 +140,28 @@ class RouterConfig:
             )
         if isinstance(self.selection, ExpertChoice):
             reasons["controller"] = "a number per expert does not change which tokens it ranks highest"
+        if self.logits.traits.blind:
+            blind = f"logits={LOGITS.name_of(self.logits)} does not look at the router's input"
+            reasons = dict.fromkeys(("jitter", "input_dropout"), blind) | reasons
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
-        if traits.causal and self.order.traits.causal and self.overflow.traits.causal:
-            reasons["allow_leak"] = "selection, order and overflow are accepted without it"
+        if all(axis.traits.causal for axis in (self.logits, self.selection, self.order, self.overflow)):
+            reasons["allow_leak"] = "logits, selection, order and overflow are accepted without it"
         return reasons
 
     def init(self, key: PRNGKeyArray, d_model: int, num_experts: int) -> dict[str, nnx.Param]:
         """The router's parameters by name; none when it is not learned."""
-        return self.logits.init(key, d_model, num_experts) if self.learned else {}
+        if not self.learned:
+            return {}
+        noise = self.noise.init(jax.random.fold_in(key, 1), d_model, num_experts)
+        return self.logits.init(key, d_model, num_experts) | noise
 
     def size(self, d_model: int, num_experts: int) -> tuple[int, int]:
         """(number of parameters, multiply-adds of one token's matrix products)."""
-        return self.logits.size(d_model, num_experts) if self.learned else (0, 0)
+        if not self.learned:
+            return 0, 0
+        (of_logits, products), (of_noise, more) = (x.size(d_model, num_experts) for x in (self.logits, self.noise))
+        return of_logits + of_noise, products + more
 
     def check(self, num_experts: int) -> None:
         """Raises `ConfigError` when the axes do not go with this number of experts."""
@@ -170,6 +190,7 @@ class Decision:
     ranking_GSE: Float[Array, "G S E"]  # scores after corrections
     dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
     pressed_E: Optional[Float[Array, " E"]]  # what its loss is made of
+    measured_GSNE: Optional[Float[Array, "G S N E"]]  # what the balance measured
 
 
 def route(
@@ -181,13 +202,16 @@ def route(
     state: Optional[Float[Array, "N E"]] = None,
 ) -> "Decision":
     """The decision for each group of tokens, in float32 whatever the dtype of `x_GSD`."""
+    spread_GSE = None
     if config.learned:
         seen_GSD = jitter(x_GSD.astype(jnp.float32), inputs.noise, config.jitter)
         seen_GSD = drop_inputs(seen_GSD, inputs.noise, config.input_dropout)
-        logits_GSE = soft_capped(config.logits(seen_GSD, parameters, inputs), config.logit_cap)
+        logits_GSE = soft_capped(config.logits(seen_GSD, parameters, inputs, num_experts), config.logit_cap)
+        if inputs.noise is not None and not config.noise.silent:
+            spread_GSE = config.noise.spread(seen_GSD, parameters, num_experts)
     else:
         logits_GSE = vary_like(jnp.zeros((*x_GSD.shape[:2], num_experts), jnp.float32), x_GSD)
-    return decide(logits_GSE, inputs, config, state)
+    return decide(logits_GSE, inputs, config, state, spread_GSE)
 
 
 def decide(
@@ -195,14 +219,18 @@ def decide(
     inputs: Inputs,
     config: RouterConfig,
     state: Optional[Float[Array, "N E"]] = None,
+    spread_GSE: Optional[Float[Array, "G S E"]] = None,
 ) -> Decision:
     """The decision for each group, from float32 logits. Padding is never selected and takes no slot.
 
     Args:
       state: of the controller, if it has one.
+      spread_GSE: what the noise is multiplied with, if there is any.
     """
     num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
-    noisy_GSE = logits_GSE if inputs.noise is None else config.noise(logits_GSE, inputs.noise)
+    noisy_GSE = logits_GSE
+    if spread_GSE is not None and inputs.noise is not None:
+        noisy_GSE = logits_GSE + spread_GSE * config.noise.draw(inputs.noise, num_experts)
     scores_GSE = config.score(noisy_GSE)
     ranking_GSE = jax.lax.stop_gradient(scores_GSE)
     if state is not None:
@@ -224,6 +252,16 @@ def decide(
         pairs = TopK(k=k)(by_score)
     else:
         pairs = selection(candidates)
+    observed = Observed(
+        clean=logits_GSE,
+        noisy=noisy_GSE,
+        spread=spread_GSE,
+        probabilities=as_probabilities(scores_GSE),
+        score=config.score,
+        pairs=pairs,
+        inputs=inputs,
+        k=k,
+    )
     if inputs.dropless:
         pairs = one_group(pairs)
         chosen_GP = pairs.expert
@@ -235,10 +273,11 @@ def decide(
         slots=slots,
         chosen_GP=chosen_GP,
         logits_GSE=logits_GSE,
-        probabilities_GSE=as_probabilities(scores_GSE),
+        probabilities_GSE=observed.probabilities,
         ranking_GSE=candidates.ranking,
         dual=dual,
         pressed_E=pressed_E,
+        measured_GSNE=config.balance.measure(observed),
     )
 
 
@@ -250,6 +289,7 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
     num_experts = slots.pair.shape[1]
     entropy_GS = -jnp.sum(p_GSE * jnp.log(jnp.maximum(p_GSE, 1e-30)), axis=-1)
     tokens = mask_GS.sum(dtype=jnp.int32)
+    measured = decision.measured_GSNE
     dual_sum, dual_units = (None, None) if decision.dual is None else decision.dual
     return MoEReport(
         assigned=slots.assigned,
@@ -264,6 +304,7 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
         z_sum=router_z_sum(decision.logits_GSE, mask_GS),
         balance_sum=jnp.float32(0),
         balance_units=jnp.float32(0),
+        balance_measured=None if measured is None else jnp.where(mask_GS[..., None, None], measured, 0).sum((0, 1)),
         dual_sum=dual_sum,
         dual_units=dual_units,
         pressed_sum=decision.pressed_E,

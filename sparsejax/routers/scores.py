@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
 
 
@@ -16,10 +17,16 @@ class Score(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax:
-    """Probabilities over experts (Shazeer et al. 2017; Switch, GShard, Mixtral)."""
+    """Probabilities over experts, softmax(logits / temperature) (Shazeer et al. 2017; Switch, GShard, Mixtral)."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ConfigError("temperature", f"{self.temperature} is not positive")
 
     def __call__(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
-        return jax.nn.softmax(logits_GSE, axis=-1)
+        return jax.nn.softmax(logits_GSE / self.temperature, axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

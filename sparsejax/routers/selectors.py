@@ -4,7 +4,7 @@ from sparsejax.base.registry import Registry
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.tables import ByDomain, Hash
-from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, Threshold, TopK, TopP
 
 SELECTORS = Registry(
     "selection",
@@ -14,6 +14,7 @@ SELECTORS = Registry(
         "prototypes": Prototypes,
         "top_p": TopP,
         "positive": Positive,
+        "threshold": Threshold,
         "expert_choice": ExpertChoice,
         "sinkhorn": Sinkhorn,
         "balanced_assignment": BalancedAssignment,

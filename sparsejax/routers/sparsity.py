@@ -24,6 +24,7 @@ class Sparsity:
     factor: float = 1.2
 
     rows = 2  # nothing is added to the ranking; the logarithm of λ / initial to the base `factor`
+    thresholds = False
 
     def __post_init__(self):
         if self.initial <= 0:

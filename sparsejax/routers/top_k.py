@@ -136,13 +136,15 @@ class TopP(ChoosesK):
 
 @dataclass(frozen=True, kw_only=True)
 class Positive(ChoosesK):
-    """Every expert whose score is positive, for scores that can be 0 (ReMoE, arXiv:2412.14711).
+    """Every expert whose score is more than `above`, for scores that can be 0 (ReMoE, arXiv:2412.14711), or for
+    enough of a softmax (DTS-Gate, arXiv:2112.14397).
 
     Nothing here makes them `k` on average, which capacity counts on: controller=sparsity does. `most` bounds those of a
     token, and with them the length of the list of pairs."""
 
     k: int = 4
     most: Optional[int] = None  # the highest of the positive; None: all of them
+    above: float = 0.0
 
     traits = Traits(variable_k=True, sparse=True)
 
@@ -150,11 +152,37 @@ class Positive(ChoosesK):
         super().__post_init__()
         if self.most is not None and self.most < self.k:
             raise ConfigError("most", f"{self.most} is less than k={self.k}")
+        if self.above < 0:
+            raise ConfigError("above", f"{self.above} is negative")
 
     def __call__(self, candidates: Candidates) -> Pairs:
         num_experts = candidates.ranking.shape[-1]
         experts_GSK, scores_GSK = take_best(candidates, min(self.most or num_experts, num_experts))
-        return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask, scores_GSK > 0)
+        chosen_GSK = scores_GSK > self.above
+        return choice_major_pairs(experts_GSK, jnp.where(chosen_GSK, scores_GSK, 0), candidates.inputs.mask, chosen_GSK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(ChoosesK):
+    """Every expert that ranks above its threshold, `k` in the mean and at most `most`, perhaps none (expert threshold
+    routing, arXiv:2603.11535). The thresholds are those of controller=expert_threshold; a token's experts depend on no
+    other token, in training as in generation."""
+
+    k: int = 2
+    most: int = 8
+
+    traits = Traits(variable_k=True, thresholds=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.most < self.k:
+            raise ConfigError("most", f"{self.most} is less than k={self.k}")
+
+    def __call__(self, candidates: Candidates) -> Pairs:
+        columns = min(self.most, candidates.ranking.shape[-1])
+        experts_GSK, scores_GSK = take_best(candidates, columns)
+        chosen_GSK = jnp.take_along_axis(candidates.ranking, experts_GSK, axis=-1) > 0
+        return choice_major_pairs(experts_GSK, jnp.where(chosen_GSK, scores_GSK, 0), candidates.inputs.mask, chosen_GSK)
 
 
 def _first_always(chosen_GSK: Bool[Array, "G S K"]) -> Bool[Array, "G S K"]:

@@ -18,17 +18,17 @@ from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import BALANCES, LoadBalance
-from sparsejax.routers.controllers import CONTROLLERS
+from sparsejax.routers.controllers import CONTROLLERS, ExpertThreshold
 from sparsejax.routers.limits import LIMITS
 from sparsejax.routers.logits import LOGITS
-from sparsejax.routers.noise import NOISES
+from sparsejax.routers.noise import NOISES, Gaussian, Learned
 from sparsejax.routers.orders import ORDERS
 from sparsejax.routers.overflow import OVERFLOWS
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import SCORES, Relu
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.tables import Hash
-from sparsejax.routers.top_k import Positive, TopK
+from sparsejax.routers.top_k import Positive, Threshold, TopK
 from sparsejax.routers.weights import WEIGHTS, Constant, Raw
 
 from support import (
@@ -67,13 +67,22 @@ AXES = {
     "balance": BALANCES,
 }
 VARIANTS = {
+    ("logits", "by_sequence"): {pool: {"pool": pool} for pool in ("first", "prefix_mean", "mean")},
     ("selection", "top_k"): {"top_1": {"k": 1}, "top_2": {"k": 2}},
-    ("selection", "second_expert"): {p: {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")},
+    ("selection", "second_expert"): {
+        f"second_{p}": {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")
+    },
     ("selection", "hash"): {"hash": {}, "bigram": {"kind": "bigram"}},
     ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum")},
     ("overflow", "next_best"): {"next_best": {"rounds": 1}},
     ("weight", "renormalized"): {"before": {"drop": "before"}, "after": {"drop": "after"}},
-    ("balance", "load_balance"): {s: {"scope": s} for s in ("sequence", "microbatch", "global")},
+    ("balance", "load_balance"): {s: {"scope": s} for s in ("sequence", "microbatch", "global")}
+    | {"first": {"count": "first", "scope": "sequence"}},
+    ("balance", "importance_load"): {
+        "shazeer": {"form": "shazeer", "scope": "sequence"},
+        "vmoe": {"form": "vmoe", "scope": "microbatch"},
+    },
+    ("balance", "entropy"): {"entropy": {"least": 4.0, "domains": 2, "scope": "sequence"}},
 }
 """Settings of an entry that are a mechanism of their own; an entry that is not named has its defaults."""
 PARTNERS = {
@@ -86,6 +95,11 @@ PARTNERS = {
     ("selection", "positive"): {"score": Relu(), "weight": Raw()},
     ("controller", "sparsity"): {"selection": Positive(k=2), "score": Relu(), "weight": Raw()},
     ("overflow", "next_best"): {"selection": TopK(k=1), "weight": Raw()},
+    ("selection", "threshold"): {"controller": ExpertThreshold()},
+    ("controller", "expert_threshold"): {"selection": Threshold()},
+    ("logits", "dselect_k"): {"score": Relu(), "selection": Positive(k=4), "weight": Raw()},
+    ("balance", "shazeer"): {"noise": Learned()},
+    ("balance", "vmoe"): {"noise": Gaussian()},
     ("weight", "constant"): {"selection": Hash(k=2)},
 }
 """What else has to be set for an entry to make sense."""
@@ -219,11 +233,11 @@ def outputs(router: str, capacity_factor: float, changed_from: int | None) -> np
 AMPLE = 8.0  # slots for every token, whatever it chooses
 
 
-@pytest.mark.parametrize("name", [name for name, _ in variants("selection")])
-def test_a_selection_sees_the_future_exactly_when_it_says_so(name):
+@pytest.mark.parametrize("axis, name", [(a, name) for a in ("logits", "selection") for name, _ in variants(a)])
+def test_it_sees_the_future_exactly_when_it_says_so(axis, name):
     """U6: with room for all, what comes later changes nothing; of the others the leak is shown to exist."""
-    router, at = f"selection={name}", LENGTH // 2
-    causal = ROUTERS[router].selection.traits.causal
+    router, at = f"{axis}={name}", LENGTH // 2 + 1  # within the second document
+    causal = getattr(ROUTERS[router], axis).traits.causal
     room = AMPLE if causal else 0.75  # with room for all, an expert takes everyone
     before = outputs(router, room, None)[:, :at]
     assert np.array_equal(outputs(router, room, at)[:, :at], before) == causal
@@ -254,16 +268,16 @@ def test_what_becomes_of_overflow_depends_on_the_future_exactly_when_it_says_so(
     assert any(leaks) == (not router.overflow.traits.causal)
 
 
-@pytest.mark.parametrize("axis, name", [(a, n) for a in ("selection", "order", "overflow") for n in AXES[a]])
-def test_a_leak_has_to_be_allowed(axis, name):
-    entry = AXES[axis][name]()
-    settings = PARTNERS.get((axis, name), {}) | {axis: entry}
-    if entry.traits.causal:
-        assert not RouterConfig(**settings).allow_leak
-        return
-    with pytest.raises(ConfigError, match="allow_leak=true accepts that") as error:
-        RouterConfig(**settings)
-    assert error.value.key == axis
+@pytest.mark.parametrize("axis", ["logits", "selection", "order", "overflow"])
+def test_a_leak_has_to_be_allowed(axis):
+    for name, entry in variants(axis):
+        settings = PARTNERS.get((axis, name), {}) | {axis: entry}
+        if entry.traits.causal:
+            assert not RouterConfig(**settings).allow_leak
+            continue
+        with pytest.raises(ConfigError, match="allow_leak=true accepts that") as error:
+            RouterConfig(**settings)
+        assert error.value.key == axis
 
 
 def test_every_entry_is_here():

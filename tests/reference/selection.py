@@ -142,3 +142,19 @@ def pressed(scores: np.ndarray, k: int) -> float:
         chosen = sum(1 for s in range(tokens) if scores[s, e] > 0)
         value += num_experts / k * chosen / tokens * sum(scores[s, e] for s in range(tokens)) / tokens
     return float(value)
+
+
+def above(scores: np.ndarray, thresholds: np.ndarray, most: int) -> set[tuple[int, int]]:
+    """Every expert above its threshold, of them each token's `most` best by margin."""
+    found = set()
+    for s, row in enumerate(scores):
+        margin = row - thresholds
+        best = sorted((e for e in range(len(row)) if margin[e] > 0), key=lambda e: (-margin[e], e))
+        found |= {(s, e) for e in best[:most]}
+    return found
+
+
+def upper_quantile(scores: np.ndarray, k: int) -> np.ndarray:
+    """[E]: each expert's (kS/E + 1)-th largest score."""
+    size, num_experts = scores.shape
+    return np.array([sorted(scores[:, e], reverse=True)[k * size // num_experts] for e in range(num_experts)])

@@ -24,19 +24,19 @@ P = RNG.dirichlet(np.ones(EXPERTS), (ROWS, LENGTH)).astype(np.float32)
 
 @dataclass(frozen=True)
 class Spread:
-    """A formula that is nobody's: Σ_e counts² · probabilities / tokens."""
+    """A formula that is nobody's: Σ_e (counts² + measured) · probabilities / tokens."""
 
     scope: str
     coefficient: float = 0.5
 
-    def __call__(self, counts, probability_sum, tokens, k):
-        return (counts**2 * probability_sum).sum(-1) / (k * jnp.maximum(tokens, 1))
+    def __call__(self, counts, probability_sum, tokens, k, measured):
+        return ((counts**2 + measured[..., 0, :]) * probability_sum).sum(-1) / (k * jnp.maximum(tokens, 1))
 
 
 def by_hand(chosen, p, mask):
     """`Spread` of one unit."""
     counts = np.bincount(chosen[mask].ravel(), minlength=EXPERTS)
-    return float((counts**2 * p[mask].sum(0)).sum() / (K * max(mask.sum(), 1)))
+    return float(((counts**2 + (p**2)[mask].sum(0)) * p[mask].sum(0)).sum() / (K * max(mask.sum(), 1)))
 
 
 def empty_report(mask=MASK, chosen=CHOSEN, p=P):
@@ -50,6 +50,7 @@ def empty_report(mask=MASK, chosen=CHOSEN, p=P):
         dropped_capacity=0 * counts,
         tokens=jnp.int32(mask.sum()),
         probability_sum=jnp.asarray(p[mask].sum(0)),
+        balance_measured=jnp.asarray((p**2)[mask].sum(0))[None],
         **zeros,
         **sums,
     )
@@ -59,7 +60,8 @@ def local(balance, groups):
     """The balance fields of a device that routes `MASK` in so many groups."""
     grouped = lambda array: jnp.asarray(array).reshape(groups, -1, *array.shape[2:])  # noqa: E731
     pairs = choice_major_pairs(grouped(CHOSEN), jnp.ones_like(grouped(CHOSEN), jnp.float32), grouped(MASK))
-    moe = with_local_balance(empty_report(), pairs, grouped(P), jnp.asarray(MASK), balance, K)
+    measured = grouped(P**2)[..., None, :]
+    moe = with_local_balance(empty_report(), pairs, grouped(P), jnp.asarray(MASK), balance, K, measured)
     return to_numpy((moe.balance_sum, moe.balance_units))
 
 
@@ -106,10 +108,19 @@ class TestLoss:
         assert found == pytest.approx(0.5 * np.mean(parts), 1e-5)
 
 
+MEASURED = {
+    "importance_load": lambda p, entropy: jnp.stack([p, K * p]),
+    "entropy": lambda p, entropy: jnp.stack([p, entropy * p]),
+}
+"""Sums of what an entry measures, when these are the sums of probabilities and every token has this entropy."""
+
+
 @pytest.mark.parametrize("name", BALANCES)
 def test_every_entry_is_one_at_perfect_balance_and_more_when_skewed(name):
     balance, tokens = BALANCES[name](), 40
-    even = balance(jnp.full(EXPERTS, tokens * K // EXPERTS), jnp.full(EXPERTS, tokens / EXPERTS), jnp.int32(tokens), K)
+    measured = MEASURED.get(name, lambda p, entropy: None)
+    p = jnp.full(EXPERTS, tokens / EXPERTS)
+    even = balance(jnp.full(EXPERTS, tokens * K // EXPERTS), p, jnp.int32(tokens), K, measured(p, 0.0))
     assert float(even) == pytest.approx(1.0)
     skewed = jnp.array([tokens, tokens, 0, 0, 0])
-    assert float(balance(skewed, skewed / K, jnp.int32(tokens), K)) > 1.5
+    assert float(balance(skewed, skewed / K, jnp.int32(tokens), K, measured(skewed / K, np.log(2)))) > 1.5

@@ -11,16 +11,16 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choices, fill_slots
 from sparsejax.ops.matching import auction, sinkhorn
 from sparsejax.routers.candidates import Noise
-from sparsejax.routers.controllers import LossFree, Quantile
+from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
-from sparsejax.routers.noise import Gaussian, Gumbel
+from sparsejax.routers.noise import Gaussian, Gumbel, Learned
 from sparsejax.routers.orders import ORDERS, Random
 from sparsejax.routers.plans import BalancedAssignment
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import RouterConfig, decide, route
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.tables import ByDomain, Hash
-from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, Threshold, TopK, TopP
 from sparsejax.routers.weights import Raw, Renormalized
 
 from reference import selection as slow
@@ -75,6 +75,7 @@ def check(pairs, scores, expected):
         (TopP(p=0.6, k=4), SCORES, lambda g: slow.top_p(SCORES[g], 0.6, 4)),
         (Positive(k=3, most=3), SPARSE, lambda g: slow.positive(SPARSE[g], 3)),
         (Positive(k=3), SPARSE, lambda g: slow.positive(SPARSE[g], EXPERTS)),
+        (Positive(k=3, most=3, above=0.3), SCORES, lambda g: slow.above(SCORES[g], np.full(EXPERTS, 0.3), 3)),
     ],
     ids=lambda value: str(value) if dataclasses.is_dataclass(value) else "",
 )
@@ -366,6 +367,63 @@ class TestQuantile:
         assert violation[0] > 1 and np.mean(violation[2:]) < 0.45
 
 
+class TestExpertThreshold:
+    """Selector and controller: what is above a running quantile."""
+
+    def step(self, scores, state, controller, mask=None, k=2):
+        """The controller's state `[2, E]` after one batch `[G, S, E]`."""
+        mask = np.ones(scores.shape[:2], bool) if mask is None else mask
+        total, units = controller.measure(jnp.asarray(scores + state[0]), jnp.asarray(mask), k)
+        report = Counted(assigned=None, dual_sum=total, dual_units=units)
+        return np.asarray(controller.update(jnp.asarray(state), report, k))
+
+    def taken(self, scores, state, **fields):
+        given = candidates(scores)
+        given = dataclasses.replace(given, ranking=jnp.asarray(scores + state[0]))
+        return Threshold(**fields)(given)
+
+    def test_after_one_batch_every_expert_has_its_share_of_it(self):
+        """Whatever the decay: the first quantile counts whole."""
+        scores = RNG.random((1, 64, EXPERTS)).astype(np.float32)
+        state = self.step(scores, np.zeros((2, EXPERTS), np.float32), ExpertThreshold())
+        pairs = self.taken(scores, state, k=2)
+        load = np.bincount(np.asarray(pairs.expert)[np.asarray(pairs.valid)], minlength=EXPERTS)
+        assert (load == 2 * 64 // EXPERTS).all()
+        assert pairs_of(pairs, 0) == slow.above(scores[0], -state[0], 8)
+        assert len({len([p for p in pairs_of(pairs, 0) if p[0] == s]) for s in range(64)}) > 2, "k varies"
+
+    def test_thresholds_are_means_of_quantiles_over_groups_then_steps(self):
+        controller = ExpertThreshold(decay=0.6)
+        batches = RNG.random((5, 2, 24, EXPERTS)).astype(np.float32)
+        mask = np.ones((2, 24), bool)
+        mask[1, 16:] = False
+        state, theta = np.zeros((2, EXPERTS), np.float32), np.zeros(EXPERTS)
+        for n, batch in enumerate(batches):
+            state = self.step(batch, state, controller, mask)
+            quantile = np.mean([slow.upper_quantile(batch[0], 2), slow.upper_quantile(batch[1, :16], 2)], axis=0)
+            part = max(0.4, 1 / (n + 1))
+            theta = (1 - part) * theta + part * quantile
+            assert_close(state, np.stack([-theta, np.full(EXPERTS, n + 1)]).astype(np.float32))
+
+    def test_a_step_without_tokens_changes_nothing(self):
+        state = np.stack([-RNG.random(EXPERTS), np.full(EXPERTS, 3.0)]).astype(np.float32)
+        assert np.array_equal(self.step(SCORES, state, ExpertThreshold(), np.zeros_like(MASK)), state)
+
+    def test_most_is_the_most_and_none_is_allowed(self):
+        state = np.float32([np.full(EXPERTS, -0.05), np.ones(EXPERTS)])
+        pairs = self.taken(SCORES, state, k=1, most=2)
+        assert all(pairs_of(pairs, g) == slow.above(SCORES[g], np.full(EXPERTS, 0.05), 2) for g in range(GROUPS))
+        assert not np.asarray(self.taken(SCORES, state - 1).valid).any()
+
+    def test_neither_goes_without_the_other(self):
+        for settings in ({"selection": Threshold()}, {"controller": ExpertThreshold()}):
+            with pytest.raises(ConfigError, match="neither goes without the other") as error:
+                RouterConfig(**settings)
+            assert error.value.key == "controller"
+        with pytest.raises(ConfigError, match="1 is less than k=2"):
+            Threshold(most=1)
+
+
 class TestSinkhorn:
     LOGITS = RNG.normal(size=(64, EXPERTS)).astype(np.float32) * 2 + RNG.normal(size=EXPERTS).astype(np.float32)
 
@@ -459,17 +517,40 @@ class TestBalancedAssignment:
 
 
 class TestNoise:
-    LOGITS = np.zeros((400, SIZE, 4), np.float32)
-
     def drawn(self, kind):
-        return np.asarray(kind(jnp.asarray(self.LOGITS), noise(0, 400, SIZE)))
+        x = jnp.zeros((400, SIZE, 1))
+        return np.asarray(kind.spread(x, {}, 4) * kind.draw(noise(0, 400, SIZE), 4))
 
     def test_gaussian_has_the_deviation_one_over_e(self):
         values = self.drawn(Gaussian())
         assert abs(values.std() - 0.25) < 0.01 and abs(values.mean()) < 0.01
 
     def test_gumbel_top_1_draws_from_the_softmax(self):
-        logits = np.broadcast_to(np.log(np.float32([0.4, 0.3, 0.2, 0.1])), self.LOGITS.shape)
-        chosen = np.asarray(Gumbel()(jnp.asarray(logits), noise(1, 400, SIZE))).argmax(-1).ravel()
+        logits = np.broadcast_to(np.log(np.float32([0.4, 0.3, 0.2, 0.1])), (400, SIZE, 4))
+        chosen = np.asarray(logits + self.drawn(Gumbel())).argmax(-1).ravel()
         share = np.bincount(chosen, minlength=4) / chosen.size
         assert np.abs(share - [0.4, 0.3, 0.2, 0.1]).max() < 4 * 0.5 / chosen.size**0.5
+
+    def test_a_learned_spread_is_that_of_the_equations_and_has_a_gradient(self):
+        entry, rng = Learned(), np.random.default_rng(0)
+        x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 4, 3), (3, 5)))
+        (parameter,) = entry.init(jax.random.key(0), 3, 5).values()
+        assert entry.size(3, 5) == (15, 15) and (parameter[...] == 0).all()  # at first the noise is the same for all
+        expected = np.log1p(np.exp(np.asarray(x, np.float64) @ np.asarray(weight, np.float64))) + 0.01
+        assert_close(entry.spread(x, {"noise": weight}, 5), expected.astype(np.float32), 1e-6)
+        draw = entry.draw(noise(0, 1, 4), 5)
+        assert np.array_equal(draw, Gaussian().draw(noise(0, 1, 4), 5))
+        grad = jax.grad(lambda w: (entry.spread(x, {"noise": w}, 5) * draw)[0, 0, 0])(weight)
+        assert np.abs(grad).max() > 0
+
+    def test_noise_is_for_training_and_its_parameters_lie_beside_those_of_the_logits(self):
+        config = RouterConfig(noise=Learned(), selection=TopK(k=1), weight=Raw())
+        parameters = {name: p[...] for name, p in config.init(jax.random.key(0), 3, 5).items()}
+        assert set(parameters) == {"weight", "noise"} and config.size(3, 5) == (30, 30)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(1, SIZE, 3)), jnp.float32)
+        training = known(np.ones((1, SIZE), bool), SIZE, noise=noise(0, 1, SIZE))
+        noisy = route(x, parameters, training, config, 5)
+        clean = route(x, parameters, known(np.ones((1, SIZE), bool), SIZE, training=False), config, 5)
+        assert np.array_equal(noisy.logits_GSE, clean.logits_GSE), "the z-loss is of clean logits"
+        assert not np.array_equal(noisy.probabilities_GSE, clean.probabilities_GSE)
+        assert np.array_equal(clean.pairs.expert[0], np.asarray(x[0] @ parameters["weight"]).argmax(-1))
