@@ -69,6 +69,7 @@ def rescale(router: RouterConfig, num_experts: int, shards: int) -> float:
             mask=jnp.asarray(ones),
             tokens=zeros,
             previous=zeros,
+            positions=zeros,
             domains=zeros,
             limit=jnp.full(1, num_experts, jnp.int32),
             num_slots=num_experts,
