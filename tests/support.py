@@ -16,6 +16,7 @@ from sparsejax.base.sharding import BATCH_AXES, MeshConfig, Rules, make_mesh
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
+from sparsejax.blocks.spec import BlockSpec
 from sparsejax.nn.backbone import Backbone
 from sparsejax.routers import presets
 from sparsejax.routers.candidates import Candidates, Inputs
@@ -24,6 +25,9 @@ from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.state import variable_specs
 
+FREE = ("zero_experts", "copy_experts", "constant_experts")
+SHAPES = ("num_experts", "d_ff", "gated", "shared_experts", "mix_shared", *FREE)
+"""Fields of `MoESpec` that the shapes of its parameters depend on."""
 ONE_DEVICE = (1, 1, 1)
 MESHES = (ONE_DEVICE, (2, 4, 1), (4, 2, 1), (2, 2, 2), (8, 1, 1))
 
@@ -136,18 +140,24 @@ def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.St
     asked = traits.sparse or traits.thresholds  # a controller may ask for it
     one = RouterConfig(selection=spec.router.selection if asked else TopK(k=1), weight=Raw(), allow_leak=True, **keeps)
     one = one if spec.router.learned else presets.hash_layer()
-    fields = {name: getattr(spec, name) for name in ("num_experts", "d_ff", "gated", "shared_experts")}
-    shaped = MoESpec(**fields, router=one)
+    shaped = MoESpec(**{name: getattr(spec, name) for name in SHAPES}, router=one)
     if spec != shaped:
         return moe_layer_params(shaped, backbone, seed)
     return host_params(lambda key: MoELayer(key, backbone, spec), seed)
 
 
-@functools.cache
 def moe_layer_runner(spec: MoESpec, backbone: Backbone, shape: tuple[int, int, int]) -> Callable[..., Any]:
-    """`run(params, x, fields of a batch, key=None, mode='train') -> (y, report)` of one MoE layer, host to host."""
+    """`layer_runner` of one MoE layer."""
+    return layer_runner(MoELayer, spec, backbone, shape)
+
+
+@functools.cache
+def layer_runner(
+    layer: Callable[..., nnx.Module], spec: BlockSpec, backbone: Backbone, shape: tuple[int, int, int]
+) -> Callable[..., Any]:
+    """`run(params, x, fields of a batch, key=None, mode='train') -> (y, report)` of one layer, host to host."""
     with on_mesh(shape):
-        graph = graph_of(lambda key: MoELayer(key, backbone, spec))
+        graph = graph_of(lambda key: layer(key, backbone, spec))
 
     @functools.partial(jax.jit, static_argnames="mode")
     def call(params, x, batch, key, mode):

@@ -101,12 +101,14 @@ def over_layers(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(sum(v) if key == "moe/dead_experts" else np.mean(v)) for key, v in values.items()}
 
 
-def moe_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]:
-    """The `moe/…` metrics of one layer, from its unstacked host report (`to_host`)."""
+def moe_ratios(report: MoEReport, experts_per_token: int, free: int = 0) -> dict[str, float]:
+    """The `moe/…` metrics of one layer, from its unstacked host report (`to_host`). `free` of its experts, the last
+    ones, have no slots."""
     load = np.asarray(report.assigned, np.float64)
     mean = max(load.mean(), 1e-9)
     assigned, tokens, slots = max(load.sum(), 1.0), max(float(report.tokens), 1.0), max(float(report.slots), 1.0)
     num_experts = load.shape[-1]
+    in_slots = float(report.processed[: num_experts - free].sum())
     blocks = {} if report.block_rows is None else {"moe/block_fraction": float(report.block_rows / slots)}
     return blocks | {
         "moe/drop_fraction": float(report.dropped.sum() / assigned),
@@ -117,7 +119,8 @@ def moe_ratios(report: MoEReport, experts_per_token: int) -> dict[str, float]:
         "moe/router_entropy": float(report.entropy_sum / tokens / max(math.log(num_experts), 1e-9)),
         "moe/router_z": float(report.z_sum / tokens),
         "moe/slots_per_token": float(report.slots / tokens),
-        "moe/slot_utilisation": float(report.processed.sum() / slots),
+        "moe/slot_utilisation": in_slots / slots,
+        "moe/experts_per_token": in_slots / tokens,  # that compute something
         "moe/balance_loss": float(report.balance_sum / max(float(report.balance_units), 1e-9)),
         "moe/balance_floor": balance_floor(int(report.tokens), num_experts, experts_per_token),
     }

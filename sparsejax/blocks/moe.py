@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, Optional
 
 import jax
@@ -28,19 +29,23 @@ from sparsejax.base.sharding import (
 )
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode, Totals
+from sparsejax.blocks.expert_parallel import expert_parallel, whole_weights
+from sparsejax.blocks.free_experts import FreeExperts, free_output
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_copies
 from sparsejax.nn.backbone import Backbone
+from sparsejax.nn.linear import Linear
 from sparsejax.nn.mlp import MLP, Experts, ffn_weights, ffn_width
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
 from sparsejax.ops.dispatch import MOVEMENTS
-from sparsejax.ops.ffn import Activation, Weights, expert_ffn
+from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import Implementation, grouped_experts
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
 from sparsejax.routers.candidates import Inputs, Noise
 from sparsejax.routers.exploration import mask_outputs
 from sparsejax.routers.logits import Parameters
+from sparsejax.routers.overflow import Drop
 from sparsejax.routers.replay import record
 from sparsejax.routers.router import Decision, RouterConfig, report, route
 
@@ -54,6 +59,10 @@ class MoESpec(BlockSpec):
     gated: bool = False
     activation: Activation = "gelu"
     shared_experts: int = 0  # experts of the same width that every token also goes through, fused into one network
+    mix_shared: bool = False  # c₁ · routed + c₂ · shared with (c₁, c₂) = softmax(x W), learned (PR-MoE); else their sum
+    zero_experts: int = 0  # scored like the others, their output is 0
+    copy_experts: int = 0  # … is x
+    constant_experts: int = 0  # … is a₁ x + a₂ v with a learned v and (a₁, a₂) = softmax(x W)
     group_size: Optional[int] = (
         None  # tokens routed together; None: one row. Must divide what a device holds of a microbatch
     )
@@ -80,18 +89,35 @@ class MoESpec(BlockSpec):
                 raise ConfigError(
                     name, f"inf is no number of slots; num_experts={self.num_experts} is room for any routing"
                 )
+        for name in ("shared_experts", "zero_experts", "copy_experts", "constant_experts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, f"{getattr(self, name)} is negative")
         try:
-            self.router.check(self.num_experts)
+            self.router.check(self.scored_experts)
         except ConfigError as error:
             raise error.below("router") from None
         if not 0 <= self.gating_dropout < 1:
             raise ConfigError("gating_dropout", f"{self.gating_dropout} is outside [0, 1)")
-        if self.shared_experts < 0:
-            raise ConfigError("shared_experts", f"{self.shared_experts} is negative")
+
+        if self.free.total and not isinstance(self.router.overflow, Drop):
+            raise ConfigError("router.overflow", "experts without a network are not sent on to; allowed: overflow=drop")
 
     @property
     def experts_per_token(self) -> int:
         return self.router.selection.experts_per_token
+
+    @property
+    def free(self) -> FreeExperts:
+        return FreeExperts(zero=self.zero_experts, copy=self.copy_experts, constant=self.constant_experts)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mix_shared and self.shared_experts > 0
+
+    @property
+    def scored_experts(self) -> int:
+        """Columns of the router."""
+        return self.num_experts + self.free.total
 
     @property
     def dropless(self) -> bool:
@@ -112,7 +138,7 @@ class MoESpec(BlockSpec):
         """The capacity factor asked for; without a capacity and in generation, the one that stands for a slot for every
         token."""
         if mode == "generate" or (self.dropless and not self.router.selection.traits.fits):
-            return self.num_experts / (self.experts_per_token if self._convention.counts_k else 1)
+            return self.scored_experts / (self.experts_per_token if self._convention.counts_k else 1)
         return self.capacity_factor if self.slots_of_training(mode) else self.eval_capacity_factor
 
     def slots_of_training(self, mode: Mode) -> bool:
@@ -134,6 +160,8 @@ class MoESpec(BlockSpec):
         elif self.dropless:
             names = ("capacity_factor", "eval_capacity_factor", "capacity_convention")
             reasons |= dict.fromkeys(names, "dispatch=grouped drops nothing, so there is no capacity")
+        if not self.shared_experts:
+            reasons["mix_shared"] = "there are no shared_experts"
         return reasons
 
     def capacities(self, group_size: int, mode: Mode) -> np.ndarray:
@@ -141,7 +169,7 @@ class MoESpec(BlockSpec):
         if mode == "generate":
             return np.arange(group_size + 1, dtype=np.int32)
         trained = self.slots_of_training(mode)
-        shape = group_size, self.num_experts, self.experts_per_token
+        shape = group_size, self.scored_experts, self.experts_per_token
         return capacity_table(*shape, self.factor(mode), self.capacity_convention, trained)
 
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
@@ -149,19 +177,30 @@ class MoESpec(BlockSpec):
         return TransformerBlock(attention_key, backbone, MoELayer(moe_key, backbone, self))
 
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
-        k, weights = self.experts_per_token, ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
-        routed = k * self.pair_flops(backbone)
-        experts = Cost(parameters=self.num_experts * weights, active=k * weights, routed=routed)
-        parameters, products = self.router.size(backbone.d_model, self.num_experts)
-        own = Cost(parameters=parameters, active=parameters, per_token=2 * products)
-        router = {"router": own} if parameters else {}
-        costs = router | {"experts": experts}
-        return costs | (
-            {"shared_experts": Cost.of_matrices(self.shared_experts * weights)} if self.shared_experts else {}
-        )
+        weights = ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
+        # Pairs of a token that meet a network when all experts have the same load.
+        pairs = Fraction(self.experts_per_token * self.num_experts, self.scored_experts)
+        parameters, products = self.router.size(backbone.d_model, self.scored_experts)
+        constants, of_constants = self.free.size(backbone.d_model)
+        mixing = 2 * backbone.d_model if self.mixes else 0
+        costs = {
+            "router": Cost(parameters=parameters, active=parameters, per_token=2 * products),
+            "experts": Cost(
+                parameters=self.num_experts * weights,
+                active=round(pairs * weights),
+                routed=round(pairs * self.pair_flops(backbone)),
+            ),
+            "constant_experts": Cost(parameters=constants, active=constants, per_token=2 * of_constants),
+            "shared_experts": Cost.of_matrices(self.shared_experts * weights + mixing),
+        }
+        return {name: cost for name, cost in costs.items() if cost.parameters}
 
     def pair_flops(self, backbone: Backbone) -> int:
+        """FLOPs of one expert on one token."""
         return 2 * ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
+
+    def processed_flops(self, report: Report, backbone: Backbone) -> float:
+        return float(_moe(report).processed[: self.num_experts].sum()) * self.pair_flops(backbone)
 
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
@@ -198,10 +237,11 @@ class MoESpec(BlockSpec):
         return terms if pressure is None else terms | {"sparsity": pressure}
 
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
-        return moe_ratios(_moe(report), self.experts_per_token) | {"moe/capacity_factor": self.factor(mode)}
+        ratios = moe_ratios(_moe(report), self.experts_per_token, self.free.total)
+        return ratios | {"moe/capacity_factor": self.factor(mode)}
 
     def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
-        return self.router.controller.update(state, _moe(report), self.experts_per_token)
+        return self.router.controller.update(state, _moe(report), self.experts_per_token, self.free.total)
 
     def continued(self, fresh: Arrays, trained: Arrays) -> dict[str, Array]:
         """From a dense block, a mixture of copies."""
@@ -209,8 +249,8 @@ class MoESpec(BlockSpec):
         return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router)
 
     def check_replay(self, expert: int) -> None:
-        if expert >= self.num_experts:
-            raise ConfigError("num_experts", f"{self.num_experts}, but a recorded token went to expert {expert}")
+        if expert >= self.scored_experts:
+            raise ConfigError("num_experts", f"{self.scored_experts}, but a recorded token went to expert {expert}")
         if self.router.selection.traits.own_scores:
             raise ConfigError(
                 "router.selection", "its weights know more than who was chosen, so that decisions cannot be taken again"
@@ -244,6 +284,7 @@ class Routing:
     positions: Int[Array, "B T"]
     keys: Optional[PRNGKeyArray]  # [B]
     parameters: Parameters
+    constants: Parameters
     state: Optional[Float[Array, "N E"]]
     experts: Optional[Int[Array, "B T K"]]  # decisions to be taken again
 
@@ -252,15 +293,17 @@ class MoELayer(nnx.Module):
     """Router, experts and shared experts. Tokens are exchanged over the mesh axis `expert` inside one `shard_map`."""
 
     def __init__(self, key: PRNGKeyArray, backbone: Backbone, spec: MoESpec):
-        router_key, expert_key, shared_key = jax.random.split(key, 3)
-        self.router = nnx.Dict(spec.router.init(router_key, backbone.d_model, spec.num_experts))
+        router_key, expert_key, shared_key, constant_key, mixing_key = jax.random.split(key, 5)
+        self.router = nnx.Dict(spec.router.init(router_key, backbone.d_model, spec.scored_experts))
         rows = spec.router.controller.rows
-        zeros = jnp.zeros((rows, spec.num_experts), jnp.float32)
+        zeros = jnp.zeros((rows, spec.scored_experts), jnp.float32)
         self.controller = BalancingState(zeros, axes=(None, None)) if rows else None
         d_ff, kind = ffn_width(backbone, spec.d_ff), {"gated": spec.gated, "activation": spec.activation}
         self.experts = Experts(expert_key, backbone, spec.num_experts, d_ff, **kind)
+        self.constants = nnx.Dict(spec.free.init(constant_key, backbone))
         shared = spec.shared_experts
         self.shared = MLP(shared_key, backbone, shared * d_ff, **kind) if shared else None
+        self.shared_mixing = _mixing(mixing_key, backbone.d_model) if spec.mixes else None
         self.spec = spec
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
@@ -275,6 +318,7 @@ class MoELayer(nnx.Module):
             positions=batch.positions,
             keys=_row_keys(context) if spec.router.needs_noise else None,
             parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
+            constants={name: gather_for_compute(parameter[...]) for name, parameter in self.constants.items()},
             state=None if self.controller is None else self.controller[...],
             experts=context.experts,
         )
@@ -286,7 +330,7 @@ class MoELayer(nnx.Module):
         whole: Any = P()
         names = ("mask", "tokens", "previous", "domains", "positions", "keys", "experts")
         rows: Any = dict.fromkeys(names, by_row)
-        specs = Routing(**rows, parameters=whole, state=whole)
+        specs = Routing(**rows, parameters=whole, constants=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
         typed = not (spec.dropless and spec.implementation == "megablox")
@@ -295,9 +339,20 @@ class MoELayer(nnx.Module):
         y_BTD, moe, decisions = _now_and_then(compute, spec.gating_dropout, context)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
-        if self.shared is not None:
-            y_BTD = y_BTD + checkpoint_name(self.shared(x_BTD), "mlp")
-        return y_BTD, dataclasses.replace(moe, decisions=decisions)
+        moe = dataclasses.replace(moe, decisions=decisions)
+        if self.shared is None:
+            return y_BTD, moe
+        shared_BTD = checkpoint_name(self.shared(x_BTD), "mlp")
+        if self.shared_mixing is None:
+            return y_BTD + shared_BTD, moe
+        c_BT2 = jax.nn.softmax(self.shared_mixing(x_BTD), axis=-1).astype(y_BTD.dtype)
+        return c_BT2[..., :1] * y_BTD + c_BT2[..., 1:] * shared_BTD, moe
+
+
+def _mixing(key: PRNGKeyArray, d_model: int) -> Linear:
+    """A token's logits of the routed and of the shared experts (PR-MoE, arXiv:2201.05596, as in DeepSpeed)."""
+    sharing = {"out_spec": P(BATCH_AXES, None, None), "dtype": "float32"}
+    return Linear(key, "btd,dc->btc", (d_model, 2), ("embed", None), stddev=d_model**-0.5, **sharing)
 
 
 def _now_and_then(compute: Callable[[], Any], dropout: float, context: Context) -> Any:
@@ -339,13 +394,14 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, conte
             training=mode == "train",
             generating=mode == "generate",
             dropless=spec.dropless,
+            free=spec.free.total,
             noise=noise,
             experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
         )
-        decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.num_experts, routing.state)
+        decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.scored_experts, routing.state)
     moe = report(decision, mask_GS)
     if spec.dropless:
-        weights = _whole(weights, weight_specs)
+        weights = whole_weights(weights, weight_specs)
         with jax.named_scope("experts"):
             y, rows, in_blocks = grouped_experts(
                 x_GSD.reshape(groups * size, -1),
@@ -361,7 +417,10 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, conte
     if "tensor" in weight_specs[0]:
         with jax.named_scope("combine"):
             y = sum_over(y, "tensor")
-    y = mask_outputs(y.reshape(x_GSD.shape), noise, spec.router.output_masking)
+    y = y.reshape(x_GSD.shape)
+    if spec.free.copy or spec.free.constant:
+        y = y + free_output(x_GSD, decision.pairs, spec.num_experts, spec.free, routing.constants)
+    y = mask_outputs(y, noise, spec.router.output_masking)
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
     measured, balance = decision.measured_GSNE, spec.router.balance
@@ -374,7 +433,7 @@ def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: MoESp
     movement = MOVEMENTS[spec.dispatch]
     with jax.named_scope("dispatch"):
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
-    out_EGCD = _expert_parallel(z_EGCD, weights, weight_specs, activation)
+    out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation)
     with jax.named_scope("combine"):
         return movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
 
@@ -385,30 +444,3 @@ def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int
         return (rows, length) if length > 1 else (1, rows)
     size = length if spec.group_size is None else spec.group_size
     return rows * length // size, size
-
-
-def _expert_parallel(z_EGCD, weights, weight_specs, activation: Activation):
-    """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered
-    here, so that their gradients leave by reduce-scatter."""
-    exchange = "expert" in weight_specs[0]
-    weights = _whole(weights, weight_specs)
-    if exchange:
-        with jax.named_scope("exchange"):
-            z_EGCD = jax.lax.all_to_all(z_EGCD, "expert", split_axis=0, concat_axis=1, tiled=True)
-    experts, groups, num_slots, width = z_EGCD.shape
-    with jax.named_scope("experts"):
-        out_END = expert_ffn(z_EGCD.reshape(experts, groups * num_slots, width), weights, activation)
-    out_EGCD = out_END.reshape(experts, groups, num_slots, width)
-    if exchange:
-        with jax.named_scope("exchange"):
-            out_EGCD = jax.lax.all_to_all(out_EGCD, "expert", split_axis=1, concat_axis=0, tiled=True)
-    return out_EGCD
-
-
-def _whole(weights: Weights, specs: tuple[P, ...]) -> Weights:
-    """Weights as they are used: not split over `data`."""
-    return tuple(_gather_data(weight, spec) for weight, spec in zip(weights, specs, strict=True))
-
-
-def _gather_data(weight: Float[Array, "E ..."], spec: P) -> Float[Array, "E ..."]:
-    return jax.lax.all_gather(weight, "data", axis=tuple(spec).index("data"), tiled=True) if "data" in spec else weight

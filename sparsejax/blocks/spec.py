@@ -5,6 +5,7 @@ A new kind is one file with a `BlockSpec`, and one line in `blocks.BLOCKS`; mode
 the spec and know no kind by name."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -24,21 +25,24 @@ class Cost:
     """Of one component. `active` are the parameters that a token's forward pass uses: k of E experts, all else whole.
 
     FLOPs are 2 × the multiply-adds of matrix products, forward: `per_token` for every token, `per_key` for every key
-    that a query attends to, `routed` for a token all of whose k pairs are processed. An embedding table counts whole
-    among the active parameters, as is usual, though a token reads one row of it."""
+    that a query attends to, `routed` for a token all of whose k pairs are processed, `per_row` for what experts do once
+    for a row of the batch, however long it is. An embedding table counts whole among the active parameters, as is
+    usual, though a token reads one row of it."""
 
     parameters: int = 0
     active: int = 0
     per_token: int = 0
     per_key: int = 0
     routed: int = 0
+    per_row: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
 
-    def flops(self, keys: float) -> float:
-        """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped."""
-        return self.per_token + keys * self.per_key + self.routed
+    def flops(self, keys: float, row_length: float = math.inf) -> float:
+        """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped; with its
+        part of what is done for a row of `row_length` tokens."""
+        return self.per_token + keys * self.per_key + self.routed + self.per_row / row_length
 
     @staticmethod
     def of_matrices(weights: int) -> "Cost":
@@ -71,15 +75,20 @@ class BlockSpec(abc.ABC):
         """Config field → (size, logical axis) of what the mesh must split evenly."""
         return {}
 
+    @property
+    def leak(self) -> Optional[str]:
+        """Why a causal model must not have such a block, if it must not."""
+        return None
+
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raises `ConfigError` unless the block runs on such a mesh, beyond what `splits` says."""
 
     def check_tokens(self, tokens: int) -> None:
         """Raises `ConfigError` unless the block can take `tokens` tokens: what a device holds of one microbatch."""
 
-    def pair_flops(self, backbone: Backbone) -> int:
-        """FLOPs of one expert on one token; 0 for a block without experts."""
-        return 0
+    def processed_flops(self, report: Report, backbone: Backbone) -> float:
+        """Forward FLOPs of the pairs that experts really processed, from a host report."""
+        return 0.0
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
         """Named loss terms of the block's (possibly stacked) report, weighted and summed over its layers."""

@@ -1,8 +1,9 @@
 """What a model costs, from its config alone: parameters, active parameters and FLOPs, by component.
 
 FLOPs are 2 × the multiply-adds of matrix products. A forward pass costs `per_token` for every token, `per_key` for
-every key that a query attends to (`causal_keys` on a row of one document), and `routed` for every token whose k pairs
-are all processed. Training is 3 × the forward pass; element-wise work, the optimizer and recomputation are left out.
+every key that a query attends to (`causal_keys` on a row of one document), `routed` for every token whose k pairs are
+all processed, and `per_row` for every row. Training is 3 × the forward pass; element-wise work, the optimizer and
+recomputation are left out.
 """
 
 from typing import Optional
@@ -22,6 +23,7 @@ COMPONENTS = (
     "mlp",
     "router",
     "experts",
+    "constant_experts",
     "shared_experts",
 )
 
@@ -45,13 +47,16 @@ def causal_keys(sequence_length: int) -> float:
     return (sequence_length + 1) / 2
 
 
-def forward_flops(config: ModelConfig, tokens: float, keys: float, routed: Optional[float] = None) -> float:
+def forward_flops(
+    config: ModelConfig, tokens: float, keys: float, routed: Optional[float] = None, rows: float = 0.0
+) -> float:
     """FLOPs of a forward pass over `tokens` tokens with `keys` (query, key) pairs in each layer.
 
-    Args: routed: FLOPs of the experts over all layers, Σ processed pairs · `BlockSpec.pair_flops`: ideal work is what
-      was selected and not dropped. None: every token's k pairs, in every layer."""
+    Args: routed: FLOPs of the experts over all layers, Σ `BlockSpec.processed_flops`: ideal work is what was selected
+      and not dropped. None: every token's k pairs and the work of `rows` rows, in every layer."""
     cost = total(config)
-    return tokens * cost.per_token + keys * cost.per_key + (tokens * cost.routed if routed is None else routed)
+    of_experts = tokens * cost.routed + rows * cost.per_row if routed is None else routed
+    return tokens * cost.per_token + keys * cost.per_key + of_experts
 
 
 def _table(config: ModelConfig, per_token: int) -> Cost:

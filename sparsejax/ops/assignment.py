@@ -33,11 +33,11 @@ class Slots:
     """Where each pair sits. Slots of an expert fill from 0 without holes."""
 
     position: Int[Array, "G P"]  # among the valid pairs of its expert
-    keep: Bool[Array, "G P"]  # valid, and within the capacity
+    keep: Bool[Array, "G P"]  # valid, of an expert with slots, and within the capacity
     pair: Int[Array, "G E C"]  # the pair in each slot, P where the slot is empty
-    order: Int[Array, "G P"]  # pairs by expert, then by their place in the list; invalid ones last
+    order: Int[Array, "G P"]  # pairs by expert, then by their place in the list; those that want no slot last
     start: Int[Array, "G E+1"]  # where each expert's begin in that order, and where the last one's end
-    assigned: Int[Array, " E"]  # valid pairs by expert, summed over groups
+    assigned: Int[Array, " E"]  # valid pairs by expert with slots, summed over groups
     processed: Int[Array, " E"]  # pairs in a slot, counted from the slots
 
 
@@ -81,7 +81,7 @@ def one_group(pairs: Pairs) -> Pairs:
 
 def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Optional[Int[Array, " G"]]) -> Slots:
     """Gives every valid pair the next free slot of its expert; beyond `limit_G` (≤ `num_slots` = C) pairs are dropped.
-    Without a limit none is, and positions go on past the slots.
+    Without a limit none is, and positions go on past the slots. Experts from number `num_experts` on have no slots.
 
     One stable sort by expert; no scatter of rows and no array of size S × E × C. Keys are `expert · P + index`, all
     different, so that a single-operand sort is stable by construction. Needs (E + 1) · P < 2³¹."""
@@ -90,7 +90,8 @@ def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Optional
         raise ValueError(
             f"{num_experts} experts × {size} pairs of a group overflow the 32-bit sort key: use a smaller group_size"
         )
-    expert_GP = jnp.where(pairs.valid, pairs.expert, num_experts)
+    wants_GP = pairs.valid & (pairs.expert < num_experts)
+    expert_GP = jnp.where(wants_GP, pairs.expert, num_experts)
     key_GP = jnp.sort(expert_GP * size + jnp.arange(size, dtype=jnp.int32), axis=-1)
     order_GP = key_GP % size  # pairs by expert, then by their place in the list
     firsts_E = jnp.arange(num_experts + 1, dtype=jnp.int32) * size
@@ -108,7 +109,7 @@ def fill_slots(pairs: Pairs, num_experts: int, num_slots: int, limit_G: Optional
     position_GP = rank_GP - start_of_pair_GP
     return Slots(
         position=position_GP,
-        keep=pairs.valid if limit_G is None else pairs.valid & (position_GP < limit_G[:, None]),
+        keep=wants_GP if limit_G is None else wants_GP & (position_GP < limit_G[:, None]),
         pair=jnp.where(filled_GEC, pair_GEC, size),
         order=order_GP,
         start=start_GE,
@@ -148,9 +149,9 @@ def sort_pairs(pairs: Pairs, *keys_GP: Array) -> Pairs:
     )
 
 
-def served_tokens(pairs: Pairs, slots: Slots) -> Bool[Array, "G S"]:
-    """Which tokens have at least one pair in a slot."""
-    return by_token(slots.keep, pairs).any(-1)
+def served_tokens(pairs: Pairs, processed_GP: Bool[Array, "G P"]) -> Bool[Array, "G S"]:
+    """Which tokens have at least one pair that is processed."""
+    return by_token(processed_GP, pairs).any(-1)
 
 
 def by_token(values_GP: Array, pairs: Pairs) -> Array:

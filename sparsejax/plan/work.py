@@ -36,7 +36,7 @@ class Slots:
     group_size: int  # S, tokens
     slots_per_expert: int  # C, for one group
     slots_per_token: float  # E · C / S
-    ideal_flops: int  # k pairs
+    ideal_flops: int  # k pairs, or that part of them which falls on experts with slots when all have the same load
     padded_flops: float  # every slot, filled or not
     movement_flops: float  # of `dispatch = einsum`, whose one-hot masks are matrix products
 
@@ -75,15 +75,16 @@ def work(config: ModelConfig, sequence_length: int) -> Work:
             name=name,
             parameters=part.parameters,
             active=part.active,
-            forward=part.flops(keys),
-            training=TRAINING * part.flops(keys),
+            forward=part.flops(keys, sequence_length),
+            training=TRAINING * part.flops(keys, sequence_length),
         )
         for name, part in component_costs(config).items()
     )
     blocks = moe_blocks(config)
     slots = tuple(_slots(config, name, sequence_length, mode) for name in blocks for mode in ("train", "eval"))
     trained = [row for row in slots if row.mode == "train"]
-    fixed = cost.flops(keys) - cost.routed
+    forward = cost.flops(keys, sequence_length)
+    fixed = forward - sum(len(row.layers) * row.ideal_flops for row in trained)
     padded = sum(len(row.layers) * row.padded_flops for row in trained)
     movement = sum(len(row.layers) * row.movement_flops for row in trained)
     movement_training = sum(len(row.layers) * row.movement_training for row in trained)
@@ -92,8 +93,8 @@ def work(config: ModelConfig, sequence_length: int) -> Work:
         parameters=cost.parameters,
         active=cost.active,
         flops_per_token={
-            "forward": cost.flops(keys),
-            "training": TRAINING * cost.flops(keys),
+            "forward": forward,
+            "training": TRAINING * forward,
             "forward_padded": fixed + padded + movement,
             "training_padded": TRAINING * (fixed + padded) + movement_training,
         },
@@ -117,7 +118,7 @@ def slots_per_expert(spec: MoESpec, sequence_length: int, mode: SlotMode) -> int
     """C, for one group of unmasked tokens; dropless, the slots for a row's tokens if loads are nearly even."""
     size = group_size(spec, sequence_length)
     if spec.dropless:
-        return common_slots(size * spec.experts_per_token, spec.num_experts)
+        return common_slots(size * spec.experts_per_token, spec.scored_experts)
     return int(spec.capacities(size, mode)[-1])
 
 
@@ -137,7 +138,7 @@ def _slots(config: ModelConfig, block: str, sequence_length: int, mode: SlotMode
         group_size=size,
         slots_per_expert=count,
         slots_per_token=per_token,
-        ideal_flops=k * per_pair,
+        ideal_flops=spec.costs(config)["experts"].routed,
         padded_flops=per_token * per_pair,
         movement_flops=2 * one_way if spec.dispatch == "einsum" else 0,
     )

@@ -53,8 +53,9 @@ class Controller(Protocol):
         `report`."""
         ...
 
-    def update(self, state: State, report: MoEReport, k: int) -> State:
-        """The state for the next step. `report` is the whole step's; leading axes are repeats of the layer."""
+    def update(self, state: State, report: MoEReport, k: int, free: int = 0) -> State:
+        """The state for the next step. `report` is the whole step's; leading axes are repeats of the layer. `free` of
+        the experts, the last ones, have no slots that would be short of anything."""
         ...
 
 
@@ -81,7 +82,7 @@ class NoController(WithoutLoss):
     def measure(self, ranking_GSE, mask_GS, k):
         return None
 
-    def update(self, state: State, report: MoEReport, k: int) -> State:
+    def update(self, state: State, report: MoEReport, k: int, free: int = 0) -> State:
         return state
 
 
@@ -90,7 +91,10 @@ class LossFree(WithoutLoss):
     """Bias towards experts with too little load (Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437).
 
     With the load error ε_e = 1 − load_e / mean load: `sign` adds rate · sign(ε), `proportional` rate · ε, `momentum`
-    rate · v with v ← momentum · v + (1 − momentum) · ε. The bias keeps mean 0, which no selection can see."""
+    rate · v with v ← momentum · v + (1 − momentum) · ε. The bias keeps mean 0, which no selection can see.
+
+    Experts without a network have ε = 0: the others are drawn to their part of all pairs, and how these share the rest
+    out is left to the router (LongCat-Flash, arXiv:2509.01322)."""
 
     rate: float = 0.001
     rule: Literal["sign", "proportional", "momentum"] = "sign"
@@ -114,16 +118,17 @@ class LossFree(WithoutLoss):
     def measure(self, ranking_GSE, mask_GS, k):
         return None
 
-    def update(self, state: State, report: MoEReport, k: int) -> State:
+    def update(self, state: State, report: MoEReport, k: int, free: int = 0) -> State:
         num_experts = state.shape[-1]
+        balanced = jnp.arange(num_experts) < num_experts - free
         total = report.assigned.sum(-1, keepdims=True)
         error = 1 - num_experts * report.assigned.astype(jnp.float32) / jnp.maximum(total, 1)
-        error = jnp.where(total > 0, error, 0)
+        error = jnp.where((total > 0) & balanced, error, 0)
         if self.rule == "sign":
             # In whole numbers, without a product that could overflow.
             mean, rest = total // num_experts, total % num_experts
             below = (report.assigned < mean) | ((report.assigned == mean) & (rest > 0))
-            step = below.astype(jnp.float32) - (report.assigned > mean)
+            step = jnp.where(balanced, below.astype(jnp.float32) - (report.assigned > mean), 0)
         elif self.rule == "proportional":
             step = error
         else:
@@ -154,7 +159,7 @@ class Quantile(WithoutLoss):
         alpha_GS1 = jax.lax.top_k(ranking_GSE, k + 1)[0][..., k:]
         return _quantiles(ranking_GSE - alpha_GS1, mask_GS, k)
 
-    def update(self, state: State, report: MoEReport, k: int) -> State:
+    def update(self, state: State, report: MoEReport, k: int, free: int = 0) -> State:
         assert report.dual_sum is not None and report.dual_units is not None  # `measure` gave them
         quantile = report.dual_sum / jnp.maximum(report.dual_units, 1)[..., None]
         bias = state[..., 0, :] - (1 - self.decay) * quantile

@@ -103,7 +103,7 @@ class NextBest:
 
 def _fill(pairs: Pairs, candidates: Candidates) -> Slots:
     inputs = candidates.inputs
-    return fill_slots(pairs, candidates.scores.shape[-1], inputs.num_slots, inputs.limit)
+    return fill_slots(pairs, candidates.scores.shape[-1] - inputs.free, inputs.num_slots, inputs.limit)
 
 
 def _by_choice(slots: Slots, chosen_GP: Int[Array, "G P"], first: Slots) -> Slots:

@@ -87,7 +87,8 @@ def expert_choice() -> RouterConfig:
 
 
 def base() -> RouterConfig:
-    """Balanced assignment, sigmoid weights (arXiv:2103.16716). Not causal in training."""
+    """Balanced assignment, sigmoid weights (arXiv:2103.16716). Not causal in training. The paper's mixture of an
+    expert x + f(x) with x itself, a (x + f(x)) + (1 − a) x, is the residual stream plus a · f(x): the weight `raw`."""
     return RouterConfig(
         score=Sigmoid(),
         selection=BalancedAssignment(),
@@ -176,6 +177,26 @@ def quantile_balanced() -> RouterConfig:
     return RouterConfig(score=Sigmoid(), selection=TopK(k=8), controller=Quantile(), balance=NoBalance(), z_loss=0.0)
 
 
+def moe_plus_plus() -> RouterConfig:
+    """Top-2 over experts of which some are free (arXiv:2410.07348). Goes with the block's `zero_experts`,
+    `copy_experts` and `constant_experts`. The paper's gating residual from the layer below and its lower weight of free
+    experts in the balance loss are not in it."""
+    return RouterConfig(selection=TopK(k=2), weight=Raw(), balance=LoadBalance(coefficient=0.01), z_loss=0.0)
+
+
+def longcat() -> RouterConfig:
+    """Top-12 over experts of which some are the identity, balanced by a bias in proportion to the load error of those
+    that are not (LongCat-Flash, arXiv:2509.01322). Goes with the block's `copy_experts`; with them a token has a
+    varying number of networks."""
+    return RouterConfig(
+        selection=TopK(k=12),
+        controller=LossFree(rate=0.001, rule="proportional"),
+        weight=Raw(),
+        balance=LoadBalance(coefficient=0.0001, scope="sequence"),
+        z_loss=0.0,
+    )
+
+
 def remoe() -> RouterConfig:
     """Every expert with a positive ReLU score, whose number an adaptive L1 loss brings down to 4 (arXiv:2412.14711).
     The first hundred steps or so are denser than that, so that scarce slots drop much. The paper has one coefficient,
@@ -247,6 +268,8 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         deepseek_v4,
         deepseek_v4_hash,
         quantile_balanced,
+        moe_plus_plus,
+        longcat,
         remoe,
         xmoe,
         task_moe,

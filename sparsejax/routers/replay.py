@@ -39,7 +39,7 @@ def record(decision: Decided, rows: int) -> Decisions:
         experts=rows_first(experts_GSK),
         ranking=rows_first(by_token(of_pairs_GP, pairs)),
         weights=rows_first(by_token(pairs.weight, pairs)),
-        kept=rows_first(by_token(decision.slots.keep, pairs)),
+        kept=rows_first(by_token(decision.processed, pairs)),
         best=rows_first(ranking_GSE.max(-1)),
         margin=rows_first(lowest_GS - jnp.where(chosen_GSE, -jnp.inf, ranking_GSE).max(-1)),
     )

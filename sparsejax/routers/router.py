@@ -185,6 +185,7 @@ class Decision:
     pairs: Pairs  # of one group, G = 1, when dropless
     slots: Slots
     chosen_GP: Int[Array, "G P"]  # the pairs' experts before any was sent on for want of slots
+    processed: Bool[Array, "G P"]  # pairs that reach their expert: in a slot, or of an expert that needs none
     logits_GSE: Float[Array, "G S E"]
     probabilities_GSE: Float[Array, "G S E"]
     ranking_GSE: Float[Array, "G S E"]  # scores after corrections
@@ -265,13 +266,15 @@ def decide(
     if inputs.dropless:
         pairs = one_group(pairs)
         chosen_GP = pairs.expert
-        slots = fill_slots(pairs, num_experts, common_slots(pairs.token.size, num_experts), None)
+        slots = fill_slots(pairs, num_experts - inputs.free, common_slots(pairs.token.size, num_experts), None)
     else:
         pairs, slots, chosen_GP = config.overflow(config.order(pairs, candidates), candidates)
+    processed_GP = slots.keep | (pairs.valid & (pairs.expert >= num_experts - inputs.free))
     return Decision(
-        pairs=dataclasses.replace(pairs, weight=config.weight(pairs, slots.keep)),
+        pairs=dataclasses.replace(pairs, weight=config.weight(pairs, processed_GP)),
         slots=slots,
         chosen_GP=chosen_GP,
+        processed=processed_GP,
         logits_GSE=logits_GSE,
         probabilities_GSE=observed.probabilities,
         ranking_GSE=candidates.ranking,
@@ -284,20 +287,21 @@ def decide(
 def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
     """The decision's sums and counts over these groups; the balance fields are left at 0 for whoever knows the
     units."""
-    slots, p_GSE = decision.slots, decision.probabilities_GSE
-    dropped_GP = decision.pairs.valid & ~slots.keep
-    num_experts = slots.pair.shape[1]
+    pairs, slots, p_GSE = decision.pairs, decision.slots, decision.probabilities_GSE
+    num_experts, with_slots = p_GSE.shape[-1], slots.pair.shape[1]
+    free_E = count_experts(pairs.expert, pairs.valid, num_experts)[with_slots:]
+    served_GS = served_tokens(pairs, decision.processed).reshape(mask_GS.shape)
     entropy_GS = -jnp.sum(p_GSE * jnp.log(jnp.maximum(p_GSE, 1e-30)), axis=-1)
     tokens = mask_GS.sum(dtype=jnp.int32)
     measured = decision.measured_GSNE
     dual_sum, dual_units = (None, None) if decision.dual is None else decision.dual
     return MoEReport(
-        assigned=slots.assigned,
-        processed=slots.processed,
-        dropped_capacity=count_experts(decision.chosen_GP, dropped_GP, num_experts),
+        assigned=jnp.concatenate([slots.assigned, free_E]),
+        processed=jnp.concatenate([slots.processed, free_E]),
+        dropped_capacity=count_experts(decision.chosen_GP, pairs.valid & ~decision.processed, num_experts),
         tokens=tokens,
         masked=jnp.int32(mask_GS.size) - tokens,
-        unserved=(mask_GS & ~served_tokens(decision.pairs, slots).reshape(mask_GS.shape)).sum(dtype=jnp.int32),
+        unserved=(mask_GS & ~served_GS).sum(dtype=jnp.int32),
         slots=jnp.int32(slots.pair.size),
         probability_sum=jnp.sum(jnp.where(mask_GS[..., None], p_GSE, 0), axis=(0, 1)),
         entropy_sum=jnp.sum(jnp.where(mask_GS, entropy_GS, 0)),

@@ -108,6 +108,5 @@ def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
 
 def processed_flops(config: ModelConfig, reports: dict[str, Report]) -> float:
     """Forward FLOPs of the pairs that experts really processed, over all layers."""
-    layers = moe_layers(config, reports)
-    blocks = {layer.name: config.blocks[layer.block] for layer in config.layers}
-    return sum(float(report.processed.sum()) * blocks[name].pair_flops(config) for name, report in layers.items())
+    layers = layer_reports(config, reports)
+    return sum(config.blocks[layer.block].processed_flops(layers[layer.name], config) for layer in config.layers)

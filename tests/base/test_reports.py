@@ -41,9 +41,16 @@ def test_ratios_of_a_layer():
             "moe/router_z": 2.5,
             "moe/slots_per_token": 3.2,
             "moe/slot_utilisation": 18 / 32,
+            "moe/experts_per_token": 1.8,
             "moe/balance_loss": 1.2,
         }
     )
+
+
+def test_experts_without_slots_fill_none():
+    ratios = moe_ratios(report(), experts_per_token=2, free=2)
+    assert ratios["moe/slot_utilisation"] == 14 / 32 and ratios["moe/experts_per_token"] == 1.4
+    assert ratios["moe/drop_fraction"] == 2 / 20
 
 
 def test_an_expert_is_dead_below_a_hundredth_of_the_mean_load():

@@ -58,6 +58,15 @@ SETTINGS = {
     "groups of two rows": spec(group_size=2 * LENGTH),
     "capacity per token": spec(capacity_convention="per_token", capacity_factor=1.1),
     "two shared experts, gated": spec(shared_experts=2, gated=True),
+    "a shared expert, mixed": spec(shared_experts=1, mix_shared=True),
+    "zero experts": spec(zero_experts=2),
+    "copies, top-1": spec(TOP_1, copy_experts=3, capacity_factor=0.6),
+    "constants, renormalized after the drop": spec(
+        RouterConfig(selection=TopK(k=3), weight=Renormalized(drop="after")), constant_experts=2
+    ),
+    "all kinds in groups of half a row": spec(
+        RouterConfig(selection=TopK(k=3)), zero_experts=1, copy_experts=2, constant_experts=2, group_size=LENGTH // 2
+    ),
 }
 
 
@@ -96,6 +105,10 @@ def reference(layer_spec, params, x, mask):
         router=params["router"]["weight"][...],
         **{name: params["experts"][name][...] for name in matrices},
         shared=tuple(params["shared"][name]["weight"][...] for name in matrices) if layer_spec.shared_experts else (),
+        shared_mixing=params["shared_mixing"]["weight"][...] if layer_spec.mix_shared else None,
+        zero=layer_spec.zero_experts,
+        copy=layer_spec.copy_experts,
+        **{name: params["constants"][name][...] for name in ("mix", "value") if layer_spec.constant_experts},
         k=layer_spec.experts_per_token,
         score="sigmoid" if isinstance(layer_spec.router.score, Sigmoid) else "softmax",
         weight="raw" if isinstance(weight, Raw) else weight.drop,

@@ -11,13 +11,21 @@ from reference.routing import Routing, capacity, route
 
 @dataclass(kw_only=True)
 class Layer:
-    """The settings of a layer. Weights: router [D, E], w_in [E, D, F], w_out [E, F, D], w_gate like w_in."""
+    """The settings of a layer. Weights: router [D, E + free], w_in [E, D, F], w_out [E, F, D], w_gate like w_in.
+
+    Experts without a network come after the others: `zero`, `copy`, then constant ones with mix [D, 2 N] and value
+    [N, D]."""
 
     router: np.ndarray
     w_in: np.ndarray
     w_out: np.ndarray
     w_gate: Optional[np.ndarray] = None
     shared: tuple[np.ndarray, ...] = ()  # w_in, w_out and perhaps w_gate, without E
+    zero: int = 0
+    copy: int = 0
+    mix: Optional[np.ndarray] = None
+    value: Optional[np.ndarray] = None
+    shared_mixing: Optional[np.ndarray] = None  # [D, 2], for the routed and the shared (PR-MoE, arXiv:2201.05596)
     k: int
     score: str = "softmax"
     weight: str = "before"
@@ -58,6 +66,7 @@ def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
             weight=layer.weight,
             limit=slots(int(mask[group].sum())),
             num_slots=slots(size),
+            free=num_experts - len(layer.w_in),
         )
         output.groups.append(routing)
         for s in range(size):
@@ -66,11 +75,30 @@ def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
                     y[first + s] += routing.weights[s, c] * expert(layer, x[first + s], routing.experts[s, c])
     for t in range(len(x)):
         if layer.shared:
-            y[t] += feed_forward(x[t], *(w.astype(np.float64) for w in layer.shared))
+            shared = feed_forward(x[t], *(w.astype(np.float64) for w in layer.shared))
+            c = np.ones(2)
+            if layer.shared_mixing is not None:
+                c = np.exp(x[t] @ layer.shared_mixing.astype(np.float64))
+                c /= c.sum()
+            y[t] = c[0] * y[t] + c[1] * shared
     output.y = y.reshape(x_BTD.shape)
     return output
 
 
 def expert(layer: Layer, x: np.ndarray, e: int) -> np.ndarray:
+    if e >= len(layer.w_in):
+        return free_expert(layer, x, e - len(layer.w_in))
     gate = None if layer.w_gate is None else layer.w_gate[e].astype(np.float64)
     return feed_forward(x, layer.w_in[e].astype(np.float64), layer.w_out[e].astype(np.float64), gate)
+
+
+def free_expert(layer: Layer, x: np.ndarray, n: int) -> np.ndarray:
+    """Zero, copy or constant (MoE++, arXiv:2410.07348)."""
+    if n < layer.zero:
+        return np.zeros_like(x)
+    if n < layer.zero + layer.copy:
+        return x
+    c = n - layer.zero - layer.copy
+    logits = x @ layer.mix[:, 2 * c : 2 * c + 2].astype(np.float64)
+    a = np.exp(logits) / np.exp(logits).sum()
+    return a[0] * x + a[1] * layer.value[c]

@@ -76,20 +76,26 @@ def score(logits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def route(
-    logits: np.ndarray, mask: np.ndarray, *, k: int, kind: str, weight: str, limit: int, num_slots: int
+    logits: np.ndarray, mask: np.ndarray, *, k: int, kind: str, weight: str, limit: int, num_slots: int, free: int = 0
 ) -> Routing:
-    """Routes one group. `weight` is 'raw', or 'before' / 'after' for renormalisation before or after the drop."""
+    """Routes one group. `weight` is 'raw', or 'before' / 'after' for renormalisation before or after the drop. The
+    last `free` experts keep every pair, without slots."""
     size, num_experts = logits.shape
     scores = np.stack([score(row.astype(np.float64), kind) for row in logits])
     experts = np.array([sorted(range(num_experts), key=lambda e: (-scores[s, e], e))[:k] for s in range(size)])
     order = [(s, c) for c in range(k) for s in range(size)]  # every first choice before any second
     positions, kept = np.full((size, k), -1), np.zeros((size, k), bool)
-    filled = fill([(experts[s, c], bool(mask[s])) for s, c in order], num_experts, limit)
-    slots = np.full((num_experts, num_slots), -1)
+    with_slots = num_experts - free
+    wants = [(experts[s, c], bool(mask[s]) and experts[s, c] < with_slots) for s, c in order]
+    filled = fill(wants, num_experts, limit)
+    slots = np.full((with_slots, num_slots), -1)
     assigned, processed = np.zeros(num_experts, int), np.zeros(num_experts, int)
     for (s, c), position, keep in zip(order, *filled, strict=True):
         positions[s, c], kept[s, c] = position, keep
         assigned[experts[s, c]] += bool(mask[s])
+        if mask[s] and experts[s, c] >= with_slots:
+            kept[s, c] = True
+            processed[experts[s, c]] += 1
         if keep:
             processed[experts[s, c]] += 1
             slots[experts[s, c], position] = c * size + s

@@ -37,6 +37,7 @@ MOE = {
     "moe/capacity_factor",
     "moe/slots_per_token",
     "moe/slot_utilisation",
+    "moe/experts_per_token",
     "moe/balance_loss",
     "moe/balance_floor",
 }
