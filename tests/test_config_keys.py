@@ -152,6 +152,10 @@ def logits(name: str) -> dict[str, str]:
     return {f"{ROUTER}.logits": name}
 
 
+SOFT = "model.blocks.soft"
+OF_SOFT = {SOFT: "soft", f"{SOFT}.allow_leak": "true", "model.pattern": "(soft,)"}
+MERGED = "model.blocks.merged"
+OF_MERGED = {MERGED: "merged", "model.pattern": "(merged,)"}
 LEAKING = {f"{ROUTER}.allow_leak": "true"}
 RAW = {f"{ROUTER}.weight": "raw"}
 TOP_1 = {f"{ROUTER}.selection.k": "1"} | RAW
@@ -192,12 +196,31 @@ TABLE: dict[str, Row] = {
     f"{MOE}.gated": row(True, parameters),
     f"{MOE}.activation": row("relu", evaluation),
     f"{MOE}.shared_experts": row(1, parameters),
+    f"{MOE}.mix_shared": row(True, parameters, **{f"{MOE}.shared_experts": 1}),
+    f"{MOE}.zero_experts": row(1, parameters),
+    f"{MOE}.copy_experts": row(1, evaluation),
+    f"{MOE}.constant_experts": row(1, parameters),
     f"{MOE}.group_size": row(16, evaluation),
     f"{MOE}.capacity_factor": row(2.0, gradients),
     f"{MOE}.eval_capacity_factor": row(1.0, evaluation),
     f"{MOE}.gating_dropout": row(0.3, gradients),
     f"{MOE}.capacity_convention": row("per_token", evaluation),
     f"{MOE}.dispatch": row("einsum", evaluation),
+    f"{SOFT}.name": row("soft", "tests/blocks/test_soft.py::test_a_language_model_has_to_allow_the_leak"),
+    f"{SOFT}.num_experts": row(4, parameters, **OF_SOFT),
+    f"{SOFT}.slots_per_expert": row(2, parameters, **OF_SOFT),
+    f"{SOFT}.d_ff": row(24, parameters, **OF_SOFT),
+    f"{SOFT}.gated": row(True, parameters, **OF_SOFT),
+    f"{SOFT}.activation": row("relu", evaluation, **OF_SOFT),
+    f"{SOFT}.allow_leak": row(True, "tests/blocks/test_soft.py::test_a_language_model_has_to_allow_the_leak"),
+    f"{MERGED}.name": row("merged", "tests/blocks/test_merged.py::test_a_language_model_has_to_allow_the_leak"),
+    f"{MERGED}.num_experts": row(4, parameters, **OF_MERGED),
+    f"{MERGED}.d_ff": row(24, parameters, **OF_MERGED),
+    f"{MERGED}.gated": row(True, parameters, **OF_MERGED),
+    f"{MERGED}.activation": row("relu", evaluation, **OF_MERGED),
+    f"{MERGED}.segment_length": row(4, evaluation, **OF_MERGED),
+    f"{MERGED}.first_segment": row("own", "tests/blocks/test_merged.py::test_what_a_token_sees"),
+    f"{MERGED}.allow_leak": row(True, "tests/blocks/test_merged.py::test_a_language_model_has_to_allow_the_leak"),
     f"{MOE}.grouped_matmul": row("ragged_dot", evaluation, **{f"{MOE}.dispatch": "grouped"}),
     f"{ROUTER}.score.name": row("sigmoid", evaluation),
     f"{ROUTER}.selection.name": row("top_p", evaluation),

@@ -59,6 +59,7 @@ class ModelConfig(Backbone):
         object.__setattr__(self, "blocks", NamedSpecs(self.blocks))
         self._check_pattern()
         self._check_remat()
+        self._check_causality()
         if self.vocab_size < 2:
             raise ConfigError("vocab_size", f"{self.vocab_size} is less than 2")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -88,6 +89,15 @@ class ModelConfig(Backbone):
                 raise ConfigError(
                     "remat_names",
                     f"{name!r} matches nothing in this model; known: {', '.join(known)}.{did_you_mean(name, known)}",
+                )
+
+    def _check_causality(self) -> None:
+        for name in dict.fromkeys(layer.block for layer in self.layers):
+            reason = self.blocks[name].leak
+            if reason is not None:
+                raise ConfigError(
+                    f"blocks.{name}.allow_leak",
+                    f"{reason}, which a language model must not see; allow_leak=true accepts that",
                 )
 
     @property

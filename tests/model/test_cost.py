@@ -2,13 +2,19 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.base.reports import Report
 from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.soft import SoftSpec
+from sparsejax.blocks.spec import Cost
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import COMPONENTS, component_costs, forward_flops, total
 from sparsejax.routers.router import RouterConfig
@@ -17,6 +23,7 @@ from sparsejax.train.state import abstract_model
 
 BASE = {"d_model": 16, "num_heads": 4, "vocab_size": 20}
 SHARED = MoESpec(num_experts=4, d_ff=24, shared_experts=2)
+MIXED = MoESpec(num_experts=4, d_ff=24, shared_experts=1, mix_shared=True)
 SMALL = MoESpec(num_experts=6, d_ff=8, router=RouterConfig(selection=TopK(k=3)))
 CONFIGS = {
     "default": ModelConfig(),
@@ -36,6 +43,12 @@ CONFIGS = {
         blocks={"dense": DenseSpec(gated=True), "moe": SHARED, "small": SMALL},
     ),
     "no pattern": ModelConfig(**BASE, prefix=("moe",), pattern=(), suffix=("dense",)),
+    "shared experts, mixed": ModelConfig(**BASE, blocks={"dense": DenseSpec(), "moe": MIXED}),
+    "soft": ModelConfig(**BASE, pattern=("soft",), blocks={"soft": SoftSpec(slots_per_expert=3, allow_leak=True)}),
+    "merged": ModelConfig(**BASE, pattern=("merged",), blocks={"merged": MergedSpec(gated=True)}),
+    "free experts": ModelConfig(
+        **BASE, blocks={"dense": DenseSpec(), "moe": MoESpec(zero_experts=2, copy_experts=1, constant_experts=3)}
+    ),
     "unrolled": ModelConfig(**BASE, scan=False, qk_norm=True, tied_head=False),
 }
 
@@ -56,7 +69,16 @@ def test_parameters_by_component_are_those_of_the_model(name, one_device):
 
 def component(path: str) -> str:
     """The component to which a parameter of the built model belongs."""
-    marks = {"norm": "norm", "shared": "shared_experts", "experts": "experts", "router": "router", "'mlp'": "mlp"}
+    marks = {
+        "phi": "router",
+        "feed_forward']['scale": "router",
+        "norm": "norm",
+        "constants": "constant_experts",
+        "shared": "shared_experts",
+        "experts": "experts",
+        "router": "router",
+        "'mlp'": "mlp",
+    }
     marks |= {"'attention'": "attention_projections", "embedding": "embedding", "head": "head"}
     return next(part for mark, part in marks.items() if mark in path)
 
@@ -86,6 +108,8 @@ def test_flops_counted_by_hand():
     assert {part: cost.flops(keys=7) for part, cost in component_costs(config).items()} == expected
     assert forward_flops(config, tokens=5, keys=35) == 5 * sum(expected.values())
     assert spec.pair_flops(config) == 2 * 3 * 16 * 24
+    done = Report(moe=SimpleNamespace(processed=np.array([5, 3, 2, 1])))
+    assert spec.processed_flops(done, config) == 11 * spec.pair_flops(config)
     processed = 11 * spec.pair_flops(config)
     assert forward_flops(config, 5, 35, processed) == 5 * (sum(expected.values()) - expected["experts"]) + processed
 
@@ -94,4 +118,17 @@ def test_two_blocks_with_different_k_add_up():
     config = CONFIGS["prefix and suffix"]
     pairs = 4 * 2 * SHARED.pair_flops(config) + 2 * 3 * SMALL.pair_flops(config)
     assert component_costs(config)["experts"].routed == pairs
-    assert DenseSpec().pair_flops(config) == 0
+    assert DenseSpec().processed_flops(Report(), config) == 0
+
+
+def test_experts_without_a_network_cost_what_their_few_matrices_cost():
+    """Six with a network, two of each other kind; of a token's four pairs two meet a network when loads are equal."""
+    given = {"num_experts": 6, "d_ff": 8, "router": RouterConfig(selection=TopK(k=4))}
+    config, spec = CONFIGS["free experts"], MoESpec(**given, zero_experts=2, copy_experts=2, constant_experts=2)
+    plain, costs = MoESpec(**given).costs(config), spec.costs(config)
+    assert costs["experts"].parameters == plain["experts"].parameters == 6 * 2 * 16 * 8
+    assert costs["experts"].routed == 2 * 2 * 2 * 16 * 8 == plain["experts"].routed / 2
+    assert costs["constant_experts"] == Cost(parameters=2 * 3 * 16, active=2 * 3 * 16, per_token=2 * 2 * 3 * 16)
+    assert costs["router"].per_token == 2 * 16 * 12
+    done = Report(moe=SimpleNamespace(processed=np.arange(12)))
+    assert spec.processed_flops(done, config) == (0 + 1 + 2 + 3 + 4 + 5) * spec.pair_flops(config)
