@@ -137,7 +137,7 @@ def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.St
     """Host parameters of one MoE layer; settings without parameters do not change them."""
     keeps = {axis: getattr(spec.router, axis) for axis in ("logits", "noise", "controller")}  # have variables
     traits = spec.router.selection.traits
-    asked = traits.sparse or traits.thresholds  # a controller may ask for it
+    asked = traits.sparse or traits.thresholds or traits.reinforce  # a controller may ask for it, or it learns itself
     one = RouterConfig(selection=spec.router.selection if asked else TopK(k=1), weight=Raw(), allow_leak=True, **keeps)
     one = one if spec.router.learned else presets.hash_layer()
     shaped = MoESpec(**{name: getattr(spec, name) for name in SHAPES}, router=one)

@@ -2,7 +2,10 @@
 
 A report holds *sums and integer counts* only, so that layers stack by `lax.scan`, microbatches, devices and steps add
 by `+`, and a ratio is taken once, at the very end. The ledger's law, for every layer and expert: `assigned =
-processed + dropped`."""
+processed + dropped`.
+
+One thing has to wait for the end of the model before it is a sum: what a policy chose, whose reward is the token's loss
+(`MoEReport.choices`). `model.lm.scored` makes sums of it, before anything is added."""
 
 import dataclasses
 import functools
@@ -31,6 +34,14 @@ class Decisions:
 
 
 @struct
+class Choices:
+    """What a policy did with each token (leading axes: repeats of the layer)."""
+
+    log_probability: Float[Array, "*R B T"]  # of the expert it chose
+    baseline: Float[Array, "*R B T"]  # the reward it expected
+
+
+@struct
 class MoEReport:
     """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
     float32. `decisions` alone is no sum: `split_decisions` takes it out before reports are added."""
@@ -53,6 +64,9 @@ class MoEReport:
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
     pressed_sum: Optional[Float[Array, "*R E"]] = None  # coefficient · Σ over tokens of scores, of a controller's loss
     decisions: Optional[Decisions] = None  # when the model is asked to record them
+    choices: Optional[Choices] = None  # of a policy, until the rewards are known
+    policy_sum: Optional[Float[Array, "*R"]] = None  # Σ over rewarded tokens of −(reward − baseline) · log π
+    baseline_sum: Optional[Float[Array, "*R"]] = None  # Σ over rewarded tokens of (reward − baseline)²
 
     @property
     def dropped(self) -> Int[Array, "*R E"]:

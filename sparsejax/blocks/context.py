@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 import jax
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparsejax.base.reports import Report, Reports
@@ -17,7 +18,7 @@ Mode = Literal["train", "eval", "generate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The batch a block runs on, seen from one layer. `key` is None outside training.
+    """The batch a block runs on, seen from one layer, whose number `layer` is. `key` is None outside training.
 
     With `record` the reports hold the decisions of the routers; with `experts` routers choose these."""
 
@@ -27,13 +28,15 @@ class Context:
     step_key: Optional[PRNGKeyArray] = None  # the same for all layers, `key` where there is but one
     record: bool = False
     experts: Optional[Int[Array, "B T K"]] = None
+    layer: int | Int[Array, ""] = 0
+    pool: Optional[nnx.Module] = None  # what the block shares with all layers of its spec (`BlockSpec.build_pool`)
 
     def at_layer(self, layer: int | Int[Array, ""]) -> "Context":
         """The same with a key, and decisions to be taken again, of the layer's own."""
         key = None if self.key is None else jax.random.fold_in(self.key, layer)
         all_layers = self.batch.experts
         experts = None if all_layers is None else jax.lax.dynamic_index_in_dim(all_layers, layer, 2, keepdims=False)
-        return dataclasses.replace(self, key=key, step_key=self.key, experts=experts)
+        return dataclasses.replace(self, key=key, step_key=self.key, experts=experts, layer=layer)
 
 
 @struct

@@ -41,10 +41,12 @@ from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, 
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import Implementation, grouped_experts
+from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
 from sparsejax.routers.candidates import Inputs, Noise
 from sparsejax.routers.exploration import mask_outputs
 from sparsejax.routers.logits import Parameters
+from sparsejax.routers.lots import Lots, draw_lots
 from sparsejax.routers.overflow import Drop
 from sparsejax.routers.replay import record
 from sparsejax.routers.router import Decision, RouterConfig, report, route
@@ -58,6 +60,7 @@ class MoESpec(BlockSpec):
     d_ff: Optional[int] = None  # hidden width of one expert; None: 4 · d_model
     gated: bool = False
     activation: Activation = "gelu"
+    pooled: bool = False  # one pool of experts for all layers of this block, each with its own router
     shared_experts: int = 0  # experts of the same width that every token also goes through, fused into one network
     mix_shared: bool = False  # c₁ · routed + c₂ · shared with (c₁, c₂) = softmax(x W), learned (PR-MoE); else their sum
     zero_experts: int = 0  # scored like the others, their output is 0
@@ -135,11 +138,15 @@ class MoESpec(BlockSpec):
         return self.router.balance.scope == "global"
 
     def factor(self, mode: Mode) -> float:
-        """The capacity factor asked for; without a capacity and in generation, the one that stands for a slot for every
-        token."""
-        if mode == "generate" or (self.dropless and not self.router.selection.traits.fits):
+        """The capacity factor asked for; where whole groups go to the same experts, without a capacity and in
+        generation, the one that stands for a slot for every token."""
+        if self._room_for_all(mode):
             return self.scored_experts / (self.experts_per_token if self._convention.counts_k else 1)
         return self.capacity_factor if self.slots_of_training(mode) else self.eval_capacity_factor
+
+    def _room_for_all(self, mode: Mode) -> bool:
+        traits = self.router.selection.traits
+        return mode == "generate" or traits.together or (self.dropless and not traits.fits)
 
     def slots_of_training(self, mode: Mode) -> bool:
         return mode == "train" or self.router.selection.traits.fits
@@ -155,18 +162,20 @@ class MoESpec(BlockSpec):
             reasons["capacity_factor"] = fixed
         if self._convention.evaluation is not None:
             reasons["eval_capacity_factor"] = f"{self.capacity_convention} has a fixed number of slots in evaluation"
-        if self.router.selection.traits.fits:
+        traits, names = self.router.selection.traits, ("capacity_factor", "eval_capacity_factor", "capacity_convention")
+        if traits.fits:
             reasons["eval_capacity_factor"] = "slots are the selection, so evaluation has those of training"
         elif self.dropless:
-            names = ("capacity_factor", "eval_capacity_factor", "capacity_convention")
             reasons |= dict.fromkeys(names, "dispatch=grouped drops nothing, so there is no capacity")
+        elif traits.together:
+            reasons |= dict.fromkeys(names, "whole groups go to the same experts, which have a slot for every token")
         if not self.shared_experts:
             reasons["mix_shared"] = "there are no shared_experts"
         return reasons
 
     def capacities(self, group_size: int, mode: Mode) -> np.ndarray:
         """Slots per expert for a group with 0 … `group_size` unmasked tokens, int32."""
-        if mode == "generate":
+        if mode == "generate" or self.router.selection.traits.together:
             return np.arange(group_size + 1, dtype=np.int32)
         trained = self.slots_of_training(mode)
         shape = group_size, self.scored_experts, self.experts_per_token
@@ -176,6 +185,21 @@ class MoESpec(BlockSpec):
         attention_key, moe_key = jax.random.split(key)
         return TransformerBlock(attention_key, backbone, MoELayer(moe_key, backbone, self))
 
+    def build_pool(self, key: PRNGKeyArray, backbone: Backbone) -> Optional[Experts]:
+        """The experts, when layers share them (routing networks, Rosenbaum et al., arXiv:1711.01239)."""
+        return self.build_experts(key, backbone) if self.pooled else None
+
+    def build_experts(self, key: PRNGKeyArray, backbone: Backbone) -> Experts:
+        d_ff = ffn_width(backbone, self.d_ff)
+        return Experts(key, backbone, self.num_experts, d_ff, gated=self.gated, activation=self.activation)
+
+    def pool_costs(self, backbone: Backbone, layers: int) -> dict[str, Cost]:
+        if not self.pooled:
+            return {}
+        weights = ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
+        met = min(layers * self.experts_per_token, self.num_experts)  # at most, when no two layers choose the same
+        return {"experts": Cost(parameters=self.num_experts * weights, active=met * weights)}
+
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         weights = ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
         # Pairs of a token that meet a network when all experts have the same load.
@@ -183,17 +207,18 @@ class MoESpec(BlockSpec):
         parameters, products = self.router.size(backbone.d_model, self.scored_experts)
         constants, of_constants = self.free.size(backbone.d_model)
         mixing = 2 * backbone.d_model if self.mixes else 0
+        own = 0 if self.pooled else 1  # a pool's parameters are counted once, by `pool_costs`
         costs = {
             "router": Cost(parameters=parameters, active=parameters, per_token=2 * products),
             "experts": Cost(
-                parameters=self.num_experts * weights,
-                active=round(pairs * weights),
+                parameters=own * self.num_experts * weights,
+                active=own * round(pairs * weights),
                 routed=round(pairs * self.pair_flops(backbone)),
             ),
             "constant_experts": Cost(parameters=constants, active=constants, per_token=2 * of_constants),
             "shared_experts": Cost.of_matrices(self.shared_experts * weights + mixing),
         }
-        return {name: cost for name, cost in costs.items() if cost.parameters}
+        return {name: cost for name, cost in costs.items() if cost.parameters or cost.routed}
 
     def pair_flops(self, backbone: Backbone) -> int:
         """FLOPs of one expert on one token."""
@@ -223,9 +248,17 @@ class MoESpec(BlockSpec):
                 f"sizes that fit: {', '.join(map(str, sorted(fits[:6])))}",
             )
 
+    def reward(self, report: Report, reward_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Report:
+        moe = _moe(report)
+        if moe.choices is None:
+            return report
+        policy, baseline = reinforce_sums(moe.choices.log_probability, moe.choices.baseline, reward_BT, mask_BT)
+        moe = dataclasses.replace(moe, choices=None, policy_sum=policy, baseline_sum=baseline)
+        return dataclasses.replace(report, moe=moe)
+
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
-        """Balance, z-loss and that of the controller, if it has one: coefficient · the layer's value, summed over the
-        layers stacked in `report`."""
+        """Balance, z-loss, that of a controller and those of a policy, if there are such: coefficient · the layer's
+        value, summed over the layers stacked in `report`."""
         moe, k = _moe(report), self.experts_per_token
         all_pairs = None if counted is None else _moe(counted)
         balance = balance_loss(
@@ -233,8 +266,9 @@ class MoESpec(BlockSpec):
         )
         z = moe.z_sum / jnp.maximum(totals.tokens, 1)
         terms = {"balance": balance, "router_z": self.router.z_loss * z.sum()}
-        pressure = self.router.controller.loss(moe, totals.tokens, k)
-        return terms if pressure is None else terms | {"sparsity": pressure}
+        pressure, reinforce = self.router.controller.loss(moe, totals.tokens, k), self.router.selection.traits.reinforce
+        terms |= {} if pressure is None else {"sparsity": pressure}
+        return terms | (reinforce.losses(moe, totals.targets, totals.tokens) if reinforce else {})
 
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
         ratios = moe_ratios(_moe(report), self.experts_per_token, self.free.total)
@@ -283,6 +317,7 @@ class Routing:
     domains: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     keys: Optional[PRNGKeyArray]  # [B]
+    lots: Optional[Lots]  # [B, T]
     parameters: Parameters
     constants: Parameters
     state: Optional[Float[Array, "N E"]]
@@ -299,7 +334,7 @@ class MoELayer(nnx.Module):
         zeros = jnp.zeros((rows, spec.scored_experts), jnp.float32)
         self.controller = BalancingState(zeros, axes=(None, None)) if rows else None
         d_ff, kind = ffn_width(backbone, spec.d_ff), {"gated": spec.gated, "activation": spec.activation}
-        self.experts = Experts(expert_key, backbone, spec.num_experts, d_ff, **kind)
+        self.experts = None if spec.pooled else spec.build_experts(expert_key, backbone)
         self.constants = nnx.Dict(spec.free.init(constant_key, backbone))
         shared = spec.shared_experts
         self.shared = MLP(shared_key, backbone, shared * d_ff, **kind) if shared else None
@@ -308,7 +343,9 @@ class MoELayer(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
         spec, batch = self.spec, context.batch
-        weights = self.experts.weights()
+        experts = context.pool if self.experts is None else self.experts
+        assert isinstance(experts, Experts)  # a pooled layer is run by what holds the pool
+        weights = experts.weights()
         weight_specs = tuple(split_axes(weight) for weight in weights)
         routing = Routing(
             mask=batch.segments > 0,
@@ -317,6 +354,7 @@ class MoELayer(nnx.Module):
             domains=batch.domains,
             positions=batch.positions,
             keys=_row_keys(context) if spec.router.needs_noise else None,
+            lots=_lots(context) if "lots" in spec.router.selection.traits.needs else None,
             parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
             constants={name: gather_for_compute(parameter[...]) for name, parameter in self.constants.items()},
             state=None if self.controller is None else self.controller[...],
@@ -324,22 +362,22 @@ class MoELayer(nnx.Module):
         )
 
         def local(x_BTD, routing, *weights):
-            return _routed(x_BTD, routing, weights, weight_specs, spec, context, self.experts.activation)
+            return _routed(x_BTD, routing, weights, weight_specs, spec, context, experts.activation)
 
         by_row: Any = P(BATCH_AXES)
         whole: Any = P()
-        names = ("mask", "tokens", "previous", "domains", "positions", "keys", "experts")
+        names = ("mask", "tokens", "previous", "domains", "positions", "keys", "lots", "experts")
         rows: Any = dict.fromkeys(names, by_row)
         specs = Routing(**rows, parameters=whole, constants=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
         typed = not (spec.dropless and spec.implementation == "megablox")
         run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
-        compute = functools.partial(run, x_BTD.astype(self.experts.dtype), routing, *weights)
-        y_BTD, moe, decisions = _now_and_then(compute, spec.gating_dropout, context)
+        compute = functools.partial(run, x_BTD.astype(experts.dtype), routing, *weights)
+        y_BTD, moe, (decisions, choices) = _now_and_then(compute, spec.gating_dropout, context)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
-        moe = dataclasses.replace(moe, decisions=decisions)
+        moe = dataclasses.replace(moe, decisions=decisions, choices=choices)
         if self.shared is None:
             return y_BTD, moe
         shared_BTD = checkpoint_name(self.shared(x_BTD), "mlp")
@@ -374,6 +412,12 @@ def _row_keys(context: Context) -> Optional[Array]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
 
 
+def _lots(context: Context) -> Lots:
+    """Drawn anew by every step of training; always the same at the same depth outside it."""
+    number = context.layer if context.key is None else jax.random.bits(context.key, dtype=jnp.uint32)
+    return draw_lots(context.batch, jnp.asarray(number))
+
+
 def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, context: Context, activation: Activation):
     """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
     rows, length, _ = x_BTD.shape
@@ -397,6 +441,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, conte
             free=spec.free.total,
             noise=noise,
             experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
+            lots=jax.tree.map(lambda lots_BT: lots_BT.reshape(groups, size), routing.lots),
         )
         decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.scored_experts, routing.state)
     moe = report(decision, mask_GS)
@@ -426,7 +471,8 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, conte
     measured, balance = decision.measured_GSNE, spec.router.balance
     moe = with_local_balance(moe, chosen, p_GSE, routing.mask, balance, k, measured)
     decisions = record(decision, x_BTD.shape[0]) if context.record else None
-    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), decisions
+    choices = jax.tree.map(lambda values_GS: values_GS.reshape(routing.mask.shape), decision.choices)
+    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), (decisions, choices)
 
 
 def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: MoESpec, activation: Activation):

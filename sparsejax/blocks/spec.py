@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import Report
@@ -57,6 +57,15 @@ class BlockSpec(abc.ABC):
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module:
         """A block: `(x, context, cache) -> BlockOutput`."""
 
+    def build_pool(self, key: PRNGKeyArray, backbone: Backbone) -> Optional[nnx.Module]:
+        """The parameters that all layers of this spec have in common, whatever their depth; each finds them in its
+        `Context.pool`. None: every layer has its own alone."""
+        return None
+
+    def pool_costs(self, backbone: Backbone, layers: int) -> dict[str, Cost]:
+        """Component → cost of the pool, once for a model with so many layers of this spec."""
+        return {}
+
     @abc.abstractmethod
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         """Component → cost of what comes beside attention and norms."""
@@ -89,6 +98,11 @@ class BlockSpec(abc.ABC):
     def processed_flops(self, report: Report, backbone: Backbone) -> float:
         """Forward FLOPs of the pairs that experts really processed, from a host report."""
         return 0.0
+
+    def reward(self, report: Report, reward_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Report:
+        """The microbatch's report as sums alone, once the tokens' rewards are known: the log-probabilities of their
+        targets."""
+        return report
 
     def losses(self, report: Report, totals: Totals, counted: Optional[Report]) -> dict[str, Float[Array, ""]]:
         """Named loss terms of the block's (possibly stacked) report, weighted and summed over its layers."""

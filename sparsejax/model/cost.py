@@ -6,6 +6,7 @@ all processed, and `per_row` for every row. Training is 3 × the forward pass; e
 recomputation are left out.
 """
 
+from collections import Counter
 from typing import Optional
 
 from sparsejax.blocks.spec import Cost
@@ -33,6 +34,9 @@ def component_costs(config: ModelConfig) -> dict[str, Cost]:
     costs = {"embedding": _table(config, per_token=0), "head": _head(config), "norm": _norms(config)}
     for layer in config.layers:
         for name, cost in (_attention(config) | config.blocks[layer.block].costs(config)).items():
+            costs[name] = costs.get(name, Cost()) + cost
+    for block, layers in Counter(layer.block for layer in config.layers).items():
+        for name, cost in config.blocks[block].pool_costs(config, layers).items():
             costs[name] = costs.get(name, Cost()) + cost
     return {name: costs[name] for name in dict.fromkeys([*COMPONENTS, *costs]) if name in costs}
 

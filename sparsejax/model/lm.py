@@ -17,11 +17,12 @@ from sparsejax.nn.attention import HEADS_SPEC, ROWS_SPEC, KVCache
 from sparsejax.nn.embed import Embedding, Head
 from sparsejax.nn.linear import RMSNorm
 from sparsejax.ops.attention import soft_capped
+from sparsejax.ops.losses import cross_entropies
 
 
 @struct
 class ModelOutput:
-    """`logits` are float32."""
+    """`logits` are float32. `reports` become sums by `scored`."""
 
     logits: Float[Array, "B T V"]
     reports: dict[str, Report]
@@ -75,6 +76,17 @@ def init_caches(config: ModelConfig, rows: int, length: int) -> dict[str, KVCach
         return KVCache(k=keys, v=keys, segments=zeros((rows, length), jnp.int32, ROWS_SPEC, stacked))
 
     return {position: cache(position.startswith("pattern")) for position in config.positions}
+
+
+def scored(config: ModelConfig, out: ModelOutput, batch: Batch) -> tuple[Float[Array, ""], dict[str, Report]]:
+    """(Σ cross entropy over the batch's targets, reports that are sums alone). The reward of what a layer chose for a
+    token is the log-probability of its target."""
+    nll_BT = cross_entropies(out.logits, batch.targets, batch.loss_mask)
+    reports = {
+        position: config.blocks[block].reward(out.reports[position], -nll_BT, batch.loss_mask)
+        for position, block in config.positions.items()
+    }
+    return nll_BT.sum(), reports
 
 
 def auxiliary_losses(config: ModelConfig, reports: Reports, totals: Totals) -> dict[str, Float[Array, ""]]:

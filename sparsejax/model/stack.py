@@ -37,7 +37,8 @@ class Unit(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All blocks of the model. The pattern's parameters are stacked along a leading axis R, scanned or not."""
+    """All blocks of the model. The pattern's parameters are stacked along a leading axis R, scanned or not. What all
+    layers of a block spec share is in `pools`, by the spec's name, and no part of the scanned axis."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig):
         prefix_key, pattern_key, suffix_key = jax.random.split(key, 3)
@@ -46,6 +47,7 @@ class Stack(nnx.Module):
         has_units = bool(config.pattern) and config.repeats > 0
         self.units = jax.vmap(lambda k: Unit(k, config))(unit_keys) if has_units else None
         self.suffix = nnx.List(_build(suffix_key, config.suffix, config))
+        self.pools = _build_pools(jax.random.fold_in(key, 3), config)
         self.config = config
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context, caches: Optional[Caches] = None) -> StackOutput:
@@ -68,6 +70,10 @@ class Stack(nnx.Module):
             return getattr(self, where)[int(number)]
         return jax.tree.map(lambda leaf: leaf[layer.repeat], self.units).blocks[int(number)]
 
+    def pool(self, block: str) -> Optional[nnx.Module]:
+        """What all layers with this block spec share."""
+        return self.pools.get(block)
+
     def _run(
         self, blocks, where: str, x_BTD, context: Context, caches: Optional[Caches], first_layer: int | Int[Array, ""]
     ):
@@ -75,9 +81,11 @@ class Stack(nnx.Module):
         reports, new_caches = {}, {}
         for i, block in enumerate(blocks):
             position = f"{where}_{i}"
+            pool = self.pool(self.config.positions[position])
             call = _remat(_call_block, self.config, scanned=where == "pattern" and self.config.scan)
             cache = None if caches is None else caches[position]
-            out = call(block, x_BTD, context.batch, context.key, cache, first_layer + i, context.mode, context.record)
+            here = first_layer + i
+            out = call(block, x_BTD, context.batch, context.key, cache, here, context.mode, context.record, pool)
             x_BTD, reports[position], new_caches[position] = out.x, out.report, out.cache
         return x_BTD, reports, new_caches
 
@@ -118,8 +126,14 @@ def _build(key: PRNGKeyArray, names: tuple[str, ...], config: ModelConfig) -> li
     return [config.blocks[name].build(jax.random.fold_in(key, i), config) for i, name in enumerate(names)]
 
 
-def _call_block(block, x_BTD, batch, key, cache, layer, mode, record) -> BlockOutput:
-    return block(x_BTD, Context(batch=batch, mode=mode, key=key, record=record).at_layer(layer), cache)
+def _build_pools(key: PRNGKeyArray, config: ModelConfig) -> nnx.Dict:
+    used = dict.fromkeys(layer.block for layer in config.layers)
+    built = {name: config.blocks[name].build_pool(jax.random.fold_in(key, i), config) for i, name in enumerate(used)}
+    return nnx.Dict({name: pool for name, pool in built.items() if pool is not None})
+
+
+def _call_block(block, x_BTD, batch, key, cache, layer, mode, record, pool) -> BlockOutput:
+    return block(x_BTD, Context(batch=batch, mode=mode, key=key, record=record, pool=pool).at_layer(layer), cache)
 
 
 def _remat(call: Callable[..., BlockOutput], config: ModelConfig, scanned: bool) -> Callable[..., Any]:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def cross_entropy_sum(
+def cross_entropies(
     logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]
-) -> Float[Array, ""]:
-    """Σ over unmasked positions of −log softmax(logits)[target], nats, in float32.
+) -> Float[Array, "B T"]:
+    """−log softmax(logits)[target] of every position, nats, in float32; 0 where masked.
 
     The target's logit is picked by comparison, not by index: that works as it stands on a vocabulary split over the
     mesh."""
@@ -16,7 +16,38 @@ def cross_entropy_sum(
     at_target = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
     picked_BT = jnp.sum(jnp.where(at_target, logits_BTV, 0), axis=-1)
     nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
-    return jnp.sum(jnp.where(mask_BT, nll_BT, 0))
+    return jnp.where(mask_BT, nll_BT, 0)
+
+
+def cross_entropy_sum(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Σ over unmasked positions of `cross_entropies`."""
+    return jnp.sum(cross_entropies(logits_BTV, targets_BT, mask_BT))
+
+
+def symmetric_kl_sum(
+    left_BTV: Float[Array, "B T V"], right_BTV: Float[Array, "B T V"], mask_BT: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Σ over unmasked positions of ½ (KL(p‖q) + KL(q‖p)), nats, p and q being the softmax of the logits."""
+    log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (left_BTV, right_BTV))
+    divergence_BT = 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+    return jnp.sum(jnp.where(mask_BT, divergence_BT, 0))
+
+
+def reinforce_sums(
+    log_probability: Float[Array, "*R B T"],
+    baseline: Float[Array, "*R B T"],
+    reward_BT: Float[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+) -> tuple[Float[Array, "*R"], Float[Array, "*R"]]:
+    """(Σ −(reward − baseline) · log π, Σ (reward − baseline)²) over unmasked tokens.
+
+    The gradient of the first is that of REINFORCE (Williams 1992): it goes into log π alone. That of the second goes
+    into the baseline alone. The reward has none."""
+    advantage = jnp.where(mask_BT, jax.lax.stop_gradient(reward_BT) - baseline, 0)
+    surrogate = -jax.lax.stop_gradient(advantage) * log_probability
+    return surrogate.sum((-2, -1)), jnp.square(advantage).sum((-2, -1))
 
 
 def load_balance(

@@ -11,12 +11,11 @@ from jaxtyping import Array
 
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Totals
-from sparsejax.model.lm import auxiliary_losses
-from sparsejax.ops.losses import cross_entropy_sum
 from sparsejax.plan.abstract import device_bytes, device_shape
 from sparsejax.plan.work import group_size, moe_blocks, slots_per_expert
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.state import TrainState, abstract_model
+from sparsejax.train.step import microbatch_loss, pass_keys
 
 NOT_MODELLED = (
     "Not counted: what only the compiled step knows, that is parameters gathered or cast for use, gradient sums of "
@@ -42,10 +41,9 @@ def saved_for_backward(
         totals = Totals(targets=one, tokens=one, rows=one, microbatches=config.train.accumulation)
 
         def loss(params: nnx.State) -> Array:
-            key = jax.random.key(config.train.seed)
-            out = nnx.merge(graph, params, model_state)(microbatch, mode="train", key=key)
-            terms = auxiliary_losses(config.model, out.reports, totals)
-            return cross_entropy_sum(out.logits, microbatch.targets, microbatch.loss_mask) + sum(terms.values())
+            model, keys = nnx.merge(graph, params, model_state), pass_keys(config.train, jnp.int32(0))
+            outputs = [model(microbatch, mode="train", key=key) for key in keys]
+            return microbatch_loss(config, outputs, microbatch, [totals] * len(keys))[0]
 
         return jax.vjp(loss, params)[1]
 

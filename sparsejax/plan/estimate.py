@@ -44,7 +44,7 @@ def plan(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]] = ()) 
     return Plan(
         work=per_token,
         tokens_per_step=tokens,
-        flops_per_step=tokens * per_token.flops_per_token["training"],
+        flops_per_step=tokens * config.train.passes * per_token.flops_per_token["training"],
         layouts=tuple(layout(each) for each in configs),
         unused=unused(config),
         notes=what_is_left_out(config),
@@ -70,6 +70,11 @@ def what_is_left_out(config: ExperimentConfig) -> tuple[str, ...]:
     notes = [NOT_MODELLED, FLOPS]
     if model.remat != "none":
         notes.append(f"model.remat={model.remat} computes parts of the forward pass twice; FLOPs do not count that.")
+    if config.train.passes > 1:
+        notes.append(
+            f"With train.consistency={config.train.consistency} a step goes over its tokens twice; FLOPs a step count "
+            "both passes, FLOPs per token one."
+        )
     if parts > 1 and any(model.blocks[name].counts_first for name in model.positions.values()):
         notes.append(
             f"With train.accumulation={parts} the global balance loss costs one more forward pass; not counted."

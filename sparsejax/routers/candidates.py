@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Optional, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs
+from sparsejax.routers.lots import Lots
+from sparsejax.routers.reinforce import Reinforce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,11 @@ class Noise:
         """`width` numbers of U[0, 1) for every token; other streams are independent."""
         draw = lambda key: jax.random.uniform(jax.random.fold_in(key, stream), (self.row_length, width))  # noqa: E731
         return jax.vmap(draw)(self.keys_B).reshape(*self.groups, width)
+
+    def gumbel(self, stream: int, width: int) -> Float[Array, "G S width"]:
+        """Standard Gumbel noise: the argmax of log p + noise is a draw from p."""
+        # Half a step off 0, where the inverse of the distribution is infinite.
+        return -jnp.log(-jnp.log(jnp.maximum(self.uniform(stream, width), 2**-24)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,7 @@ class Inputs:
     free: int = 0  # so many of the experts, the last ones, have no slots and process every pair
     noise: Optional[Noise] = None  # None outside training
     experts: Optional[Int[Array, "G S K"]] = None  # to be chosen, −1 for none; None: the selector chooses
+    lots: Optional[Lots] = None  # `[G, S]`, for a selector that needs them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +70,15 @@ class Traits:
     causal: bool = True  # a token's pairs do not depend on later tokens (but see `orders.ChoiceMajor` with k > 1)
     variable_k: bool = False  # tokens may have different numbers of pairs
     train_only: bool = False  # evaluation and generation take the k best by score instead
-    needs: frozenset[str] = frozenset()  # of: noise, tokens, domains
+    needs: frozenset[str] = frozenset()  # of: noise, tokens, domains, lots
     fits: bool = False  # slots are its selection: no pair is dropped; generation takes the k best by score instead
     sparse: bool = False  # an expert whose score is 0 is not chosen
     own_scores: bool = False  # weights know more than the scores of chosen experts: decisions cannot be replayed
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
     thresholds: bool = False  # takes what ranks above 0, which a controller makes the share of k/E
     blind: bool = False  # of logits: they do not look at the token's vector
+    together: bool = False  # sends whole groups to the same experts: every expert has a slot for everyone
+    reinforce: Optional[Reinforce] = None  # how it learns from what it chose, if it does: weights may be constant then
 
 
 class Selector(Protocol):

@@ -97,7 +97,7 @@ class Gumbel(_Fixed):
         return jnp.full((*x_GSD.shape[:2], num_experts), self.scale, jnp.float32)
 
     def draw(self, noise, num_experts):
-        return -jnp.log(-jnp.log(_open_uniform(noise, num_experts)))
+        return noise.gumbel(3, num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)

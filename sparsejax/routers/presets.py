@@ -19,6 +19,7 @@ from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.noise import Gaussian, Gumbel, Learned
 from sparsejax.routers.orders import Priority
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.policy import Policy, Random
 from sparsejax.routers.projections import Cosine, Linear
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import Relu, Sigmoid, Softmax, SqrtSoftplus
@@ -109,6 +110,22 @@ def s_base() -> RouterConfig:
 def hash_layer() -> RouterConfig:
     """A random expert for every vocabulary id (arXiv:2106.04426)."""
     return RouterConfig(selection=Hash(k=1), weight=Constant(), balance=NoBalance(), z_loss=0.0)
+
+
+def rl_r() -> RouterConfig:
+    """An expert drawn from the softmax, ungated, learnt by REINFORCE (arXiv:2202.01169)."""
+    return RouterConfig(selection=Policy(), weight=Constant(), balance=LoadBalance(coefficient=0.01), z_loss=0.0)
+
+
+def routing_network() -> RouterConfig:
+    """A policy without any pressure towards balance (arXiv:1711.01239). Goes with `pooled` experts, which all depths
+    choose from. In place of the paper's collaborative multi-agent reinforcement learning stands REINFORCE."""
+    return RouterConfig(selection=Policy(), weight=Constant(), balance=NoBalance(), z_loss=0.0)
+
+
+def thor() -> RouterConfig:
+    """One random expert for the whole batch of a layer (arXiv:2110.04260). Goes with `train.consistency`."""
+    return RouterConfig(selection=Random(k=1), weight=Constant(), balance=NoBalance(), z_loss=0.0)
 
 
 def m6_t() -> RouterConfig:
@@ -259,6 +276,9 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         base,
         s_base,
         hash_layer,
+        rl_r,
+        routing_network,
+        thor,
         m6_t,
         mixtral,
         qwen3,

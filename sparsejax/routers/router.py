@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import choice
-from sparsejax.base.reports import MoEReport
+from sparsejax.base.reports import Choices, MoEReport
 from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
-from sparsejax.ops.assignment import Pairs, Slots, fill_slots, one_group, served_tokens
+from sparsejax.ops.assignment import Pairs, Slots, fill_slots, one_group, served_tokens, sum_over_pairs
 from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.grouped import common_slots
 from sparsejax.ops.losses import router_z_sum
@@ -61,15 +61,18 @@ class RouterConfig:
 
     def __post_init__(self):
         k = self.selection.experts_per_token
-        if k == 1 and self.weight.constant_for_one and self.learned and not self.selection.traits.fits:
+        traits = self.selection.traits
+        ungated = self.weight.constant_for_one and traits.reinforce is None
+        if k == 1 and ungated and self.learned and not traits.fits:
             raise ConfigError(
                 "weight",
                 "a single expert's weight is always the same here, so the router would get no gradient from the task; "
                 "with selection.k=1 use weight=raw",
             )
-        if isinstance(self.weight, Constant) and not self.selection.traits.fixed:
-            fixed = ", ".join(name for name, entry in SELECTORS.items() if entry().traits.fixed)
-            raise ConfigError("weight", f"constant gives a learned router no gradient; it goes with selection={fixed}")
+        if isinstance(self.weight, Constant) and not (traits.fixed or traits.reinforce):
+            others = {name: entry().traits for name, entry in SELECTORS.items()}
+            fit = ", ".join(name for name, other in others.items() if other.fixed or other.reinforce)
+            raise ConfigError("weight", f"constant gives a learned router no gradient; it goes with selection={fit}")
         for axis in ("logits", "selection", "order", "overflow"):
             if not getattr(self, axis).traits.causal and not self.allow_leak:
                 raise ConfigError(
@@ -127,7 +130,9 @@ class RouterConfig:
         traits = self.selection.traits
         if traits.fixed:
             kind = SELECTORS.name_of(self.selection)
-            reasons |= dict.fromkeys(("limit", "controller", "balance", "exploration"), f"selection={kind} is a table")
+            reasons |= dict.fromkeys(
+                ("limit", "controller", "balance", "exploration"), f"selection={kind} chooses without scores"
+            )
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
             reasons |= dict.fromkeys(
@@ -143,6 +148,8 @@ class RouterConfig:
         if self.logits.traits.blind:
             blind = f"logits={LOGITS.name_of(self.logits)} does not look at the router's input"
             reasons = dict.fromkeys(("jitter", "input_dropout"), blind) | reasons
+        if traits.reinforce:
+            reasons["controller"] = "a policy is drawn from, whatever is added to its ranking"
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
         if all(axis.traits.causal for axis in (self.logits, self.selection, self.order, self.overflow)):
@@ -153,15 +160,18 @@ class RouterConfig:
         """The router's parameters by name; none when it is not learned."""
         if not self.learned:
             return {}
+        reinforce = self.selection.traits.reinforce
         noise = self.noise.init(jax.random.fold_in(key, 1), d_model, num_experts)
-        return self.logits.init(key, d_model, num_experts) | noise
+        return self.logits.init(key, d_model, num_experts) | noise | (reinforce.init(d_model) if reinforce else {})
 
     def size(self, d_model: int, num_experts: int) -> tuple[int, int]:
         """(number of parameters, multiply-adds of one token's matrix products)."""
         if not self.learned:
             return 0, 0
-        (of_logits, products), (of_noise, more) = (x.size(d_model, num_experts) for x in (self.logits, self.noise))
-        return of_logits + of_noise, products + more
+        parts = [entry.size(d_model, num_experts) for entry in (self.logits, self.noise)]
+        if self.selection.traits.reinforce:
+            parts.append(self.selection.traits.reinforce.size(d_model))
+        return sum(size for size, _ in parts), sum(products for _, products in parts)
 
     def check(self, num_experts: int) -> None:
         """Raises `ConfigError` when the axes do not go with this number of experts."""
@@ -192,6 +202,7 @@ class Decision:
     dual: Optional[tuple[Float[Array, " E"], Float[Array, ""]]]  # what the controller measured
     pressed_E: Optional[Float[Array, " E"]]  # what its loss is made of
     measured_GSNE: Optional[Float[Array, "G S N E"]]  # what the balance measured
+    choices: Optional[Choices] = None  # of a policy, `[G, S]`
 
 
 def route(
@@ -212,7 +223,9 @@ def route(
             spread_GSE = config.noise.spread(seen_GSD, parameters, num_experts)
     else:
         logits_GSE = vary_like(jnp.zeros((*x_GSD.shape[:2], num_experts), jnp.float32), x_GSD)
-    return decide(logits_GSE, inputs, config, state, spread_GSE)
+    reinforce = config.selection.traits.reinforce
+    baseline_GS = reinforce.expected(x_GSD.astype(jnp.float32), parameters) if reinforce else None
+    return decide(logits_GSE, inputs, config, state, spread_GSE, baseline_GS)
 
 
 def decide(
@@ -221,12 +234,14 @@ def decide(
     config: RouterConfig,
     state: Optional[Float[Array, "N E"]] = None,
     spread_GSE: Optional[Float[Array, "G S E"]] = None,
+    baseline_GS: Optional[Float[Array, "G S"]] = None,
 ) -> Decision:
     """The decision for each group, from float32 logits. Padding is never selected and takes no slot.
 
     Args:
       state: of the controller, if it has one.
       spread_GSE: what the noise is multiplied with, if there is any.
+      baseline_GS: the rewards that a policy expects, if the selection is one; its pairs are scored with π.
     """
     num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
     noisy_GSE = logits_GSE
@@ -263,6 +278,10 @@ def decide(
         inputs=inputs,
         k=k,
     )
+    choices = None
+    if baseline_GS is not None:
+        log_pi_GS = jnp.log(jnp.maximum(sum_over_pairs(pairs.weight, pairs), 1e-30))
+        choices = Choices(log_probability=log_pi_GS, baseline=baseline_GS)
     if inputs.dropless:
         pairs = one_group(pairs)
         chosen_GP = pairs.expert
@@ -281,6 +300,7 @@ def decide(
         dual=dual,
         pressed_E=pressed_E,
         measured_GSNE=config.balance.measure(observed),
+        choices=choices,
     )
 
 

@@ -3,6 +3,7 @@
 from sparsejax.base.registry import Registry
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.policy import Policy, Random
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, Threshold, TopK, TopP
 
@@ -18,6 +19,8 @@ SELECTORS = Registry(
         "expert_choice": ExpertChoice,
         "sinkhorn": Sinkhorn,
         "balanced_assignment": BalancedAssignment,
+        "policy": Policy,
+        "random": Random,
         "hash": Hash,
         "by_domain": ByDomain,
     },

@@ -112,3 +112,10 @@ class ByDomain(ChoosesK):
         experts_GSK = (candidates.inputs.domains[..., None] + jnp.arange(self.k, dtype=jnp.int32)) % num_experts
         scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
         return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask)
+
+
+def draw(candidates: Candidates, lots_GS: UInt32[Array, "G S"], k: int, seed: int) -> Pairs:
+    """k experts for every token by the hash of its lot."""
+    experts_GSK = _hashed(lots_GS, candidates.scores.shape[-1], k, seed)
+    scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
+    return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask)

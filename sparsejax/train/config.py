@@ -18,6 +18,7 @@ class TrainConfig:
     seed: int = 0  # of parameters, data order and noise
     log_every: int = 10  # steps per row of metrics.jsonl
     accumulation: int = 1  # microbatches per step; the batch is that of data.batch_size either way
+    consistency: Optional[float] = None  # α of THOR: two passes that draw apart, and α · how far they disagree
     max_nonfinite: int = 5  # steps in a row with a non-finite loss or gradient (each is skipped) before the run stops
     profile: tuple[int, ...] = ()  # (first, last): steps to write a profiler trace of
     trace: tuple[int, ...] = ()  # steps whose routing decisions are written, token by token, to traces/STEP.npz
@@ -28,6 +29,8 @@ class TrainConfig:
             _at_least_one(self, name)
         if not 0 <= self.seed < 2**32:
             raise ConfigError("seed", f"{self.seed} is outside 0 … 2³² − 1")
+        if self.consistency is not None and self.consistency < 0:
+            raise ConfigError("consistency", f"{self.consistency} is negative; allowed: None (one pass), 0 or more")
         if self.profile and not (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1] <= self.steps):
             raise ConfigError(
                 "profile", f"{self.profile}: two steps first <= last within 1 … train.steps={self.steps}, or ()"
@@ -35,6 +38,11 @@ class TrainConfig:
         outside = [step for step in self.trace if not 0 < step <= self.steps]
         if outside:
             raise ConfigError("trace", f"{outside[0]} is not one of the steps 1 … train.steps={self.steps}")
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step over every token."""
+        return 1 if self.consistency is None else 2
 
 
 @dataclass(frozen=True, kw_only=True)

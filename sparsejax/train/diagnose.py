@@ -52,7 +52,9 @@ def _outputs(config: ExperimentConfig, state: TrainState, context: Context) -> I
 
     def block(position, model, x_BTD, index, repeat, batch, key):
         layer = Layer(index=index, block="", position=position, repeat=repeat)
-        return model.stack.block(layer)(x_BTD, Context(batch=batch, mode=context.mode, key=key).at_layer(index)).x
+        pool = model.stack.pool(config.model.positions[position])
+        seen = Context(batch=batch, mode=context.mode, key=key, pool=pool).at_layer(index)
+        return model.stack.block(layer)(x_BTD, seen).x
 
     blocks = {position: functools.partial(block, position) for position in config.model.positions}
     x_BTD = run(_embed, state, context.batch.tokens)
@@ -79,7 +81,7 @@ def _head(model: LanguageModel, x_BTD: Array) -> Array:
 
 def _distance_from_loss(path: tuple) -> tuple[int, int]:
     """Sorts parameters from the output of the model to its input; later blocks come before earlier ones."""
-    parts = ("head", "final_norm", "suffix", "units", "prefix", "embedding")
+    parts = ("head", "final_norm", "suffix", "units", "prefix", "pools", "embedding")
     place = next(i for i, part in enumerate(parts) if part in path)
     return place, -next((key for key in path if isinstance(key, int)), 0)
 

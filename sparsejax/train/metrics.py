@@ -38,8 +38,9 @@ class Window:
             sums, self._carried = add(structure.unflatten(before), sums), []
         self.last, self._reports, self.steps = last, sums, self.steps + 1
         pairs = processed_flops(self.config, last.reports)
-        flops = TRAINING * forward_flops(self.config, float(last.tokens), float(last.keys), pairs)
-        return int(last.tokens), flops
+        passes = float(last.passes)
+        forward = forward_flops(self.config, passes * float(last.tokens), passes * float(last.keys), pairs)
+        return int(last.tokens), TRAINING * forward
 
     def saved(self) -> dict[str, Any]:
         """The window as JSON values, for a checkpoint that falls between two rows."""

@@ -1,21 +1,22 @@
 """One optimizer step and one evaluation batch, as pure functions to be jitted."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.reports import Decisions, Report, add, split_decisions
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Totals
-from sparsejax.model.lm import auxiliary_losses, next_balancing, settle
-from sparsejax.ops.losses import cross_entropy_sum
-from sparsejax.train.config import ExperimentConfig
+from sparsejax.model.lm import ModelOutput, auxiliary_losses, next_balancing, scored, settle
+from sparsejax.ops.losses import symmetric_kl_sum
+from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.state import TrainState, Variables, abstract_model
 
 Microbatches = dict[str, Array]
@@ -36,6 +37,7 @@ class StepReport:
     targets: Int[Array, ""]
     tokens: Int[Array, ""]
     keys: Float[Array, ""]  # (query, key) pairs of one attention layer
+    passes: Int[Array, ""]  # over each of the tokens; reports are sums over them
     reports: dict[str, Report]
 
 
@@ -91,6 +93,7 @@ def make_train_step(
             targets=totals.targets,
             tokens=totals.tokens,
             keys=attended_keys(microbatches["positions"], microbatches["segments"]),
+            passes=jnp.int32(config.train.passes),
             reports=settled,
         )
         return new_state, report
@@ -100,7 +103,7 @@ def make_train_step(
 
 def make_grads_of_step(config: ExperimentConfig):
     """`(params, model_state, microbatches, step) -> ((loss, (nll, terms, reports)), grads)`, summed over
-    microbatches."""
+    microbatches; nll is the mean, and reports are the sum, of the passes that `train.consistency` asks for."""
     graph, _, _ = abstract_model(config.model)
     count_first = config.train.accumulation > 1 and _needs_counts(config)
 
@@ -108,22 +111,46 @@ def make_grads_of_step(config: ExperimentConfig):
         return nnx.merge(graph, params, model_state)(batch, mode="train", key=key)
 
     def grads_of_step(params: nnx.State, model_state: nnx.State, microbatches: Microbatches, step: Int[Array, ""]):
-        key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-        totals = _totals(microbatches)
+        keys = pass_keys(config.train, step)
+        totals = [_totals(microbatches)] * len(keys)
         if count_first:
-            count = lambda batch: forward(params, model_state, batch, key).reports  # noqa: E731
-            totals = dataclasses.replace(totals, reports=_sum_over(count, microbatches))
+            forwards = lambda batch: [forward(params, model_state, batch, key) for key in keys]  # noqa: E731
+            count = lambda batch: [scored(config.model, out, batch)[1] for out in forwards(batch)]  # noqa: E731
+            counted = _sum_over(count, microbatches)
+            totals = [dataclasses.replace(totals[0], reports=reports) for reports in counted]
 
         def loss_fn(params: nnx.State, batch: Batch):
-            out = forward(params, model_state, batch, key)
-            terms = auxiliary_losses(config.model, out.reports, totals)
-            nll = cross_entropy_sum(out.logits, batch.targets, batch.loss_mask) / jnp.maximum(totals.targets, 1)
-            return nll + sum(terms.values()), (nll, terms, out.reports)
+            outputs = [forward(params, model_state, batch, key) for key in keys]
+            return microbatch_loss(config, outputs, batch, totals)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         return _sum_over(lambda batch: grad_fn(params, batch), microbatches)
 
     return grads_of_step
+
+
+def pass_keys(train: TrainConfig, step: Int[Array, ""]) -> list[PRNGKeyArray]:
+    """A key for each pass of the step."""
+    key = jax.random.fold_in(jax.random.key(train.seed), step)
+    return [key] if train.passes == 1 else list(jax.random.split(key, train.passes))
+
+
+def microbatch_loss(config: ExperimentConfig, outputs: Sequence[ModelOutput], batch: Batch, totals: Sequence[Totals]):
+    """(loss, (nll, terms, reports)) of one microbatch, from the outputs of its passes.
+
+    With two, loss = Σ over passes (cross entropy and auxiliary losses) + α · mean over targets of ½ (KL(p₁‖p₂) +
+    KL(p₂‖p₁)) (THOR, arXiv:2110.04260). `nll` is the mean of the cross entropies, so that it means the same with one
+    pass and with two; the rest of them is the term `second_pass`."""
+    targets = jnp.maximum(totals[0].targets, 1)
+    found = [scored(config.model, out, batch) for out in outputs]
+    of_pass = [auxiliary_losses(config.model, reports, each) for (_, reports), each in zip(found, totals, strict=True)]
+    nll = sum(nll_sum for nll_sum, _ in found) / (len(found) * targets)
+    terms = functools.reduce(add, of_pass)
+    if config.train.consistency is not None:
+        divergence = symmetric_kl_sum(outputs[0].logits, outputs[1].logits, batch.loss_mask) / targets
+        terms |= {"second_pass": nll, "consistency": config.train.consistency * divergence}
+    reports = functools.reduce(add, (reports for _, reports in found))
+    return nll + sum(terms.values()), (nll, terms, reports)
 
 
 def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[Variables, Microbatches], EvalReport]:
@@ -133,10 +160,11 @@ def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[
     def eval_step(variables: Variables, microbatches: Microbatches) -> EvalReport:
         batch = Batch(**{name: rows[0] for name, rows in microbatches.items()})
         out = nnx.merge(graph, variables.params, variables.model_state)(batch, mode="eval", record=record)
-        reports, decisions = split_decisions(out.reports)
+        nll_sum, reports = scored(config.model, out, batch)
+        reports, decisions = split_decisions(reports)
         totals = _totals(microbatches)
         return EvalReport(
-            cross_entropy_sum=cross_entropy_sum(out.logits, batch.targets, batch.loss_mask),
+            cross_entropy_sum=nll_sum,
             targets=totals.targets,
             tokens=totals.tokens,
             rows=totals.rows,

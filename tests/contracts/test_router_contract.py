@@ -90,6 +90,8 @@ PARTNERS = {
     ("selection", "bigram"): {"weight": Constant()},
     ("selection", "by_domain"): {"weight": Raw()},
     ("selection", "top_1"): {"weight": Raw()},
+    ("selection", "policy"): {"weight": Constant()},
+    ("selection", "random"): {"weight": Constant()},
     ("selection", "sinkhorn"): {"weight": Raw()},
     ("selection", "balanced_assignment"): {"weight": Raw()},
     ("selection", "positive"): {"score": Relu(), "weight": Raw()},
@@ -176,7 +178,10 @@ def run(router: str, movement: str, shape: tuple[int, int, int]):
             def loss(params, x):
                 context = Context(batch=batch, mode="train", key=jax.random.key(3))
                 y, report = nnx.merge(graph, params)(x, context)
-                return (y * direction).sum() + 0.1 * report.balance_sum + 0.01 * report.z_sum, (y, report)
+                choices, real = report.choices, batch.segments > 0
+                learnt = 0 if choices is None else (real * (choices.log_probability + choices.baseline)).sum()
+                task = (y * direction).sum() + 0.1 * learnt
+                return task + 0.1 * report.balance_sum + 0.01 * report.z_sum, (y, report)
 
             grads, (y, report) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
             return y, report, grads
@@ -198,7 +203,8 @@ class TestContract:
         if not selection.traits.variable_k:
             assert report.assigned.sum() == real * selection.experts_per_token
         assert (report.processed > 0).any(), "a ledger without pairs proves nothing"
-        if router in ROUTERS and not (selection.traits.fits or selection.traits.train_only):  # which balance
+        traits = selection.traits
+        if router in ROUTERS and not (traits.fits or traits.together or traits.train_only):  # room for all, or balance
             assert (report.dropped > 0).any(), "nor does one without drops"
 
     def test_the_numbers_are_those_of_one_device(self, router, movement, shape):

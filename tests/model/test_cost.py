@@ -1,5 +1,6 @@
 """The cost model: parameters agree exactly with the model that is built, FLOPs with hand-counted ones."""
 
+import dataclasses
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -42,6 +43,13 @@ CONFIGS = {
         suffix=("small",),
         blocks={"dense": DenseSpec(gated=True), "moe": SHARED, "small": SMALL},
     ),
+    "pools": ModelConfig(
+        **BASE,
+        prefix=("moe",),
+        pattern=("moe", "small"),
+        repeats=2,
+        blocks={"moe": dataclasses.replace(SHARED, pooled=True), "small": dataclasses.replace(SMALL, pooled=True)},
+    ),
     "no pattern": ModelConfig(**BASE, prefix=("moe",), pattern=(), suffix=("dense",)),
     "shared experts, mixed": ModelConfig(**BASE, blocks={"dense": DenseSpec(), "moe": MIXED}),
     "soft": ModelConfig(**BASE, pattern=("soft",), blocks={"soft": SoftSpec(slots_per_expert=3, allow_leak=True)}),
@@ -74,6 +82,7 @@ def component(path: str) -> str:
         "feed_forward']['scale": "router",
         "norm": "norm",
         "constants": "constant_experts",
+        "pools": "experts",
         "shared": "shared_experts",
         "experts": "experts",
         "router": "router",

@@ -116,6 +116,15 @@ def test_slots_of_train_and_eval(small):
     assert small.tokens_per_step == 128 and small.flops_per_step == 128 * of["training"]
 
 
+def test_a_step_of_two_passes_is_twice_the_work(small):
+    config = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, consistency=1.0))
+    twice = plan(config)
+    assert twice.flops_per_step == 2 * small.flops_per_step and twice.tokens_per_step == small.tokens_per_step
+    assert any("both passes" in note for note in twice.notes)
+    kept = [each.layouts[0].estimates["saved_for_backward"] for each in (small, twice)]
+    assert kept[1] > 1.9 * kept[0]
+
+
 def test_small_groups_and_the_einsum_movement():
     spec = dataclasses.replace(BLOCKS["moe"], group_size=4, dispatch="einsum", capacity_factor=1.0)
     config = with_model(SMALL, blocks=BLOCKS | {"moe": spec})
