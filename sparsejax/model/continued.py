@@ -38,7 +38,7 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
         except RequestError as error:
             raise RequestError(f"layer {layer.name}: {error}") from None
     for path, variable in flat.items():
-        if path[0] != "stack":
+        if path[:2] == ("stack", "pools") or path[0] != "stack":
             flat[path] = variable.replace(outside["/".join(map(str, path))])
             continue
         position, name = place(path)
@@ -52,7 +52,7 @@ def _by_layer(config: ModelConfig, variables: Iterable[tuple[tuple, Any]]) -> tu
     outside: Named = {}
     layers: list[Named] = [{} for _ in config.layers]
     for path, variable in variables:
-        if path[0] != "stack":
+        if path[:2] == ("stack", "pools") or path[0] != "stack":
             outside["/".join(map(str, path))] = variable[...]
             continue
         position, name = place(path)

@@ -181,7 +181,7 @@ def make_recorder(config: ExperimentConfig) -> Callable[[TrainState, Microbatche
     graph, _, _ = abstract_model(config.model)
 
     def recorder(state: TrainState, microbatches: Microbatches) -> dict[str, Decisions]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        key = pass_keys(config.train, state.step)[0]
 
         def decisions_of(arrays: Microbatches) -> dict[str, Decisions]:
             model = nnx.merge(graph, state.params, state.model_state)
