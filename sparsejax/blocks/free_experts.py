@@ -14,7 +14,7 @@ from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import normal, param
 from sparsejax.nn.mlp import residual_scale
 from sparsejax.ops.assignment import Pairs, sum_over_pairs
-from sparsejax.routers.logits import project
+from sparsejax.routers.projections import project
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
+from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, on_each_device, split_axes, sum_over
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.mixtures import mixture_report
 from sparsejax.blocks.residual import TransformerBlock
@@ -114,7 +114,7 @@ class MergedLayer(nnx.Module):
         alone = spec.segment_length is None or (context.mode == "generate" and length == 1)
         size = length if spec.segment_length is None else min(length, spec.segment_length)
         weights = tuple(gather_for_compute(weight) for weight in self.experts.weights())
-        weight_specs = tuple(jax.typeof(weight).sharding.spec for weight in weights)
+        weight_specs = tuple(split_axes(weight) for weight in weights)
         activation = self.experts.activation
 
         def local(x_BTD, mask_BT, router_DE, *weights):
@@ -132,15 +132,15 @@ class MergedLayer(nnx.Module):
             with jax.named_scope("experts"):
                 y_NSD = expert_ffn(x_BNSD.reshape(-1, *x_BNSD.shape[2:]), merged, activation)
                 if "tensor" in weight_specs[0]:
-                    y_NSD = jax.lax.psum(y_NSD, "tensor")
+                    y_NSD = sum_over(y_NSD, "tensor")
             y_BTD = checkpoint_name(y_NSD.reshape(rows, -1, x_BTD.shape[-1])[:, :length], "mlp")
             by_token = lambda values_BNE: jnp.repeat(values_BNE, size, axis=1)[:, :length]  # noqa: E731
             decisions = mask_BNS.any(-1).sum(dtype=jnp.int32)
             moe = mixture_report(by_token(p_BNE), by_token(logits_BNE), mask_BT, decisions, p_BNE.size)
-            return jnp.where(mask_BT[..., None], y_BTD, 0), jax.lax.psum(moe, BATCH_AXES)
+            return jnp.where(mask_BT[..., None], y_BTD, 0), sum_over(moe, BATCH_AXES)
 
         by_row: Any = P(BATCH_AXES, None, None)
-        run = jax.shard_map(local, in_specs=(by_row, P(BATCH_AXES, None), P(), *weight_specs), out_specs=(by_row, P()))
+        run = on_each_device(local, (by_row, P(BATCH_AXES, None), P(), *weight_specs), (by_row, P()))
         router = gather_for_compute(self.router[...])
         return run(x_BTD.astype(self.experts.dtype), context.batch.segments > 0, router, *weights)
 

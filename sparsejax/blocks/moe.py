@@ -134,6 +134,10 @@ class MoESpec(BlockSpec):
         return "megablox" if mesh_platform() == "tpu" else "slots"
 
     @property
+    def has_router(self) -> bool:
+        return True
+
+    @property
     def counts_first(self) -> bool:
         return self.router.balance.scope == "global"
 

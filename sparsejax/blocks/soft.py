@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
+from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, on_each_device, split_axes, sum_over
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.expert_parallel import expert_parallel
 from sparsejax.blocks.mixtures import mixture_report
@@ -88,7 +88,7 @@ class SoftMoELayer(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
         weights, activation = self.experts.weights(), self.experts.activation
-        weight_specs = tuple(jax.typeof(weight).sharding.spec for weight in weights)
+        weight_specs = tuple(split_axes(weight) for weight in weights)
 
         def local(x_BTD, mask_BT, phi_DEP, scale, *weights):
             with jax.named_scope("route"):
@@ -101,16 +101,14 @@ class SoftMoELayer(nnx.Module):
                 out_EBPD = checkpoint_name(out_EBPD, "experts")
                 y_BTD = jnp.einsum("btep,ebpd->btd", combine_BTEP.astype(x_BTD.dtype), out_EBPD)
                 if "tensor" in weight_specs[0]:
-                    y_BTD = jax.lax.psum(y_BTD, "tensor")
+                    y_BTD = sum_over(y_BTD, "tensor")
             rows, slots = mask_BT.any(-1).sum(dtype=jnp.int32), logits_BTEP.shape[0] * phi_DEP[0].size
             flat_BTX = logits_BTEP.reshape(*mask_BT.shape, -1)
             moe = mixture_report(combine_BTEP.sum(-1), flat_BTX, mask_BT, rows * phi_DEP.shape[-1], slots)
-            return y_BTD, jax.lax.psum(moe, BATCH_AXES)
+            return y_BTD, sum_over(moe, BATCH_AXES)
 
         by_row: Any = P(BATCH_AXES, None, None)
-        run = jax.shard_map(
-            local, in_specs=(by_row, P(BATCH_AXES, None), P(), P(), *weight_specs), out_specs=(by_row, P())
-        )
+        run = on_each_device(local, (by_row, P(BATCH_AXES, None), P(), P(), *weight_specs), (by_row, P()))
         phi, scale = gather_for_compute(self.phi[...]), self.scale[...]
         return run(x_BTD.astype(self.experts.dtype), context.batch.segments > 0, phi, scale, *weights)
 

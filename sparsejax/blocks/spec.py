@@ -76,6 +76,11 @@ class BlockSpec(abc.ABC):
         return ("attention",)
 
     @property
+    def has_router(self) -> bool:
+        """Whether its layers make decisions that can be recorded."""
+        return False
+
+    @property
     def counts_first(self) -> bool:
         """Whether `losses` wants the loads of the whole step (`counted`) when the step has several microbatches."""
         return False

@@ -186,7 +186,7 @@ class ExpertThreshold(WithoutLoss):
     def measure(self, ranking_GSE, mask_GS, k):
         return _quantiles(ranking_GSE, mask_GS, k)
 
-    def update(self, state: State, report: MoEReport, k: int) -> State:
+    def update(self, state: State, report: MoEReport, k: int, free: int = 0) -> State:
         assert report.dual_sum is not None and report.dual_units is not None  # `measure` gave them
         quantile = report.dual_sum / jnp.maximum(report.dual_units, 1)[..., None]  # of scores − θ
         steps = state[..., 1, :] + (report.dual_units > 0).astype(jnp.float32)[..., None]

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.reports import Decisions
 from sparsejax.ops.assignment import Pairs, Slots, by_token, choice_major_pairs
@@ -23,6 +23,9 @@ class Decided(Protocol):
 
     @property
     def ranking_GSE(self) -> Float[Array, "G S E"]: ...
+
+    @property
+    def processed(self) -> Bool[Array, "G P"]: ...
 
 
 def record(decision: Decided, rows: int) -> Decisions:

@@ -51,7 +51,7 @@ class Sparsity:
         share = report.assigned.shape[-1] / k * report.assigned / in_microbatch
         return (share * report.pressed_sum).sum() / jnp.maximum(tokens, 1)
 
-    def update(self, state: Float[Array, "*R N E"], report: MoEReport, k: int) -> Float[Array, "*R N E"]:
+    def update(self, state: Float[Array, "*R N E"], report: MoEReport, k: int, free: int = 0) -> Float[Array, "*R N E"]:
         # Sparsity against 1 − k/E; a step without tokens moves nothing.
         chosen = report.assigned.sum(-1, dtype=jnp.float32) / jnp.maximum(report.tokens, 1)
         moved = jnp.where(report.tokens > 0, jnp.sign(chosen - k), 0)

@@ -89,7 +89,7 @@ class ExperimentConfig:
             self._check_groups()
 
     def unused(self) -> dict[str, str]:
-        routed = any(spec.pair_flops(self.model) for _, spec in self._used_specs())
+        routed = any(spec.has_router for _, spec in self._used_specs())
         return {} if routed else {"train.trace": "the model has no routers"}
 
     @property

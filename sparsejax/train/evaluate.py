@@ -144,5 +144,5 @@ def _check_writable(trace: Optional[Path], config: ExperimentConfig) -> None:
         return
     if not trace.parent.is_dir():
         raise RequestError(f"--trace={trace}: there is no folder {trace.parent}")
-    if not any(config.model.blocks[layer.block].pair_flops(config.model) for layer in config.model.layers):
+    if not any(config.model.blocks[layer.block].has_router for layer in config.model.layers):
         raise RequestError(f"--trace={trace}: the model has no routers")
