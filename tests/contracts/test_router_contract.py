@@ -107,6 +107,9 @@ PARTNERS = {
 """What else has to be set for an entry to make sense."""
 
 
+DISPATCHES = (*MOVEMENTS, "grouped")
+
+
 def variants(axis):
     """(name, entry) of everything on an axis."""
     for name, entry in AXES[axis].items():
@@ -140,11 +143,14 @@ PRODUCTS = dict(products())
 
 
 def cases():
-    """Every router with every movement on one device and with `gather` on one sharded mesh; the rest are slow tests,
-    among them a tenth of the products of all axes."""
+    """Every router with every movement on one device and with `gather` on one sharded mesh, and every selection without
+    drops; the rest are slow tests, among them a tenth of the products of all axes."""
     found = []
-    for router, movement, shape in itertools.product(ROUTERS, MOVEMENTS, MESHES):
+    for router, movement, shape in itertools.product(ROUTERS, DISPATCHES, MESHES):
+        if movement == "grouped" and shape[1] > 1:
+            continue  # needs all experts on a device
         quick = shape == ONE_DEVICE or (movement == "gather" and shape == (2, 2, 2))
+        quick &= movement != "grouped" or router.startswith("selection=")
         name = f"{router}-{movement}-{mesh_name(shape)}"
         found.append(pytest.param(router, movement, shape, id=name, marks=[] if quick else [pytest.mark.slow]))
     for router in list(PRODUCTS)[::10]:
@@ -152,16 +158,24 @@ def cases():
     return found
 
 
-def layer_spec(router: str, movement: str, capacity_factor: float = 0.75) -> MoESpec:
-    """With room for three pairs in four."""
+AMPLE = 8.0  # slots for every token, whatever it chooses
+
+
+def room(router: str, movement: str) -> float:
+    """For three pairs in four; for all where nothing is dropped."""
+    dropless = movement == "grouped" and not ROUTERS[router].selection.traits.fits
+    return AMPLE if dropless else 0.75
+
+
+def layer_spec(router: str, movement: str, capacity_factor: float) -> MoESpec:
     config = ROUTERS.get(router) or PRODUCTS[router]
     return MoESpec(num_experts=EXPERTS, d_ff=6, capacity_factor=capacity_factor, dispatch=movement, router=config)
 
 
 @functools.cache
-def run(router: str, movement: str, shape: tuple[int, int, int]):
+def run(router: str, movement: str, shape: tuple[int, int, int], capacity_factor: float):
     """(output, report, gradients in variables and input) of one layer."""
-    spec = layer_spec(router, movement)
+    spec = layer_spec(router, movement, capacity_factor)
     rng = np.random.default_rng(0)
     x, direction = rng.normal(size=(2, ROWS, LENGTH, BACKBONE.d_model)).astype(np.float32)
     params = jax.tree.map(lambda leaf: leaf, moe_layer_params(spec, BACKBONE))
@@ -193,7 +207,7 @@ def run(router: str, movement: str, shape: tuple[int, int, int]):
 @pytest.mark.parametrize("router, movement, shape", cases())
 class TestContract:
     def test_every_assigned_pair_is_processed_or_dropped(self, router, movement, shape):
-        _, report, _ = run(router, movement, shape)
+        _, report, _ = run(router, movement, shape, room(router, movement))
         assert np.array_equal(report.assigned, report.processed + report.dropped)
         counts = ("assigned", "processed", "dropped_capacity", "tokens", "masked", "unserved", "slots")
         assert {getattr(report, name).dtype for name in counts} == {np.dtype("int32")}
@@ -204,15 +218,21 @@ class TestContract:
             assert report.assigned.sum() == real * selection.experts_per_token
         assert (report.processed > 0).any(), "a ledger without pairs proves nothing"
         traits = selection.traits
-        if router in ROUTERS and not (traits.fits or traits.together or traits.train_only):  # room for all, or balance
+        if movement == "grouped":
+            assert (report.dropped == 0).all()
+        elif router in ROUTERS and not (traits.fits or traits.together or traits.train_only):  # room for all, balance
             assert (report.dropped > 0).any(), "nor does one without drops"
 
     def test_the_numbers_are_those_of_one_device(self, router, movement, shape):
-        assert_close(run(router, movement, shape), run(router, "einsum", ONE_DEVICE))
+        factor = room(router, movement)
+        (y, report, grads), expected = run(router, movement, shape, factor), run(router, "einsum", ONE_DEVICE, factor)
+        if movement == "grouped":  # has slots of its own
+            report = dataclasses.replace(report, slots=expected[1].slots, block_rows=None)
+        assert_close((y, report, grads), expected)
 
     def test_nothing_but_the_score_makes_a_weight(self, router, movement, shape):
         """A controller's state has no gradient."""
-        grads = run(router, movement, shape)[2][0]
+        grads = run(router, movement, shape, room(router, movement))[2][0]
         if "controller" in grads:
             assert (grads["controller"][...] == 0).all()
 
@@ -236,18 +256,15 @@ def outputs(router: str, capacity_factor: float, changed_from: int | None) -> np
     return y
 
 
-AMPLE = 8.0  # slots for every token, whatever it chooses
-
-
 @pytest.mark.parametrize("axis, name", [(a, name) for a in ("logits", "selection") for name, _ in variants(a)])
 def test_it_sees_the_future_exactly_when_it_says_so(axis, name):
     """U6: with room for all, what comes later changes nothing; of the others the leak is shown to exist."""
     router, at = f"{axis}={name}", LENGTH // 2 + 1  # within the second document
     causal = getattr(ROUTERS[router], axis).traits.causal
-    room = AMPLE if causal else 0.75  # with room for all, an expert takes everyone
-    before = outputs(router, room, None)[:, :at]
-    assert np.array_equal(outputs(router, room, at)[:, :at], before) == causal
-    assert not np.array_equal(outputs(router, room, 0)[:, :at], before), "the change is one that can be seen"
+    factor = AMPLE if causal else 0.75  # with room for all, an expert takes everyone
+    before = outputs(router, factor, None)[:, :at]
+    assert np.array_equal(outputs(router, factor, at)[:, :at], before) == causal
+    assert not np.array_equal(outputs(router, factor, 0)[:, :at], before), "the change is one that can be seen"
 
 
 @pytest.mark.parametrize("name", ORDERS)
