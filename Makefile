@@ -47,5 +47,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-all: $(VENV)/.installed-dev
-	$(RUN) -m pip install --quiet -e '.[dev,topology]'
+	$(RUN) -m pip install --quiet -e '.[dev,plan]'
 	touch $@

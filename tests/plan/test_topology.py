@@ -1,0 +1,96 @@
+"""The real TPU compiler: what a mixture-of-experts layer costs there, by its own count."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparsejax.base.errors import RequestError
+from sparsejax.base.sharding import MeshConfig
+from sparsejax.plan.topology import described_mesh
+
+WITHOUT = importlib.util.find_spec("libtpu") is None
+
+PROGRAM = """
+import json
+import jax, jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+from sparsejax.base.sharding import BATCH_AXES, MeshConfig, Rules
+from sparsejax.base.structs import LOADED, Batch
+from sparsejax.blocks.context import Context
+from sparsejax.blocks.moe import MoELayer, MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.plan.topology import described_mesh
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.top_k import TopK
+from sparsejax.routers.weights import Raw
+from sparsejax.train.state import variable_specs
+
+TOKENS, WIDTH, HIDDEN, EXPERTS, K = 4096, 1024, 2048, 16, 2
+key, found = jax.random.key(0), {}
+backbone = ModelConfig(d_model=WIDTH, num_heads=8, dtype="bfloat16")
+for dispatch in ("gather", "grouped"):
+    router = RouterConfig(selection=TopK(k=K), weight=Raw())
+    spec = MoESpec(num_experts=EXPERTS, d_ff=HIDDEN, capacity_factor=1.0, router=router, dispatch=dispatch)
+    with described_mesh("v5e:2x2", MeshConfig(data=1)) as mesh:
+        graph, params = nnx.split(jax.eval_shape(lambda key: MoELayer(key, backbone, spec), key))
+        specs = jax.tree.leaves(variable_specs(params, Rules()), is_leaf=lambda leaf: isinstance(leaf, P))
+        leaves, structure = jax.tree.flatten(params)
+        placed = [leaf.update(sharding=NamedSharding(mesh, s)) for leaf, s in zip(leaves, specs, strict=True)]
+        ints = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+        batch = dict.fromkeys(LOADED, ints) | {"loss_mask": ints.update(dtype=bool), "rows": ints.update(shape=(1,))}
+        x = ints.update(shape=(1, TOKENS, WIDTH), dtype=jnp.bfloat16)
+
+        def value(params, x, batch):
+            y, _ = nnx.merge(graph, params)(x, Context(batch=batch, mode="train"))
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+        compiled = step.lower(structure.unflatten(placed), x, Batch(**batch)).compile()
+    ideal = 3 * 2 * TOKENS * (K * 2 * WIDTH * HIDDEN + WIDTH * EXPERTS)
+    kernels = compiled.as_text().count("tpu_custom_call")
+    found[dispatch] = {"flops": compiled.cost_analysis()["flops"] / ideal, "kernels": kernels}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT, reason="needs the TPU compiler: pip install -e '.[plan]' (no TPU)")
+def test_a_layer_does_no_more_than_its_ideal_flops():
+    """Forward and backward, capacity factor 1.0 and dropless; a dense fallback would cost 16 times as much."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.99 < found["gather"]["flops"] <= 1.03 and 0.99 < found["grouped"]["flops"] <= 1.02
+    assert found["gather"]["kernels"] == 0 and found["grouped"]["kernels"] == 6, (
+        "two products, and two for each backward"
+    )
+
+
+@pytest.mark.skipif(not WITHOUT, reason="the TPU compiler is installed")
+def test_without_the_compiler_one_is_told_what_to_install():
+    with (
+        pytest.raises(RequestError, match=r"pip install -e '\.\[plan\]'"),
+        described_mesh("v5e:4x4", MeshConfig(data=1)),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT, reason="needs the TPU compiler")
+@pytest.mark.parametrize(
+    "topology, mesh, words", [("v5e:9x9x9", 1, "no TPU topology"), ("v5e:2x2", 8, "has 4 devices")]
+)
+def test_an_impossible_topology_is_named(topology, mesh, words):
+    with pytest.raises(RequestError, match=words), described_mesh(topology, MeshConfig(data=mesh)):
+        pass
