@@ -23,6 +23,7 @@ test-all: $(VENV)/.installed-all  ## the slow ones, too
 bench: $(VENV)/.installed-dev  ## paired timings; every figure is a ratio within one run
 	$(RUN) benchmarks/moe_layer.py
 	$(RUN) benchmarks/dispatch.py
+	$(RUN) benchmarks/decision.py
 	$(RUN) benchmarks/train_step.py
 
 lint: $(VENV)/.installed-dev

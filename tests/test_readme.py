@@ -85,7 +85,13 @@ def test_make_quickstart(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, flags", [("moe_layer", ["--rounds=1"]), ("dispatch", ["--rounds=1"]), ("train_step", ["--blocks=3"])]
+    "name, flags",
+    [
+        ("moe_layer", ["--rounds=1"]),
+        ("dispatch", ["--rounds=1"]),
+        ("decision", ["--rounds=1"]),
+        ("train_step", ["--blocks=3"]),
+    ],
 )
 def test_benchmark_runs(name, flags):
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]

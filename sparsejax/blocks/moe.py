@@ -170,6 +170,7 @@ class MoESpec(BlockSpec):
         if traits.fits:
             reasons["eval_capacity_factor"] = "slots are the selection, so evaluation has those of training"
         elif self.dropless:
+            names += ("router.order", "router.overflow")
             reasons |= dict.fromkeys(names, "dispatch=grouped drops nothing, so there is no capacity")
         elif traits.together:
             reasons |= dict.fromkeys(names, "whole groups go to the same experts, which have a slot for every token")
