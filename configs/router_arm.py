@@ -25,7 +25,7 @@ def get_config(arm: str = "switch"):
         moe.router = presets.PRESETS[arm]()
         moe.num_experts, moe.d_ff = 8 * k, 256 // k
         moe.group_size = 2048  # the whole step
-        if arm in ("expert_choice", "deepseek_v3", "quantile_balanced"):
+        if arm in ("expert_choice", "remoe", "deepseek_v3", "quantile_balanced"):
             moe.router.selection.k = k
         if arm == "deepseek_v3":
             moe.router.limit = "none"  # 16 experts are no nodes

@@ -30,7 +30,8 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 def folder(tmp_path_factory):
     """A folder to run the README's commands in, one after the other, as a reader would."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for part in ("configs", "experiments"):
+        (folder / part).symlink_to(ROOT / part)
     return folder
 
 

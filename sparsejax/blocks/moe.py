@@ -270,7 +270,10 @@ class MoESpec(BlockSpec):
             moe, self.router.balance, k, totals.tokens, totals.rows, totals.microbatches, counted=all_pairs
         )
         z = moe.z_sum / jnp.maximum(totals.tokens, 1)
-        terms = {"balance": balance, "router_z": self.router.z_loss * z.sum()}
+        # Nothing presses on a table, nor on a router without parameters.
+        balance = jnp.zeros_like(balance) if self.router.selection.traits.fixed else balance
+        z_loss = self.router.z_loss if self.router.learned else 0.0
+        terms = {"balance": balance, "router_z": z_loss * z.sum()}
         pressure, reinforce = self.router.controller.loss(moe, totals.tokens, k), self.router.selection.traits.reinforce
         terms |= {} if pressure is None else {"sparsity": pressure}
         return terms | (reinforce.losses(moe, totals.targets, totals.tokens) if reinforce else {})

@@ -109,7 +109,7 @@ def s_base() -> RouterConfig:
 
 def hash_layer() -> RouterConfig:
     """A random expert for every vocabulary id (arXiv:2106.04426)."""
-    return RouterConfig(selection=Hash(k=1), weight=Constant(), balance=NoBalance(), z_loss=0.0)
+    return RouterConfig(selection=Hash(k=1), weight=Constant())
 
 
 def rl_r() -> RouterConfig:
@@ -125,7 +125,7 @@ def routing_network() -> RouterConfig:
 
 def thor() -> RouterConfig:
     """One random expert for the whole batch of a layer (arXiv:2110.04260). Goes with `train.consistency`."""
-    return RouterConfig(selection=Random(k=1), weight=Constant(), balance=NoBalance(), z_loss=0.0)
+    return RouterConfig(selection=Random(k=1), weight=Constant())
 
 
 def m6_t() -> RouterConfig:
@@ -184,9 +184,7 @@ def deepseek_v4() -> RouterConfig:
 
 def deepseek_v4_hash() -> RouterConfig:
     """Experts looked up by token id, weights from the scores."""
-    return RouterConfig(
-        score=SqrtSoftplus(), selection=Hash(k=6), weight=Renormalized(scale=1.5), balance=NoBalance(), z_loss=0.0
-    )
+    return RouterConfig(score=SqrtSoftplus(), selection=Hash(k=6), weight=Renormalized(scale=1.5), z_loss=0.0)
 
 
 def quantile_balanced() -> RouterConfig:

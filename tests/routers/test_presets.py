@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from sparsejax.base.config import unused
+from sparsejax.base.config_view import walk
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.presets import PRESETS
@@ -30,6 +32,14 @@ def test_a_layer_runs_with_it(name):
 def test_they_differ():
     made = [preset() for preset in PRESETS.values()]
     assert len(set(map(repr, made))) == len(made) and all(type(router) is RouterConfig for router in made)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_it_sets_nothing_that_has_no_effect(name):
+    """A config file that takes it would be refused."""
+    router = PRESETS[name]()
+    values = {path: (value, default) for path, value, default in walk(router, None)}
+    assert [path for path in unused(router) if values[path][0] != values[path][1]] == []
 
 
 @pytest.mark.parametrize("name", PRESETS)
