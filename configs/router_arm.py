@@ -4,7 +4,7 @@ All arms have the same active FLOPs, data order, optimizer and number of expert 
 a token takes one, 16 of width 128 where it takes two. `dense` has one network of width 256 in their place.
 
 Run:     python -m sparsejax train --config=configs/router_arm.py:switch --workdir=runs/switch
-Expect:  bits per byte of 2.7 to 2.9 after 200 steps, by arm (experiments/routers.md)
+Expect:  bits per byte of 2.7 to 2.9 after 150 steps, by arm (experiments/routers.md)
 """
 
 from sparsejax import default_config
@@ -32,7 +32,7 @@ def get_config(arm: str = "switch"):
     config.data.sequence_length, config.data.batch_size = 128, 16
     config.optimizer.learning_rate, config.optimizer.b2 = 5e-3, 0.98
     config.optimizer.schedule.warmup_steps = 20
-    config.train.steps, config.train.log_every = 200, 50
-    config.eval.every, config.eval.batches = 200, 64
-    config.checkpoint.every = 200
+    config.train.steps, config.train.log_every = 150, 50
+    config.eval.every, config.eval.batches = 150, 64
+    config.checkpoint.every = 150
     return config
