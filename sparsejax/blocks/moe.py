@@ -1,55 +1,37 @@
-"""The mixture-of-experts block: route, dispatch, exchange, compute, combine."""
+"""The mixture-of-experts block: its config, what it costs, which losses it adds."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
 from sparsejax.base.sharding import (
-    BATCH_AXES,
     MeshConfig,
-    gather_for_compute,
     mesh_platform,
-    on_each_device,
-    split_axes,
-    sum_over,
 )
-from sparsejax.base.structs import struct
-from sparsejax.blocks.context import Context, Mode, Totals
-from sparsejax.blocks.expert_parallel import expert_parallel, whole_weights
-from sparsejax.blocks.free_experts import FreeExperts, free_output
+from sparsejax.blocks.context import Mode, Totals
+from sparsejax.blocks.free_experts import FreeExperts
+from sparsejax.blocks.moe_layer import MoELayer
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_copies
 from sparsejax.nn.backbone import Backbone
-from sparsejax.nn.linear import Linear
-from sparsejax.nn.mlp import MLP, Experts, ffn_weights, ffn_width
+from sparsejax.nn.mlp import Experts, ffn_weights, ffn_width
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
-from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.ops.ffn import Activation
-from sparsejax.ops.grouped import Implementation, grouped_experts
+from sparsejax.ops.grouped import Implementation
 from sparsejax.ops.losses import reinforce_sums
-from sparsejax.routers.balance import balance_loss, with_local_balance, with_whole_balance
-from sparsejax.routers.candidates import Inputs, Noise
-from sparsejax.routers.exploration import mask_outputs
-from sparsejax.routers.logits import Parameters
-from sparsejax.routers.lots import Lots, draw_lots
+from sparsejax.routers.balance import balance_loss, with_whole_balance
 from sparsejax.routers.overflow import Drop
-from sparsejax.routers.replay import record
-from sparsejax.routers.router import Decision, RouterConfig, report, route
+from sparsejax.routers.router import RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,192 +291,3 @@ class MoESpec(BlockSpec):
 def _moe(report: Report) -> MoEReport:
     assert report.moe is not None  # a block of this kind always has one
     return report.moe
-
-
-class BalancingState(nnx.Variable):
-    """What a balance controller knows, float32 `[N, E]`. Read in the forward pass and moved once per optimizer step."""
-
-
-@struct
-class Routing:
-    """What the router is given beside the tokens' vectors: fields of the batch, keys, its parameters and state."""
-
-    mask: Bool[Array, "B T"]
-    tokens: Int[Array, "B T"]
-    previous: Int[Array, "B T"]
-    domains: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    keys: Optional[PRNGKeyArray]  # [B]
-    lots: Optional[Lots]  # [B, T]
-    parameters: Parameters
-    constants: Parameters
-    state: Optional[Float[Array, "N E"]]
-    experts: Optional[Int[Array, "B T K"]]  # decisions to be taken again
-
-
-class MoELayer(nnx.Module):
-    """Router, experts and shared experts. Tokens are exchanged over the mesh axis `expert` inside one `shard_map`."""
-
-    def __init__(self, key: PRNGKeyArray, backbone: Backbone, spec: MoESpec):
-        router_key, expert_key, shared_key, constant_key, mixing_key = jax.random.split(key, 5)
-        self.router = nnx.Dict(spec.router.init(router_key, backbone.d_model, spec.scored_experts))
-        rows = spec.router.controller.rows
-        zeros = jnp.zeros((rows, spec.scored_experts), jnp.float32)
-        self.controller = BalancingState(zeros, axes=(None, None)) if rows else None
-        d_ff, kind = ffn_width(backbone, spec.d_ff), {"gated": spec.gated, "activation": spec.activation}
-        self.experts = None if spec.pooled else spec.build_experts(expert_key, backbone)
-        self.constants = nnx.Dict(spec.free.init(constant_key, backbone))
-        shared = spec.shared_experts
-        self.shared = MLP(shared_key, backbone, shared * d_ff, **kind) if shared else None
-        self.shared_mixing = _mixing(mixing_key, backbone.d_model) if spec.mixes else None
-        self.spec = spec
-
-    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
-        spec, batch = self.spec, context.batch
-        experts = context.pool if self.experts is None else self.experts
-        assert isinstance(experts, Experts)  # a pooled layer is run by what holds the pool
-        weights = experts.weights()
-        weight_specs = tuple(split_axes(weight) for weight in weights)
-        routing = Routing(
-            mask=batch.segments > 0,
-            tokens=batch.tokens,
-            previous=batch.preceding(),
-            domains=batch.domains,
-            positions=batch.positions,
-            keys=_row_keys(context) if spec.router.needs_noise else None,
-            lots=_lots(context) if "lots" in spec.router.selection.traits.needs else None,
-            parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
-            constants={name: gather_for_compute(parameter[...]) for name, parameter in self.constants.items()},
-            state=None if self.controller is None else self.controller[...],
-            experts=context.experts,
-        )
-
-        def local(x_BTD, routing, *weights):
-            return _routed(x_BTD, routing, weights, weight_specs, spec, context, experts.activation)
-
-        by_row: Any = P(BATCH_AXES)
-        whole: Any = P()
-        names = ("mask", "tokens", "previous", "domains", "positions", "keys", "lots", "experts")
-        rows: Any = dict.fromkeys(names, by_row)
-        specs = Routing(**rows, parameters=whole, constants=whole, state=whole)
-        rows_spec = P(BATCH_AXES, None, None)
-        # Pallas calls carry no varying-axes types.
-        typed = not (spec.dropless and spec.implementation == "megablox")
-        run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
-        compute = functools.partial(run, x_BTD.astype(experts.dtype), routing, *weights)
-        y_BTD, moe, (decisions, choices) = _now_and_then(compute, spec.gating_dropout, context)
-        if spec.router.balance.scope in ("microbatch", "global"):
-            moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
-        moe = dataclasses.replace(moe, decisions=decisions, choices=choices)
-        if self.shared is None:
-            return y_BTD, moe
-        shared_BTD = checkpoint_name(self.shared(x_BTD), "mlp")
-        if self.shared_mixing is None:
-            return y_BTD + shared_BTD, moe
-        c_BT2 = jax.nn.softmax(self.shared_mixing(x_BTD), axis=-1).astype(y_BTD.dtype)
-        return c_BT2[..., :1] * y_BTD + c_BT2[..., 1:] * shared_BTD, moe
-
-
-def _mixing(key: PRNGKeyArray, d_model: int) -> Linear:
-    """A token's logits of the routed and of the shared experts (PR-MoE, arXiv:2201.05596, as in DeepSpeed)."""
-    sharing = {"out_spec": P(BATCH_AXES, None, None), "dtype": "float32"}
-    return Linear(key, "btd,dc->btc", (d_model, 2), ("embed", None), stddev=d_model**-0.5, **sharing)
-
-
-def _now_and_then(compute: Callable[[], Any], dropout: float, context: Context) -> Any:
-    """`compute()`, or with probability `dropout` zeros of its shape, without computing or communicating anything
-    (Gate-Expert-Drop, arXiv:2205.14336). One coin a step for all layers, microbatches and devices; none is tossed
-    outside training."""
-    key = context.key if context.step_key is None else context.step_key
-    if key is None or dropout == 0:
-        return compute()
-    like = jax.eval_shape(compute)
-    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), like)  # noqa: E731
-    return jax.lax.cond(jax.random.bernoulli(key, dropout), nothing, compute)
-
-
-def _row_keys(context: Context) -> Optional[Array]:
-    """A key for each row of the batch, from its number in the step's global batch."""
-    if context.key is None:
-        return None
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
-
-
-def _lots(context: Context) -> Lots:
-    """Drawn anew by every step of training; always the same at the same depth outside it."""
-    number = context.layer if context.key is None else jax.random.bits(context.key, dtype=jnp.uint32)
-    return draw_lots(context.batch, jnp.asarray(number))
-
-
-def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: MoESpec, context: Context, activation: Activation):
-    """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
-    rows, length, _ = x_BTD.shape
-    mode = context.mode
-    groups, size = _groups(rows, length, spec, mode)
-    x_GSD, mask_GS = x_BTD.reshape(groups, size, -1), routing.mask.reshape(groups, size)
-    with jax.named_scope("route"):
-        keys_B, capacities = routing.keys, spec.capacities(size, mode)
-        noise = None if keys_B is None else Noise(keys_B=keys_B, row_length=length, groups=(groups, size))
-        inputs = Inputs(
-            mask=mask_GS,
-            tokens=routing.tokens.reshape(groups, size),
-            previous=routing.previous.reshape(groups, size),
-            domains=routing.domains.reshape(groups, size),
-            positions=routing.positions.reshape(groups, size),
-            limit=jnp.asarray(capacities)[mask_GS.sum(-1, dtype=jnp.int32)],
-            num_slots=int(capacities[-1]),
-            training=mode == "train",
-            generating=mode == "generate",
-            dropless=spec.dropless,
-            free=spec.free.total,
-            noise=noise,
-            experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
-            lots=jax.tree.map(lambda lots_BT: lots_BT.reshape(groups, size), routing.lots),
-        )
-        decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.scored_experts, routing.state)
-    moe = report(decision, mask_GS)
-    if spec.dropless:
-        weights = whole_weights(weights, weight_specs)
-        with jax.named_scope("experts"):
-            y, rows, in_blocks = grouped_experts(
-                x_GSD.reshape(groups * size, -1),
-                weights,
-                decision.pairs,
-                decision.slots,
-                activation,
-                spec.implementation,
-            )
-        moe = dataclasses.replace(moe, slots=rows, block_rows=in_blocks)
-    else:
-        y = _through_slots(x_GSD, decision, weights, weight_specs, spec, activation)
-    if "tensor" in weight_specs[0]:
-        with jax.named_scope("combine"):
-            y = sum_over(y, "tensor")
-    y = y.reshape(x_GSD.shape)
-    if spec.free.copy or spec.free.constant:
-        y = y + free_output(x_GSD, decision.pairs, spec.num_experts, spec.free, routing.constants)
-    y = mask_outputs(y, noise, spec.router.output_masking)
-    k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
-    chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
-    measured, balance = decision.measured_GSNE, spec.router.balance
-    moe = with_local_balance(moe, chosen, p_GSE, routing.mask, balance, k, measured)
-    decisions = record(decision, x_BTD.shape[0]) if context.record else None
-    choices = jax.tree.map(lambda values_GS: values_GS.reshape(routing.mask.shape), decision.choices)
-    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), (decisions, choices)
-
-
-def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: MoESpec, activation: Activation):
-    movement = MOVEMENTS[spec.dispatch]
-    with jax.named_scope("dispatch"):
-        z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
-    out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation)
-    with jax.named_scope("combine"):
-        return movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
-
-
-def _groups(rows: int, length: int, spec: MoESpec, mode: Mode) -> tuple[int, int]:
-    """(G, S) of the tokens on one device."""
-    if mode == "generate":
-        return (rows, length) if length > 1 else (1, rows)
-    size = length if spec.group_size is None else spec.group_size
-    return rows * length // size, size
