@@ -27,7 +27,7 @@ from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.mlp import Experts, ffn_weights, ffn_width
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
 from sparsejax.ops.ffn import Activation
-from sparsejax.ops.grouped import Implementation
+from sparsejax.ops.grouped import Implementation, ragged_dot_cost
 from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import balance_loss, with_whole_balance
 from sparsejax.routers.overflow import Drop
@@ -224,6 +224,17 @@ class MoESpec(BlockSpec):
                 f"grouped needs all experts on each device, and mesh.expert={mesh.expert}; allowed: mesh.expert=1, or "
                 "dispatch=gather",
             )
+
+    def decided_for(self, platform: str) -> list[str]:
+        if not self.dropless:
+            return []
+        kind = self.implementation
+        if kind == "megablox" and platform != "tpu":
+            message = f"'megablox' is a kernel for TPU and this is a {platform}; allowed here: auto, slots, ragged_dot"
+            raise ConfigError("grouped_matmul", message)
+        cost = ragged_dot_cost() if kind == "ragged_dot" else 1.0
+        dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
+        return [f"grouped products by {kind}{dense}"]
 
     def check_tokens(self, tokens: int) -> None:
         size = self.group_size

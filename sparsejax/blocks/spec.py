@@ -97,6 +97,10 @@ class BlockSpec(abc.ABC):
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raises `ConfigError` unless the block runs on such a mesh, beyond what `splits` says."""
 
+    def decided_for(self, platform: str) -> list[str]:
+        """What its config leaves to the platform, as sentences. Raises `ConfigError` when that cannot run it."""
+        return []
+
     def check_tokens(self, tokens: int) -> None:
         """Raises `ConfigError` unless the block can take `tokens` tokens: what a device holds of one microbatch."""
 

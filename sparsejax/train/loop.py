@@ -52,7 +52,7 @@ def train(
     corpus = open_corpus(config.data)
     check_corpus(config, corpus)
     mesh = make_mesh(config.mesh)
-    check_platform(config, mesh)
+    decided = check_platform(config, mesh)
     saving = config.checkpoint
     begun, notes = None, []
     if init_from is not None and Checkpoints(workdir / "checkpoints", saving.every, saving.keep).steps():
@@ -71,7 +71,7 @@ def train(
             write_config(folder, loaded, corpus.info)  # not before the checkpoint has been found to fit
             if begun is not None:
                 begun.write(folder)
-            for line in [*notes, *(f"changed: {line}" for line in changes)]:
+            for line in [*decided, *notes, *(f"changed: {line}" for line in changes)]:
                 display.note(line)
             return run.go(state, resume_step or 0)
 

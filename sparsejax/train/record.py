@@ -72,10 +72,24 @@ def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
         raise ConfigError("model.vocab_size", f"{size} is less than the tokenizer's {tokens} tokens (data.tokenizer)")
 
 
-def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises `RequestError` when the devices are not those that model and trainer need."""
+def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[str]:
+    """What the blocks leave to the platform, as sentences. Raises `RequestError` when the devices are not those that
+    model and trainer need."""
     if jax.process_count() > 1:
         raise RequestError(f"there are {jax.process_count()} processes; a run is driven by one process so far")
+    _check_attention(config, mesh)
+    decided = []
+    for name in sorted(set(config.model.positions.values())):
+        try:
+            with jax.set_mesh(mesh):
+                told = config.model.blocks[name].decided_for(mesh.devices.flat[0].platform)
+        except ConfigError as error:
+            raise error.below(f"model.blocks.{name}") from None
+        decided += [f"block {name}: {sentence}" for sentence in told]
+    return decided
+
+
+def _check_attention(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
     if config.model.attention != "splash":
         return
     platform, length = mesh.devices.flat[0].platform, config.data.sequence_length

@@ -58,6 +58,14 @@ def refused(workdir, *flags, **overrides):
         ),
         ({"model__num_heads": 3}, ["config.model.num_heads: 3 does not divide d_model=16", "1, 2, 4, 8, 16"]),
         ({"mesh__expert": 0}, ["config.mesh.expert: 0 is not a number of devices"]),
+        (
+            {"model__blocks__moe__dispatch": "grouped", "model__blocks__moe__grouped_matmul": "megablox"},
+            [f"{MOE}.grouped_matmul: 'megablox' is a kernel for TPU and this is a cpu", "auto, slots, ragged_dot"],
+        ),
+        (
+            {"model__blocks__moe__dispatch": "grouped", "mesh__data": 1, "mesh__expert": 2},
+            [f"{MOE}.dispatch: grouped needs all experts on each device, and mesh.expert=2", "dispatch=gather"],
+        ),
         ({"train__profile": "(5, 3)"}, ["config.train.profile: (5, 3)", "train.steps=12"]),
         # settings that contradict each other
         (

@@ -78,6 +78,16 @@ def test_rows_have_every_metric(finished_run):
         assert all(math.isfinite(value) for value in values)
 
 
+def test_a_run_without_drops_says_how_it_multiplies(tmp_path):
+    """A dense fallback of the grouped product is told, not silent."""
+    block = {"model__blocks__moe__dispatch": "grouped", "model__blocks__moe__grouped_matmul": "ragged_dot"}
+    done = here(*arguments("train", f"--workdir={tmp_path / 'run'}", train__steps=6, **block))
+    assert done.status == 0, done.err
+    assert "block moe: grouped products by ragged_dot, compiled here to dense products: 8.0 times" in done.out
+    row = rows(tmp_path / "run", "train")[6]
+    assert row["moe/drop_fraction"] == 0 and row["moe/block_fraction"] == 0
+
+
 def test_losses_are_related_as_they_should_be(finished_run):
     for row in [*rows(finished_run, "train").values(), *rows(finished_run, "eval").values()]:
         terms = row["loss/balance"] + row["loss/router_z"]
