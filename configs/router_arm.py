@@ -10,8 +10,8 @@ Expect:  bits per byte of 2.7 to 2.9 after 150 steps, by arm (experiments/router
 from sparsejax import default_config
 from sparsejax.routers import presets
 
-ONE = ("switch", "base", "s_base", "hash_layer", "rl_r", "xmoe")
-TWO = ("gshard", "mixtral", "vmoe_bpr", "expert_choice", "m6_t", "remoe", "deepseek_v3", "quantile_balanced")
+ONE = ("switch", "base", "s_base", "hash_layer")
+TWO = ("gshard", "mixtral", "vmoe_bpr", "expert_choice", "remoe", "deepseek_v3", "quantile_balanced")
 
 
 def get_config(arm: str = "switch"):

@@ -15,7 +15,6 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
 from sparsejax.base.sharding import (
     MeshConfig,
-    mesh_platform,
 )
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.free_experts import FreeExperts
@@ -108,12 +107,11 @@ class MoESpec(BlockSpec):
     def dropless(self) -> bool:
         return self.dispatch == "grouped"
 
-    @property
-    def implementation(self) -> Implementation:
-        """What multiplies the rows of `dispatch = grouped` on the devices of the mesh in force."""
+    def implementation(self, platform: str) -> Implementation:
+        """What multiplies the rows of `dispatch = grouped`."""
         if self.grouped_matmul != "auto":
             return self.grouped_matmul
-        return "megablox" if mesh_platform() == "tpu" else "slots"
+        return "megablox" if platform == "tpu" else "slots"
 
     @property
     def has_router(self) -> bool:
@@ -228,7 +226,7 @@ class MoESpec(BlockSpec):
     def decided_for(self, platform: str) -> list[str]:
         if not self.dropless:
             return []
-        kind = self.implementation
+        kind = self.implementation(platform)
         if kind == "megablox" and platform != "tpu":
             message = f"'megablox' is a kernel for TPU and this is a {platform}; allowed here: auto, slots, ragged_dot"
             raise ConfigError("grouped_matmul", message)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.reports import MoEReport
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, on_each_device, split_axes, sum_over
+from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, mesh_platform, on_each_device, split_axes, sum_over
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.expert_parallel import expert_parallel, whole_weights
@@ -104,7 +104,7 @@ class MoELayer(nnx.Module):
         specs = Routing(**rows, parameters=whole, constants=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls carry no varying-axes types.
-        typed = not (spec.dropless and spec.implementation == "megablox")
+        typed = not (spec.dropless and spec.implementation(mesh_platform()) == "megablox")
         run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
         compute = functools.partial(run, x_BTD.astype(experts.dtype), routing, *weights)
         y_BTD, moe, (decisions, choices) = _now_and_then(compute, spec.gating_dropout, context)
@@ -187,7 +187,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", con
                 decision.pairs,
                 decision.slots,
                 activation,
-                spec.implementation,
+                spec.implementation(mesh_platform()),
             )
         moe = dataclasses.replace(moe, slots=rows, block_rows=in_blocks)
     else:

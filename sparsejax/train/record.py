@@ -81,8 +81,7 @@ def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[st
     decided = []
     for name in sorted(set(config.model.positions.values())):
         try:
-            with jax.set_mesh(mesh):
-                told = config.model.blocks[name].decided_for(mesh.devices.flat[0].platform)
+            told = config.model.blocks[name].decided_for(mesh.devices.flat[0].platform)
         except ConfigError as error:
             raise error.below(f"model.blocks.{name}") from None
         decided += [f"block {name}: {sentence}" for sentence in told]
