@@ -80,6 +80,8 @@ class MoESpec(BlockSpec):
             self.router.check(self.scored_experts)
         except ConfigError as error:
             raise error.below("router") from None
+        if self.gating_dropout and self.router.selection.traits.reinforce:
+            raise ConfigError("gating_dropout", "a policy learns from every step; allowed: 0")
         if not 0 <= self.gating_dropout < 1:
             raise ConfigError("gating_dropout", f"{self.gating_dropout} is outside [0, 1)")
 
@@ -124,11 +126,11 @@ class MoESpec(BlockSpec):
     def factor(self, mode: Mode) -> float:
         """The capacity factor asked for; where whole groups go to the same experts, without a capacity and in
         generation, the one that stands for a slot for every token."""
-        if self._room_for_all(mode):
+        if self.room_for_all(mode):
             return self.scored_experts / (self.experts_per_token if self._convention.counts_k else 1)
         return self.capacity_factor if self.slots_of_training(mode) else self.eval_capacity_factor
 
-    def _room_for_all(self, mode: Mode) -> bool:
+    def room_for_all(self, mode: Mode) -> bool:
         traits = self.router.selection.traits
         return mode == "generate" or traits.together or (self.dropless and not traits.fits)
 
@@ -279,7 +281,7 @@ class MoESpec(BlockSpec):
     def continued(self, fresh: Arrays, trained: Arrays) -> dict[str, Array]:
         """From a dense block, a mixture of copies."""
         alike = any(name.startswith("feed_forward/experts/") for name in trained)
-        return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router)
+        return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router, self.scored_experts)
 
     def check_replay(self, expert: int) -> None:
         if expert >= self.scored_experts:

@@ -134,7 +134,14 @@ def _now_and_then(compute: Callable[[], Any], dropout: float, context: Context) 
     if key is None or dropout == 0:
         return compute()
     like = jax.eval_shape(compute)
-    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), like)  # noqa: E731
+
+    def nothing():
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), like)
+        y_BTD, moe, (decisions, choices) = zeros
+        if decisions is not None:
+            decisions = dataclasses.replace(decisions, experts=decisions.experts - 1)  # none
+        return y_BTD, moe, (decisions, choices)
+
     return jax.lax.cond(jax.random.bernoulli(key, dropout), nothing, compute)
 
 

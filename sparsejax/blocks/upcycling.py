@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from sparsejax.base.errors import RequestError
 from sparsejax.routers.candidates import Inputs
+from sparsejax.routers.lots import Lots
 from sparsejax.routers.router import RouterConfig, decide
 
 Arrays = Mapping[str, Array]
@@ -33,7 +34,7 @@ def copied(fresh: Arrays, trained: Arrays) -> dict[str, Array]:
     return {name: trained[name] for name in fresh}
 
 
-def mixture_of_copies(fresh: Arrays, trained: Arrays, router: RouterConfig) -> dict[str, Array]:
+def mixture_of_copies(fresh: Arrays, trained: Arrays, router: RouterConfig, scored_experts: int) -> dict[str, Array]:
     """The parameters of a mixture-of-experts block from those of a dense one.
 
     With experts of the dense width every expert is a copy. With experts m times narrower, expert e holds shard e mod m
@@ -53,9 +54,9 @@ def mixture_of_copies(fresh: Arrays, trained: Arrays, router: RouterConfig) -> d
     shards = {name: _shards(name, fresh[name], source, trained) for name, source in sources.items()}
     m, num_experts = shards["feed_forward/experts/w_in"].shape[0], fresh["feed_forward/experts/w_in"].shape[0]
     experts = {name: jnp.tile(each, (num_experts // m, 1, 1)) for name, each in shards.items()}
-    experts["feed_forward/experts/w_out"] *= rescale(router, num_experts, m)
+    experts["feed_forward/experts/w_out"] *= rescale(router, scored_experts, m)
     routers = {name: array for name, array in fresh.items() if name.startswith("feed_forward/router")}
-    grouped = {name: _virtual_groups(array, num_experts, m) for name, array in routers.items()}
+    grouped = {name: _virtual_groups(array, num_experts, scored_experts, m) for name, array in routers.items()}
     return {**fresh, **copied(outside(fresh), outside(trained)), **experts, **grouped}
 
 
@@ -64,6 +65,7 @@ def rescale(router: RouterConfig, num_experts: int, shards: int) -> float:
     weights under a router of equal logits). 1 for whole copies with renormalised weights."""
     ones = np.ones((1, num_experts), bool)
     zeros = jnp.zeros((1, num_experts), jnp.int32)
+    lots = zeros.astype(jnp.uint32)
     with jax.ensure_compile_time_eval():
         inputs = Inputs(
             mask=jnp.asarray(ones),
@@ -75,6 +77,7 @@ def rescale(router: RouterConfig, num_experts: int, shards: int) -> float:
             num_slots=num_experts,
             training=False,
             generating=True,
+            lots=Lots(shared=lots, document=lots, token=lots),
         )
         decision = decide(jnp.zeros((1, num_experts, num_experts)), inputs, router)
         total = float(jnp.where(decision.slots.keep, decision.pairs.weight, 0).sum()) / num_experts
@@ -98,11 +101,13 @@ def _shards(name: str, expert, source: str, trained: Arrays):
     return jnp.stack(jnp.split(dense, m, axis=axis))
 
 
-def _virtual_groups(array, num_experts: int, m: int):
-    """Every m-th column, m times over, of a router's array that has a column for each expert."""
-    if array.ndim == 0 or array.shape[-1] != num_experts:
+def _virtual_groups(array, num_experts: int, scored_experts: int, m: int):
+    """Every m-th column, m times over, of a router's array that has one for each expert; those of experts without a
+    network stay."""
+    if array.ndim == 0 or array.shape[-1] != scored_experts:
         return array
-    return jnp.repeat(array[..., : num_experts // m], m, axis=-1)
+    with_network = jnp.repeat(array[..., : num_experts // m], m, axis=-1)
+    return jnp.concatenate([with_network, array[..., num_experts:]], axis=-1)
 
 
 def _form(array) -> str:

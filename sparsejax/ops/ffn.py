@@ -37,7 +37,8 @@ def expert_down(
     """The output, times `scale_EN` row by row."""
     hidden_ENF = hidden(up, activation)
     if scale_EN is not None:
-        hidden_ENF = hidden_ENF * scale_EN[..., None].astype(hidden_ENF.dtype)
+        # In float32, so that the gradient of a scale, a sum over the hidden width, is.
+        hidden_ENF = (hidden_ENF.astype(jnp.float32) * scale_EN[..., None]).astype(hidden_ENF.dtype)
     return jnp.einsum("enf,efd->end", hidden_ENF, weights[1])
 
 

@@ -14,6 +14,7 @@ from sparsejax.ops.assignment import by_token, choice_major_pairs, fill_slots
 from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.candidates import Candidates, Inputs
 from sparsejax.routers.orders import Order
+from sparsejax.routers.overflow import Drop
 from sparsejax.train.trace import Trace
 
 CHUNK = 2**22  # (token, expert) entries that are looked at at a time
@@ -59,10 +60,13 @@ def kept_pairs(trace: Trace, decisions: Decisions, spec: MoESpec, question: Ques
         raise RequestError(
             f"--group-size={size} does not divide the {tokens} tokens that a device held of a microbatch"
         )
+    if spec.free.total or not isinstance(spec.router.overflow, Drop):
+        raise RequestError("a layer with experts that need no slots, or with overflow=next_best, cannot be asked")
     factor = spec.factor(trace.mode) if question.capacity_factor is None else question.capacity_factor
     by_training = spec.slots_of_training(trace.mode)
     table = capacity_table(size, spec.num_experts, k, factor, spec.capacity_convention, by_training)
-    capacities = jnp.asarray(table)
+    room_for_all = question.capacity_factor is None and spec.room_for_all(trace.mode)
+    capacities = jnp.arange(size + 1, dtype=jnp.int32) if room_for_all else jnp.asarray(table)
     order = spec.router.order if question.order is None else question.order
     if trace.mode == "train" and "noise" in order.traits.needs:
         raise RequestError("--order: this one drew who got the slots, and will not draw the same again; choose another")

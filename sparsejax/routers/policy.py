@@ -35,7 +35,7 @@ class Policy:
     @property
     def traits(self) -> Traits:
         learns = Reinforce(policy=self.coefficient, baseline=self.baseline, entropy=self.entropy)
-        return Traits(needs=frozenset({"noise"}), reinforce=learns)
+        return Traits(needs=frozenset({"noise"}), reinforce=learns, own_scores=True)
 
     def __call__(self, candidates: Candidates) -> Pairs:
         noise = candidates.inputs.noise

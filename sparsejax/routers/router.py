@@ -63,7 +63,8 @@ class RouterConfig:
         k = self.selection.experts_per_token
         traits = self.selection.traits
         ungated = self.weight.constant_for_one and traits.reinforce is None
-        if k == 1 and ungated and self.learned and not traits.fits:
+        only_on_average = traits.sparse or traits.thresholds
+        if k == 1 and ungated and self.learned and not (traits.fits or only_on_average):
             raise ConfigError(
                 "weight",
                 "a single expert's weight is always the same here, so the router would get no gradient from the task; "
@@ -149,7 +150,8 @@ class RouterConfig:
             blind = f"logits={LOGITS.name_of(self.logits)} does not look at the router's input"
             reasons = dict.fromkeys(("jitter", "input_dropout"), blind) | reasons
         if traits.reinforce:
-            reasons["controller"] = "a policy is drawn from, whatever is added to its ranking"
+            drawn = "a policy is drawn from, whatever is added to its ranking"
+            reasons |= dict.fromkeys(("controller", "exploration"), drawn)
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
         if all(axis.traits.causal for axis in (self.logits, self.selection, self.order, self.overflow)):
@@ -264,7 +266,7 @@ def decide(
     if inputs.experts is not None:
         pairs = replay(candidates, inputs.experts)
     elif (traits.train_only and not inputs.training) or (traits.fits and inputs.generating):
-        by_score = dataclasses.replace(candidates, ranking=jax.lax.stop_gradient(scores_GSE))
+        by_score = dataclasses.replace(candidates, ranking=config.limit(jax.lax.stop_gradient(scores_GSE)))
         pairs = TopK(k=k)(by_score)
     else:
         pairs = selection(candidates)
@@ -285,7 +287,8 @@ def decide(
     if inputs.dropless:
         pairs = one_group(pairs)
         chosen_GP = pairs.expert
-        slots = fill_slots(pairs, num_experts - inputs.free, common_slots(pairs.token.size, num_experts), None)
+        expected = pairs.token.size if traits.fits else k * inputs.mask.size  # the list may be longer than its pairs
+        slots = fill_slots(pairs, num_experts - inputs.free, common_slots(expected, num_experts), None)
     else:
         pairs, slots, chosen_GP = config.overflow(config.order(pairs, candidates), candidates)
     processed_GP = slots.keep | (pairs.valid & (pairs.expert >= num_experts - inputs.free))

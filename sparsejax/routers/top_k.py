@@ -38,7 +38,7 @@ Policy = Literal["all", "none", "threshold", "random", "sampling"]
 class SecondExpert:
     """Top-2 whose second expert is optional (GShard, arXiv:2006.16668, §2.2, and the policies of Mesh-TensorFlow).
 
-    With g₂ the second score over the sum of both: `all` takes it, `none` never does, `threshold` if g₂ > threshold,
+    With g₂ the second score over the sum of both: `all` takes it, `none` never does, `threshold` if g₂ ≥ threshold,
     `random` with probability min(1, g₂ / threshold), and `sampling` draws the second expert from the scores of the
     others. Outside training `random` is `threshold` and `sampling` is `all`."""
 
@@ -86,7 +86,7 @@ class SecondExpert:
         elif policy == "random" and noise is not None:
             taken_GS = noise.uniform(1, 1)[..., 0] < second_GS / self.threshold
         else:
-            taken_GS = second_GS > self.threshold
+            taken_GS = second_GS >= self.threshold
         chosen_GS2 = jnp.stack([jnp.ones_like(taken_GS), taken_GS], axis=-1)
         return choice_major_pairs(experts_GS2, scores_GS2, candidates.inputs.mask, chosen_GS2)
 
@@ -158,7 +158,8 @@ class Positive(ChoosesK):
     def __call__(self, candidates: Candidates) -> Pairs:
         num_experts = candidates.ranking.shape[-1]
         experts_GSK, scores_GSK = take_best(candidates, min(self.most or num_experts, num_experts))
-        chosen_GSK = scores_GSK > self.above
+        allowed_GSK = jnp.isfinite(jnp.take_along_axis(candidates.ranking, experts_GSK, axis=-1))
+        chosen_GSK = allowed_GSK & (scores_GSK > self.above)
         return choice_major_pairs(experts_GSK, jnp.where(chosen_GSK, scores_GSK, 0), candidates.inputs.mask, chosen_GSK)
 
 
