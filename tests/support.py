@@ -20,6 +20,7 @@ from sparsejax.blocks.spec import BlockSpec
 from sparsejax.nn.backbone import Backbone
 from sparsejax.routers import presets
 from sparsejax.routers.candidates import Candidates, Inputs
+from sparsejax.routers.lots import Lots
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
@@ -120,6 +121,8 @@ def known(mask: np.ndarray, num_slots: int = 1, limit: int | None = None, **more
     mask = jnp.asarray(mask)
     given: dict[str, Any] = dict.fromkeys(("tokens", "previous", "domains"), jnp.zeros(mask.shape, jnp.int32))
     given["positions"] = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
+    lots = given["positions"].astype(jnp.uint32)
+    given["lots"] = Lots(shared=0 * lots, document=0 * lots, token=lots)
     limits = jnp.full(mask.shape[0], num_slots if limit is None else limit, jnp.int32)
     return Inputs(mask=mask, limit=limits, num_slots=num_slots, **({"training": True} | given | more))
 

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
@@ -90,7 +91,8 @@ def test_nothing_is_communicated_in_a_skipped_step():
 
 def test_all_layers_of_a_step_have_one_coin():
     key = jax.random.key(5)
-    contexts = [Context(batch=None, mode="train", key=key).at_layer(layer) for layer in (0, 1)]  # type: ignore
+    batch = Batch(**host_batch(2, 4))  # type: ignore
+    contexts = [Context(batch=batch, mode="train", key=key).at_layer(layer) for layer in (0, 1)]
     assert all(context.step_key is key for context in contexts)
     assert contexts[0].key != contexts[1].key
 

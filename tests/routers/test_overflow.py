@@ -10,6 +10,7 @@ import pytest
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token
+from sparsejax.routers.controllers import ExpertThreshold, NoController
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.orders import ByScore
 from sparsejax.routers.overflow import Drop, NextBest
@@ -123,6 +124,7 @@ def test_other_selections_than_of_one_expert_are_refused(name):
     if entry.experts_per_token == 1 and not (entry.traits.fixed or entry.traits.fits):
         return
     weight = Constant() if entry.traits.fixed else Raw()
+    controller = ExpertThreshold() if entry.traits.thresholds else NoController()
     with pytest.raises(ConfigError, match="next_best") as error:
-        RouterConfig(selection=entry, weight=weight, overflow=NextBest(), allow_leak=True)
+        RouterConfig(selection=entry, weight=weight, controller=controller, overflow=NextBest(), allow_leak=True)
     assert error.value.key == "overflow"

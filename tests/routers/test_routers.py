@@ -11,7 +11,6 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choice_major_pairs
 from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.balance import LoadBalance, NoBalance
-from sparsejax.routers.controllers import ExpertThreshold
 from sparsejax.routers.router import RouterConfig, count_experts, decide, report
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
 from sparsejax.routers.selectors import SELECTORS, TopK
@@ -190,12 +189,12 @@ class TestConfig:
     def test_every_single_choice_with_a_constant_weight_is_refused(self):
         for name in SELECTORS:
             entry = SELECTORS[name]()
-            if entry.traits.fits or name == "second_expert":
+            traits = entry.traits
+            averaged = traits.sparse or traits.thresholds  # k is a mean: a token may have several
+            if traits.fits or averaged or traits.reinforce or name == "second_expert":
                 continue
             selection = dataclasses.replace(entry, k=1) if "k" in entry.__dataclass_fields__ else entry
             leak: dict = {"allow_leak": not entry.traits.causal}
-            if entry.traits.thresholds:
-                leak["controller"] = ExpertThreshold()
             with pytest.raises(ConfigError, match=r"no gradient from the task.*weight=raw"):
                 RouterConfig(selection=selection, weight=Renormalized(), **leak)
             assert RouterConfig(selection=selection, weight=Raw(), **leak).selection.experts_per_token == 1

@@ -184,8 +184,8 @@ def test_the_step_is_compiled_once(tmp_path, monkeypatch):
     traced = []
 
     def counting(make, name):
-        def made(*args):
-            step = make(*args)
+        def made(*args, **settings):
+            step = make(*args, **settings)
             return lambda state, batch: traced.append(name) or step(state, batch)
 
         return made
