@@ -5,12 +5,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs, choice_major_pairs
 from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
 from sparsejax.routers.reinforce import Reinforce
 from sparsejax.routers.tables import draw
+
+
+def policy(candidates: Candidates) -> Float[Array, "G S E"]:
+    """π: the scores over their sum, of the experts that a token may go to."""
+    allowed_GSE = jnp.where(jnp.isneginf(candidates.ranking), 0, candidates.scores)
+    return allowed_GSE / jnp.maximum(allowed_GSE.sum(-1, keepdims=True), 1e-30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +42,11 @@ class Policy:
     @property
     def traits(self) -> Traits:
         learns = Reinforce(policy=self.coefficient, baseline=self.baseline, entropy=self.entropy)
-        return Traits(needs=frozenset({"noise"}), reinforce=learns, own_scores=True)
+        return Traits(needs=frozenset({"noise"}), reinforce=learns)
 
     def __call__(self, candidates: Candidates) -> Pairs:
         noise = candidates.inputs.noise
-        allowed_GSE = jnp.where(jnp.isneginf(candidates.ranking), 0, candidates.scores)
-        pi_GSE = allowed_GSE / jnp.maximum(allowed_GSE.sum(-1, keepdims=True), 1e-30)
+        pi_GSE = policy(candidates)
         log_GSE = jnp.log(jax.lax.stop_gradient(pi_GSE))
         drawn_GSE = log_GSE if noise is None else log_GSE + noise.gumbel(1, log_GSE.shape[-1])
         experts_GSK = jnp.argmax(drawn_GSE, axis=-1, keepdims=True)

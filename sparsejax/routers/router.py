@@ -30,6 +30,7 @@ from sparsejax.routers.observed import Observed
 from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.overflow import OVERFLOWS, Overflow
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.policy import policy
 from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
@@ -264,7 +265,8 @@ def decide(
     selection = config.selection
     traits = selection.traits
     if inputs.experts is not None:
-        pairs = replay(candidates, inputs.experts)
+        weighed = dataclasses.replace(candidates, scores=policy(candidates)) if traits.reinforce else candidates
+        pairs = replay(weighed, inputs.experts)
     elif (traits.train_only and not inputs.training) or (traits.fits and inputs.generating):
         by_score = dataclasses.replace(candidates, ranking=config.limit(jax.lax.stop_gradient(scores_GSE)))
         pairs = TopK(k=k)(by_score)

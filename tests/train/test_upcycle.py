@@ -108,7 +108,7 @@ def moe_block(more: Mapping[str, tuple[int, ...]] = MappingProxyType({}), width:
 
 def test_every_expert_is_a_copy():
     fresh, trained = moe_block({"feed_forward/shared/w_in/weight": (D, F)}), dense_block()
-    new = mixture_of_copies(fresh, trained, RouterConfig())
+    new = mixture_of_copies(fresh, trained, RouterConfig(), E)
     assert set(new) == set(fresh)
     for e in range(E):
         assert np.array_equal(new[f"{EXPERTS}/w_in"][e], trained[f"{MLP}/w_in/weight"])
@@ -118,9 +118,16 @@ def test_every_expert_is_a_copy():
     assert np.array_equal(new["attention/q"], trained["attention/q"])
 
 
+def test_columns_of_experts_without_a_network_stay():
+    fresh = moe_block(width=F // 2) | arrays({"feed_forward/router": (D, E + 2)})
+    new = mixture_of_copies(fresh, dense_block(), RouterConfig(), E + 2)["feed_forward/router"]
+    assert np.array_equal(new[:, :E:2], new[:, 1:E:2]) and not np.array_equal(new[:, :2], new[:, 2:4])
+    assert np.array_equal(new[:, E:], fresh["feed_forward/router"][:, E:])
+
+
 def test_shards_are_whole_copies_within_a_virtual_group():
     fresh, trained = moe_block(width=F // 2), dense_block()
-    new = mixture_of_copies(fresh, trained, RouterConfig())
+    new = mixture_of_copies(fresh, trained, RouterConfig(), E)
     for first in range(0, E, 2):
         whole_in = np.concatenate(new[f"{EXPERTS}/w_in"][first : first + 2], axis=1)
         assert np.array_equal(whole_in, trained[f"{MLP}/w_in/weight"])
@@ -172,7 +179,7 @@ def test_rescale_is_that_of_equal_logits(router, shards, factor):
 )
 def test_arrays_that_do_not_fit_are_named(fresh, trained, parts):
     with pytest.raises(RequestError) as error:
-        mixture_of_copies(fresh, trained, RouterConfig())
+        mixture_of_copies(fresh, trained, RouterConfig(), E)
     assert all(part in str(error.value) for part in parts)
 
 
