@@ -126,8 +126,9 @@ def on_each_device(
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
     def alone(*operands: Any) -> Any:
-        # Automatic axes: not every operation has a rule for explicit ones.
-        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*operands)
+        whole = jax.tree.map(lambda array: jax.sharding.reshard(array, P()), operands)
+        back = lambda spec, part: jax.tree.map(lambda array: jax.sharding.reshard(array, spec), part)  # noqa: E731
+        return tuple(back(spec, part) for spec, part in zip(out_specs, function(*whole), strict=True))
 
     return alone
 

@@ -16,6 +16,7 @@ from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.sharding import vary_like
@@ -260,7 +261,10 @@ def grouped_matmul(
     """Rows, sorted by expert, times their expert's matrix; rows beyond Σ sizes have no meaning. `interpret` runs the
     kernel anywhere, slowly. N is a multiple of `ROW_TILE`."""
     if implementation == "ragged_dot":
-        return jax.lax.ragged_dot(lhs_ND, rhs_EDF, sizes_E)
+        # Outside `shard_map`, where axes are explicit: there is no rule for its gradient on those.
+        explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        multiply = jax.sharding.auto_axes(jax.lax.ragged_dot, out_sharding=P()) if explicit else jax.lax.ragged_dot
+        return multiply(lhs_ND, rhs_EDF, sizes_E)
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm  # heavy, and only a TPU or its compiler needs it
 
     rows = next(tile for tile in (512, 256, ROW_TILE) if lhs_ND.shape[0] % tile == 0)
