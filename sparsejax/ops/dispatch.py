@@ -108,13 +108,19 @@ def slots_by_choice(index: Index) -> list[Int[Array, " T"]]:
     return [at(index.slot_P, pair_T, fill=nowhere) for pair_T in index.pair_TK.T]
 
 
+def sum_slots(rows_ND: Float[Array, "N D"], index: Index) -> Float[Array, "T D"]:
+    """Each token's sum over the slots of its pairs."""
+    first_TD, *others = (at(rows_ND, slot_T) for slot_T in slots_by_choice(index))
+    return sum(others, first_TD)
+
+
 @jax.custom_vjp
 def dispatch_rows(x_TD, index: Index):
     return at(x_TD, index.token_N)
 
 
 def _dispatch_bwd(index: Index, dz_ND):
-    return sum(at(dz_ND, slot_T) for slot_T in slots_by_choice(index)), None
+    return sum_slots(dz_ND, index), None
 
 
 dispatch_rows.defvjp(lambda x_TD, index: (dispatch_rows(x_TD, index), index), _dispatch_bwd)

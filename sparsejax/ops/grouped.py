@@ -10,7 +10,6 @@ into E dense products (`ragged_dot_cost`)."""
 
 import dataclasses
 import functools
-import logging
 import math
 from typing import Literal, Optional
 
@@ -22,11 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots
-from sparsejax.ops.dispatch import Index, at, combine_rows, dispatch_rows, slot_index, slots_by_choice
+from sparsejax.ops.dispatch import Index, at, combine_rows, dispatch_rows, slot_index, sum_slots
 from sparsejax.ops.ffn import Activation, Weights, expert_down, expert_up, hidden
 
 Implementation = Literal["slots", "megablox", "ragged_dot"]
-log = logging.getLogger(__name__)
 
 LARGE_BLOCK = 512
 """Rows of a block that amortise reading an expert's weights and adding to their gradient."""
@@ -153,7 +151,7 @@ def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan:
     def common(x_TD, weights, weight_P):
         up = expert_up(_by_expert(x_TD, index.token_N, weights), weights)
         out_END = expert_down(up, weights, activation, _by_expert(weight_P, index.pair_N, weights))
-        return _sum_slots(out_END, index), up
+        return sum_slots(out_END.reshape(-1, x_TD.shape[1]), index), up
 
     y_TD, up = _if_even(plan, common, x_TD, weights, weight_P)
     for size, blocks in plan.blocks:
@@ -182,7 +180,7 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
         _, pull_up = jax.vjp(expert_up, _by_expert(x_TD, index.token_N, weights), weights)
         dz_END, dweights_up = pull_up(dup)
         dweights = jax.tree.map(jnp.add, dweights_up, dweights_down)
-        return _sum_slots(dz_END, index), dweights, at(dscale_EN.reshape(-1), index.slot_P)
+        return sum_slots(dz_END.reshape(-1, x_TD.shape[1]), index), dweights, at(dscale_EN.reshape(-1), index.slot_P)
 
     grads = _if_even(plan, common, dy_TD, x_TD, weights, weight_P, up)
     for size, blocks in plan.blocks:
@@ -216,11 +214,6 @@ def _if_even(plan: Plan, function, *operands):
 def _by_expert(values: Array, index_N: Int[Array, " N"], weights: Weights) -> Array:
     """Values at the common slots, `[E, N / E, …]`."""
     return at(values, index_N).reshape(weights[0].shape[0], -1, *values.shape[1:])
-
-
-def _sum_slots(out_END: Float[Array, "E N D"], index: Index) -> Float[Array, "T D"]:
-    rows_ND = out_END.reshape(-1, out_END.shape[-1])
-    return sum((at(rows_ND, slot_T) for slot_T in slots_by_choice(index)[1:]), at(rows_ND, slots_by_choice(index)[0]))
 
 
 def _weights_of(expert: Int[Array, ""], weights: Weights) -> Weights:
