@@ -166,6 +166,7 @@ LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
 BY_SCORE = {f"{ROUTER}.order": "by_score"}
 NEXT_BEST = {f"{ROUTER}.overflow": "next_best"}
 MOMENTUM = {f"{ROUTER}.controller.rule": "momentum"}
+SOFT_CLAMPED = {f"{ROUTER}.controller.rule": "soft_clamped"}
 SPARSITY = selection("positive") | {f"{ROUTER}.score": "relu", f"{ROUTER}.controller": "sparsity"}
 ADAFACTOR = {"optimizer": "adafactor"}
 WSD = {"optimizer__schedule": "wsd"}
@@ -278,6 +279,7 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.controller.rate (loss_free)": row(0.1, training, **LOSS_FREE),
     f"{ROUTER}.controller.rule (loss_free)": row("proportional", training, **LOSS_FREE),
     f"{ROUTER}.controller.momentum (loss_free)": row(0.5, training, **LOSS_FREE, **MOMENTUM),
+    f"{ROUTER}.controller.sharpness (loss_free)": row(3.0, training, **LOSS_FREE, **SOFT_CLAMPED),
     f"{ROUTER}.controller.initial (sparsity)": row(1e-6, training, **SPARSITY),
     f"{ROUTER}.controller.factor (sparsity)": row(1.5, training, **SPARSITY),
     f"{ROUTER}.controller.decay (quantile)": row(0.5, training, **{f"{ROUTER}.controller": "quantile"}),

@@ -91,14 +91,17 @@ class LossFree(WithoutLoss):
     """Bias towards experts with too little load (Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437).
 
     With the load error ε_e = 1 − load_e / mean load: `sign` adds rate · sign(ε), `proportional` rate · ε, `momentum`
-    rate · v with v ← momentum · v + (1 − momentum) · ε. The bias keeps mean 0, which no selection can see.
+    rate · v with v ← momentum · v + (1 − momentum) · ε. `soft_clamped` is `momentum` with tanh(sharpness · ε) in place
+    of ε, so that no expert, however crowded, is moved by more than the rate (SMEBU, arXiv:2602.17004). The bias keeps
+    mean 0, which no selection can see.
 
     Experts without a network have ε = 0: the others are drawn to their part of all pairs, and how these share the rest
     out is left to the router (LongCat-Flash, arXiv:2509.01322)."""
 
     rate: float = 0.001
-    rule: Literal["sign", "proportional", "momentum"] = "sign"
+    rule: Literal["sign", "proportional", "momentum", "soft_clamped"] = "sign"
     momentum: float = 0.9
+    sharpness: float = 2.0
 
     thresholds = False
 
@@ -107,13 +110,20 @@ class LossFree(WithoutLoss):
             raise ConfigError("rate", f"{self.rate} is not positive")
         if not 0 <= self.momentum < 1:
             raise ConfigError("momentum", f"{self.momentum} is outside [0, 1)")
+        if self.sharpness <= 0:
+            raise ConfigError("sharpness", f"{self.sharpness} is not positive")
 
     def unused(self) -> dict[str, str]:
-        return {} if self.rule == "momentum" else {"momentum": f"rule={self.rule}; it counts with rule=momentum"}
+        readers = {"momentum": ("momentum", "soft_clamped"), "sharpness": ("soft_clamped",)}
+        return {
+            name: f"rule={self.rule}; it counts with rule={', '.join(rules)}"
+            for name, rules in readers.items()
+            if self.rule not in rules
+        }
 
     @property
     def rows(self) -> int:
-        return 2 if self.rule == "momentum" else 1
+        return 2 if self.rule in ("momentum", "soft_clamped") else 1
 
     def measure(self, ranking_GSE, mask_GS, k):
         return None
@@ -132,9 +142,10 @@ class LossFree(WithoutLoss):
         elif self.rule == "proportional":
             step = error
         else:
+            error = jnp.tanh(self.sharpness * error) if self.rule == "soft_clamped" else error
             step = self.momentum * state[..., 1, :] + (1 - self.momentum) * error
         bias = state[..., 0, :] + self.rate * step
-        rows = [bias - bias.mean(-1, keepdims=True)] + ([step] if self.rule == "momentum" else [])
+        rows = [bias - bias.mean(-1, keepdims=True)] + ([step] if self.rows == 2 else [])
         return jnp.stack(rows, axis=-2)
 
 

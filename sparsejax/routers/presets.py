@@ -192,6 +192,18 @@ def quantile_balanced() -> RouterConfig:
     return RouterConfig(score=Sigmoid(), selection=TopK(k=8), controller=Quantile(), balance=NoBalance(), z_loss=0.0)
 
 
+def trinity() -> RouterConfig:
+    """Top-4 of sigmoid scores, balanced by a bias whose steps are clamped softly and gather momentum
+    (arXiv:2602.17004). Goes with a shared expert. Whatever else balances in the paper is not in it."""
+    return RouterConfig(
+        score=Sigmoid(),
+        selection=TopK(k=4),
+        controller=LossFree(rate=0.001, rule="soft_clamped", momentum=0.5),
+        balance=NoBalance(),
+        z_loss=0.0,
+    )
+
+
 def moe_plus_plus() -> RouterConfig:
     """Top-2 over experts of which some are free (arXiv:2410.07348). Goes with the block's `zero_experts`,
     `copy_experts` and `constant_experts`. The paper's gating residual from the layer below and its lower weight of free
@@ -286,6 +298,7 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         deepseek_v4,
         deepseek_v4_hash,
         quantile_balanced,
+        trinity,
         moe_plus_plus,
         longcat,
         remoe,

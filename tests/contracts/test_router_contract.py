@@ -73,7 +73,7 @@ VARIANTS = {
         f"second_{p}": {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")
     },
     ("selection", "hash"): {"hash": {}, "bigram": {"kind": "bigram"}},
-    ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum")},
+    ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum", "soft_clamped")},
     ("overflow", "next_best"): {"next_best": {"rounds": 1}},
     ("weight", "renormalized"): {"before": {"drop": "before"}, "after": {"drop": "after"}},
     ("balance", "load_balance"): {s: {"scope": s} for s in ("sequence", "microbatch", "global")}

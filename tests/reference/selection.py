@@ -1,6 +1,8 @@
 """Who is selected, one token and one expert at a time; NumPy and no JAX. Each returns the (token, expert) pairs of one
 group as a set, or in order where the order is the point."""
 
+import math
+
 import numpy as np
 
 
@@ -97,6 +99,17 @@ def quantile_step(bias: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
     alpha = np.array([sorted(row + bias, reverse=True)[k] for row in scores])
     beta = np.array([sorted(scores[:, e] - alpha, reverse=True)[k * size // num_experts] for e in range(num_experts)])
     return -beta - (-beta).mean()
+
+
+def soft_clamped_step(
+    bias: list[float], speed: list[float], load: list[int], rate: float, momentum: float, sharpness: float
+) -> tuple[list[float], list[float]]:
+    """(bias, its speed) after one step with these loads (arXiv:2602.17004)."""
+    mean = sum(load) / len(load)
+    clamped = [math.tanh(sharpness * (mean - n) / mean) for n in load]
+    speed = [momentum * v + (1 - momentum) * c for v, c in zip(speed, clamped, strict=True)]
+    moved = [b + rate * v for b, v in zip(bias, speed, strict=True)]
+    return [b - sum(moved) / len(moved) for b in moved], speed
 
 
 def next_best(ranking: np.ndarray, mask: np.ndarray, limit: int, rounds: int) -> tuple[list[int], list[bool]]:

@@ -292,12 +292,36 @@ class TestLossFree:
             state = controller.update(state, Counted(self.LOAD), 1)
             np.testing.assert_allclose(state[0] - before[0], [-velocity, velocity, 0, 0], atol=1e-6)
 
-    @pytest.mark.parametrize("rule", ["sign", "proportional", "momentum"])
+    def test_a_soft_clamp_against_loops(self):
+        settings = {"rate": 0.01, "momentum": 0.7, "sharpness": 3.0}
+        controller = LossFree(rule="soft_clamped", **settings)
+        state, bias, speed = jnp.zeros((2, 4)), [0.0] * 4, [0.0] * 4
+        for load in ([8, 0, 4, 4], [1, 2, 3, 100], [5, 5, 5, 5]):
+            state = controller.update(state, Counted(jnp.asarray(load, jnp.int32)), 1)
+            bias, speed = slow.soft_clamped_step(bias, speed, load, **settings)
+            assert_close(state, np.float32([bias, speed]))
+
+    def test_a_soft_clamp_bounds_the_step_that_a_crowd_would_make_large(self):
+        crowd = Counted(jnp.array([10_000, 1, 1, 1, 1, 1, 1, 1], jnp.int32))
+        furthest = {}
+        for rule in ("momentum", "soft_clamped"):
+            controller = LossFree(rate=1.0, rule=rule, momentum=0.0)
+            furthest[rule] = np.abs(controller.update(jnp.zeros((2, 8)), crowd, 1)[1]).max()
+        assert furthest["soft_clamped"] <= 1 < 6.9 < furthest["momentum"]
+
+    @pytest.mark.parametrize("rule", ["sign", "proportional", "momentum", "soft_clamped"])
     def test_no_tokens_no_move_and_repeats_are_apart(self, rule):
         controller = LossFree(rule=rule)
         state = jnp.zeros((2, controller.rows, 4))
         moved = controller.update(state, Counted(jnp.stack([self.LOAD, 0 * self.LOAD])), 1)
         assert moved.shape == state.shape and (moved[1] == 0).all() and (moved[0, 0] != 0).any()
+
+    def test_settings_of_other_rules_are_unused(self):
+        assert set(LossFree().unused()) == {"momentum", "sharpness"}
+        assert set(LossFree(rule="momentum").unused()) == {"sharpness"} and not LossFree(rule="soft_clamped").unused()
+        with pytest.raises(ConfigError, match="0 is not positive") as error:
+            LossFree(rule="soft_clamped", sharpness=0)
+        assert error.value.key == "sharpness"
 
     def test_counts_of_a_very_long_step_do_not_overflow(self):
         load = np.full(256, 1_000_000)
@@ -310,12 +334,13 @@ class TestLossFree:
         state = LossFree(rate=1.0).update(jnp.zeros((1, 2)), Counted(jnp.array([257, 256], jnp.int32)), 1)
         assert state[0].tolist() == [-1.0, 1.0]
 
-    def test_static_scores_get_balanced(self):
+    @pytest.mark.parametrize("rule", ["sign", "soft_clamped"])
+    def test_static_scores_get_balanced(self, rule):
         """The curve of the method on 512 tokens: its imbalance falls to a small part within 300 steps."""
         rng = np.random.default_rng(0)
         scores = 1 / (1 + np.exp(-(1.5 * rng.normal(size=(512, 16)) + rng.normal(size=16))))
-        controller = LossFree(rate=0.001)
-        state, violation = jnp.zeros((1, 16)), []
+        controller = LossFree(rate=0.001, rule=rule)
+        state, violation = jnp.zeros((controller.rows, 16)), []
         for _ in range(300):
             load = np.bincount(np.asarray(jax.lax.top_k(scores + np.asarray(state[0]), 2)[1]).ravel(), minlength=16)
             violation.append(load.max() / load.mean() - 1)
