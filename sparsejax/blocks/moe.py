@@ -29,8 +29,10 @@ from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import Implementation, ragged_dot_cost
 from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import balance_loss, with_whole_balance
+from sparsejax.routers.controllers import ExpertThreshold, Quantile
 from sparsejax.routers.overflow import Drop
 from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.weights import Renormalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,12 @@ class MoESpec(BlockSpec):
             reasons |= dict.fromkeys(names, "dispatch=grouped drops nothing, so there is no capacity")
         elif traits.together:
             reasons |= dict.fromkeys(names, "whole groups go to the same experts, which have a slot for every token")
+        nothing_drops = self.dropless or traits.fits or traits.together
+        if nothing_drops and isinstance(self.router.weight, Renormalized):
+            reasons["router.weight.drop"] = "nothing is dropped, before or after"
+        by_group = not traits.causal or isinstance(self.router.controller, (Quantile, ExpertThreshold))
+        if self.dropless and not by_group:
+            reasons["group_size"] = "dispatch=grouped drops nothing, and no choice is one of a whole group"
         if not self.shared_experts:
             reasons["mix_shared"] = "there are no shared_experts"
         return reasons

@@ -20,7 +20,7 @@ from sparsejax.ops.grouped import common_slots
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance
 from sparsejax.routers.candidates import Candidates, Inputs, Selector
-from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile
+from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile, WithoutLoss
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.exploration import drop_inputs, explore, jitter
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
@@ -34,7 +34,7 @@ from sparsejax.routers.policy import policy
 from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
-from sparsejax.routers.top_k import Prototypes, SecondExpert, TopK
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK
 from sparsejax.routers.weights import WEIGHTS, Constant, Renormalized, Weight
 
 
@@ -129,30 +129,27 @@ class RouterConfig:
 
     def unused(self) -> dict[str, str]:
         reasons: dict[str, str] = {}
-        traits = self.selection.traits
+        traits, kind = self.selection.traits, SELECTORS.name_of(self.selection)
+        move_ranks = ("exploration", *(["controller"] if isinstance(self.controller, WithoutLoss) else []))
         if traits.fixed:
-            kind = SELECTORS.name_of(self.selection)
-            reasons |= dict.fromkeys(
-                ("limit", "controller", "balance", "exploration"), f"selection={kind} chooses without scores"
-            )
+            reasons |= dict.fromkeys(("limit", "balance", *move_ranks), f"selection={kind} chooses without scores")
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
             reasons |= dict.fromkeys(
                 ("logits", "noise", "score", "balance", "z_loss", "jitter", "input_dropout", "logit_cap"), without
             )
         if isinstance(self.selection, (Sinkhorn, BalancedAssignment)):
-            kind = SELECTORS.name_of(self.selection)
-            reasons |= dict.fromkeys(
-                ("limit", "controller", "exploration"), f"selection={kind} balances the logits itself"
-            )
+            reasons |= dict.fromkeys(("limit", *move_ranks), f"selection={kind} balances the logits itself")
         if isinstance(self.selection, ExpertChoice):
             reasons["controller"] = "a number per expert does not change which tokens it ranks highest"
         if self.logits.traits.blind:
             blind = f"logits={LOGITS.name_of(self.logits)} does not look at the router's input"
             reasons = dict.fromkeys(("jitter", "input_dropout"), blind) | reasons
         if traits.reinforce:
-            drawn = "a policy is drawn from, whatever is added to its ranking"
-            reasons |= dict.fromkeys(("controller", "exploration"), drawn)
+            reasons |= dict.fromkeys(move_ranks, "a policy is drawn from, whatever is added to its ranking")
+        if isinstance(self.selection, Positive) and self.selection.most is None:
+            everyone = f"selection={kind} takes every expert above {self.selection.above:g}, however it ranks"
+            reasons |= dict.fromkeys(move_ranks, everyone)
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
         if all(axis.traits.causal for axis in (self.logits, self.selection, self.order, self.overflow)):

@@ -1,5 +1,6 @@
 """Selectors in which each token takes its best experts."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -140,7 +141,7 @@ class Positive(ChoosesK):
     enough of a softmax (DTS-Gate, arXiv:2112.14397).
 
     Nothing here makes them `k` on average, which capacity counts on: controller=sparsity does. `most` bounds those of a
-    token, and with them the length of the list of pairs."""
+    token, and with them the length of the list of pairs; only then does it matter how they rank."""
 
     k: int = 4
     most: Optional[int] = None  # the highest of the positive; None: all of them
@@ -157,6 +158,9 @@ class Positive(ChoosesK):
 
     def __call__(self, candidates: Candidates) -> Pairs:
         num_experts = candidates.ranking.shape[-1]
+        if self.most is None:
+            excluded_GSE, scores_GSE = jnp.isneginf(candidates.ranking), jax.lax.stop_gradient(candidates.scores)
+            candidates = dataclasses.replace(candidates, ranking=jnp.where(excluded_GSE, -jnp.inf, scores_GSE))
         experts_GSK, scores_GSK = take_best(candidates, min(self.most or num_experts, num_experts))
         allowed_GSK = jnp.isfinite(jnp.take_along_axis(candidates.ranking, experts_GSK, axis=-1))
         chosen_GSK = allowed_GSK & (scores_GSK > self.above)

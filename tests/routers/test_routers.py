@@ -8,16 +8,28 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
 from sparsejax.ops.assignment import by_token, choice_major_pairs
 from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.controllers import ExpertThreshold, Quantile
 from sparsejax.routers.router import RouterConfig, count_experts, decide, report
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
 from sparsejax.routers.selectors import SELECTORS, TopK
 from sparsejax.routers.weights import Raw, Renormalized
 
 from reference import routing as slow
-from support import assert_close, candidates, known, to_numpy
+from support import (
+    ONE_DEVICE,
+    assert_close,
+    candidates,
+    host_batch,
+    known,
+    moe_layer_params,
+    moe_layer_runner,
+    to_numpy,
+)
 
 GROUPS, SIZE, EXPERTS = 2, 10, 6
 
@@ -203,3 +215,32 @@ class TestConfig:
         with pytest.raises(ConfigError, match="balance = 'none'") as error:
             LoadBalance(coefficient=0.0)
         assert error.value.key == "coefficient" and NoBalance().coefficient == 0.0
+
+    def test_a_layer_without_drops_refuses_what_only_drops_and_groups_read(self):
+        """And rightly: its numbers do not depend on them."""
+        plain = MoESpec(num_experts=4, d_ff=6, dispatch="grouped", shared_experts=0)
+        after = dataclasses.replace(plain.router, weight=Renormalized(drop="after"))
+        others = {"group_size": {"group_size": 4}, "router.weight.drop": {"router": after}}
+        rng, backbone = np.random.default_rng(0), ModelConfig(d_model=8, num_heads=2)
+        x, params = rng.normal(size=(4, 8, 8)).astype(np.float32), moe_layer_params(plain, backbone)
+        run = lambda spec: moe_layer_runner(spec, backbone, ONE_DEVICE)(params, x, host_batch(4, 8))[0]  # noqa: E731
+        for name, fields in others.items():
+            assert name in plain.unused() and name not in dataclasses.replace(plain, dispatch="gather").unused()
+            assert_close(run(dataclasses.replace(plain, **fields)), run(plain), 1e-6)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"selection": SELECTORS["sinkhorn"](), "weight": Raw()},
+            {"selection": SELECTORS["expert_choice"](), "weight": Raw()},
+            {"controller": Quantile()},
+            {"selection": SELECTORS["threshold"](), "controller": ExpertThreshold(), "weight": Raw()},
+        ],
+        ids=lambda fields: "-".join(type(entry).__name__ for entry in fields.values()),
+    )
+    def test_choices_and_measures_of_a_group_read_its_size_without_drops_too(self, fields):
+        assert "group_size" not in MoESpec(dispatch="grouped", router=RouterConfig(**fields, allow_leak=True)).unused()
+
+    def test_where_slots_are_the_selection_a_weight_knows_no_drop(self):
+        router = RouterConfig(selection=SELECTORS["expert_choice"](), allow_leak=True)
+        assert "router.weight.drop" in MoESpec(router=router).unused()

@@ -1,5 +1,7 @@
 """The adaptive L1 of ReMoE: its loss against a loop, its coefficient's direction, and where both together end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from sparsejax.base.reports import Report
 from sparsejax.blocks.context import Totals
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.routers.balance import NoBalance
+from sparsejax.routers.candidates import Noise
+from sparsejax.routers.controllers import LossFree, NoController
+from sparsejax.routers.limits import GroupLimit, NoLimit
 from sparsejax.routers.router import RouterConfig, decide, report
 from sparsejax.routers.scores import Relu
 from sparsejax.routers.sparsity import Sparsity
@@ -97,6 +102,37 @@ class TestCoefficient:
             logits, state, chosen = step(logits, state)
             density.append(float(chosen))
         assert density[0] > 1.7 * K and np.mean(density[-60:]) == pytest.approx(K, abs=0.15 * K)
+
+
+class TestRanking:
+    """What moves the ranking does nothing where all the positive are taken, and is refused there."""
+
+    ROUTERS = {most: dataclasses.replace(ROUTER, selection=Positive(k=K, most=most)) for most in (None, 3)}
+
+    def chosen(self, most, **fields):
+        router = dataclasses.replace(self.ROUTERS[most], **fields)
+        keys = jax.random.split(jax.random.key(0), GROUPS)
+        given = known(MASK, 3, noise=Noise(keys_B=keys, row_length=SIZE, groups=(GROUPS, SIZE)))
+        bias = jnp.linspace(-2, 2, EXPERTS)[None]
+        state = bias if router.controller.rows == 1 else None
+        decision = decide(jnp.asarray(LOGITS), given, router, state)
+        return jax.tree.leaves((decision.pairs, decision.slots))
+
+    @pytest.mark.parametrize("fields", [{"exploration": 1.0}, {"controller": LossFree()}], ids=["exploration", "bias"])
+    def test_it_counts_only_with_a_bound(self, fields):
+        plain = {"controller": NoController()}
+        for most in self.ROUTERS:
+            same = all(map(np.array_equal, self.chosen(most, **plain), self.chosen(most, **(plain | fields))))
+            assert same == (most is None)
+            (name,) = fields
+            assert (name in dataclasses.replace(self.ROUTERS[most], **(plain | fields)).unused()) == (most is None)
+
+    def test_what_makes_them_sparse_counts_always(self):
+        assert all("controller" not in router.unused() for router in self.ROUTERS.values())
+
+    def test_a_limit_counts_always(self):
+        before, after = (self.chosen(None, limit=limit) for limit in (NoLimit(), GroupLimit(groups=4, kept=1)))
+        assert not all(map(np.array_equal, before, after))
 
 
 class TestConfig:
