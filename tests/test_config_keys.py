@@ -157,6 +157,7 @@ OF_SOFT = {SOFT: "soft", f"{SOFT}.allow_leak": "true", "model.pattern": "(soft,)
 MERGED = "model.blocks.merged"
 OF_MERGED = {MERGED: "merged", "model.pattern": "(merged,)"}
 LEAKING = {f"{ROUTER}.allow_leak": "true"}
+CAPPED = LEAKING | {f"{ROUTER}.selection.cap": "4"}
 RAW = {f"{ROUTER}.weight": "raw"}
 TOP_1 = {f"{ROUTER}.selection.k": "1"} | RAW
 THRESHOLDS = {f"{ROUTER}.selection": "threshold", f"{ROUTER}.controller": "expert_threshold"}
@@ -242,6 +243,9 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.logits.gamma (dselect_k)": row(2.0, evaluation, **logits("dselect_k")),
     f"{ROUTER}.score.temperature": row(2.0, evaluation),
     f"{ROUTER}.selection.k (expert_choice)": row(3, evaluation, **selection("expert_choice"), **LEAKING),
+    f"{ROUTER}.selection.cap (expert_choice)": row(3, evaluation, **selection("expert_choice"), **LEAKING),
+    f"{ROUTER}.selection.iterations (expert_choice)": row(9, evaluation, **selection("expert_choice"), **CAPPED),
+    f"{ROUTER}.selection.temperature (expert_choice)": row(0.1, evaluation, **selection("expert_choice"), **CAPPED),
     f"{ROUTER}.selection.k (hash)": row(3, evaluation, **selection("hash"), **RAW),
     f"{ROUTER}.selection.kind (hash)": row("bigram", evaluation, **selection("hash"), **RAW),
     f"{ROUTER}.selection.path (hash)": row("counts.npy", "tests/routers/test_tables.py::TestFiles"),

@@ -1,4 +1,5 @@
-"""Balanced assignment: every token to one expert, every expert the same number of tokens, the sum of scores large."""
+"""Matchings of tokens and experts: every expert the same number of tokens, the sum of scores large, and every token one
+expert or not too many."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,38 @@ def sinkhorn(
         return jnp.where(mask_S[:, None], plan_SE - columns_E + share, -jnp.inf)
 
     return jax.lax.fori_loop(0, iterations, half_steps, kernel_SE)
+
+
+def token_prices(
+    scores_SE: Float[Array, "S E"],
+    mask_S: Bool[Array, " S"],
+    slots: Int[Array, ""],
+    cap: int,
+    iterations: int,
+    temperature: float,
+) -> Float[Array, " S"]:
+    """What a token costs where every expert takes `slots` tokens and no token more than `cap` experts: of the plan
+    A ≤ 1 that maximises Σ A · score + temperature · entropy under both, the multipliers of the second. An expert's best
+    tokens by score − price are those with most of it in the plan (Zhou et al., arXiv:2202.09368, capped expert choice).
+
+    Dykstra's alternating projections, in logarithms. Experts take less where not so many places exist."""
+    num_experts = scores_SE.shape[-1]
+    kernel_SE = jnp.where(mask_S[:, None], scores_SE / temperature, -jnp.inf)
+    share = jnp.log(jnp.minimum(slots, cap * mask_S.sum() / num_experts))
+
+    def sweep(_, state):
+        plan_SE, over_SE, price_S = state
+        plan_SE = plan_SE + over_SE
+        over_SE, plan_SE = jnp.maximum(plan_SE, 0), jnp.minimum(plan_SE, 0)
+        plan_SE = plan_SE + price_S[:, None]
+        price_S = jnp.maximum(jax.nn.logsumexp(plan_SE, axis=1) - jnp.log(cap), 0)
+        plan_SE = plan_SE - price_S[:, None]
+        columns_E = jax.nn.logsumexp(plan_SE, axis=0)
+        return jnp.where(jnp.isneginf(plan_SE), -jnp.inf, plan_SE - columns_E + share), over_SE, price_S
+
+    zeros = (vary_like(jnp.zeros(shape), scores_SE) for shape in (scores_SE.shape, scores_SE.shape[:1]))
+    _, _, price_S = jax.lax.fori_loop(0, iterations, sweep, (kernel_SE, *zeros))
+    return temperature * price_S
 
 
 def auction(

@@ -87,6 +87,11 @@ def expert_choice() -> RouterConfig:
     return RouterConfig(selection=ExpertChoice(k=2), weight=Raw(), balance=NoBalance(), z_loss=0.0, allow_leak=True)
 
 
+def expert_choice_capped() -> RouterConfig:
+    """`expert_choice` with at most three experts a token. Not causal."""
+    return dataclasses.replace(expert_choice(), selection=ExpertChoice(k=2, cap=3))
+
+
 def base() -> RouterConfig:
     """Balanced assignment, sigmoid weights (arXiv:2103.16716). Not causal in training. The paper's mixture of an
     expert x + f(x) with x itself, a (x + f(x)) + (1 − a) x, is the residual stream plus a · f(x): the weight `raw`."""
@@ -283,6 +288,7 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         vmoe,
         vmoe_bpr,
         expert_choice,
+        expert_choice_capped,
         base,
         s_base,
         hash_layer,

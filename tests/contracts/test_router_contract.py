@@ -72,6 +72,7 @@ VARIANTS = {
     ("selection", "second_expert"): {
         f"second_{p}": {"policy": p, "threshold": 0.4} for p in ("threshold", "random", "sampling")
     },
+    ("selection", "expert_choice"): {"expert_choice": {}, "capped": {"cap": 3}},
     ("selection", "hash"): {"hash": {}, "bigram": {"kind": "bigram"}},
     ("controller", "loss_free"): {rule: {"rule": rule} for rule in ("sign", "momentum", "soft_clamped")},
     ("overflow", "next_best"): {"next_best": {"rounds": 1}},

@@ -71,6 +71,28 @@ def expert_choice(scores: np.ndarray, mask: np.ndarray, limit: int) -> set[tuple
     return {(int(s), e) for e in range(scores.shape[1]) for s in sorted(real, key=lambda s: (-scores[s, e], s))[:limit]}
 
 
+def capped_plan(
+    scores: np.ndarray, slots: float, cap: int, temperature: float, rounds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(plan [S, E], what each token costs) by Dykstra's projections on A ≤ 1, Σ_e A ≤ cap, Σ_s A = slots in turn
+    (arXiv:2202.09368)."""
+    size, num_experts = scores.shape
+    plan = np.exp(scores / temperature)
+    over, price = np.ones_like(plan), np.ones(size)
+    for _ in range(rounds):
+        for s, e in np.ndindex(size, num_experts):
+            before = plan[s, e] * over[s, e]
+            plan[s, e] = min(before, 1)
+            over[s, e] = before / plan[s, e]
+        for s in range(size):
+            before = plan[s] * price[s]
+            price[s] = max(before.sum() / cap, 1)
+            plan[s] = before / price[s]
+        for e in range(num_experts):
+            plan[:, e] *= slots / plan[:, e].sum()
+    return plan, temperature * np.log(price)
+
+
 def group_limited(ranking: np.ndarray, groups: int, kept: int, best_of: int) -> np.ndarray:
     """`ranking` with −inf outside each token's best groups."""
     limited = np.full_like(ranking, -np.inf)

@@ -9,7 +9,7 @@ import pytest
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choices, fill_slots
-from sparsejax.ops.matching import auction, sinkhorn
+from sparsejax.ops.matching import auction, sinkhorn, token_prices
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
@@ -155,6 +155,73 @@ class TestExpertChoice:
         pairs = ExpertChoice()(candidates(SCORES, num_slots=4))
         slots = fill_slots(pairs, EXPERTS, 4, jnp.full(GROUPS, 4, jnp.int32))
         assert slots.keep.all() and (slots.processed == 4 * GROUPS).all()
+
+
+class TestCappedExpertChoice:
+    CAPPED = ExpertChoice(k=2, cap=2)
+    LOGITS = RNG.normal(size=(GROUPS, 32, EXPERTS)) + RNG.normal(size=(GROUPS, 32, 1)) * RNG.normal(size=EXPERTS)
+    SCORES = np.asarray(jax.nn.softmax(2 * LOGITS, axis=-1), np.float32)
+
+    def taken(self, selector, scores=None, mask=None, slots=8):
+        pairs = selector(candidates(self.SCORES if scores is None else scores, mask, num_slots=slots))
+        return [pairs_of(pairs, g) for g in range(GROUPS)]
+
+    def test_prices_against_loops(self):
+        for settings in ({"iterations": 40, "temperature": 0.1}, {"iterations": 7, "temperature": 0.05}):
+            find = lambda scores, s=settings: token_prices(scores, jnp.ones(32, bool), jnp.int32(5), 2, **s)  # noqa: E731
+            _, expected = slow.capped_plan(
+                self.SCORES[0].astype(np.float64), 5, 2, settings["temperature"], settings["iterations"]
+            )
+            assert_close(find(jnp.asarray(self.SCORES[0])), expected.astype(np.float32), 1e-4)
+            assert np.ptp(expected) > 0.01
+
+    def test_the_plan_keeps_to_both_sides(self):
+        plan, price = slow.capped_plan(self.SCORES[0].astype(np.float64), 8, 2, 0.1, 400)
+        np.testing.assert_allclose(plan.sum(0), 8)
+        assert plan.sum(1).max() < 2.01 and plan.max() < 1.01
+        by_price = np.argsort(price - self.SCORES[0].T, axis=-1)[:, :8]
+        assert np.array_equal(np.sort(by_price), np.sort(np.argsort(-plan.T, axis=-1)[:, :8]))
+
+    def test_no_token_has_more_than_the_cap_and_hardly_a_slot_is_empty(self):
+        most = lambda pairs: max(np.bincount([s for s, _ in pairs]))  # noqa: E731
+        free = self.taken(ExpertChoice(k=2))
+        for capped, plain in zip(self.taken(self.CAPPED), free, strict=True):
+            assert most(capped) == 2 < most(plain)
+            assert len(capped) >= 0.95 * 8 * EXPERTS and max(np.bincount([e for _, e in capped])) <= 8
+
+    def test_its_sum_of_scores_is_near_the_best_there_is(self):
+        """Against the linear program, whose best plan is one of whole pairs."""
+        from scipy.optimize import linprog
+        from scipy.sparse import csr_matrix, eye_array, kron
+
+        by_token = kron(eye_array(32), csr_matrix(np.ones((1, EXPERTS))), format="csr")
+        by_expert = kron(csr_matrix(np.ones((1, 32))), eye_array(EXPERTS), format="csr")
+        limits = {"A_ub": by_token, "b_ub": np.full(32, 2), "A_eq": by_expert, "b_eq": np.full(EXPERTS, 8)}
+        for g, pairs in enumerate(self.taken(self.CAPPED)):
+            best = -linprog(-self.SCORES[g].ravel(), **limits, bounds=(0, 1), method="highs-ds").fun
+            found = sum(self.SCORES[g, s, e] for s, e in pairs)
+            assert 0.97 * best < found <= best + 1e-4
+
+    def test_a_cap_that_nobody_reaches_changes_nothing(self):
+        assert self.taken(ExpertChoice(k=2, cap=EXPERTS)) == self.taken(ExpertChoice(k=2))
+
+    def test_padding_and_what_a_limit_excludes_cost_nothing_and_are_not_taken(self):
+        mask = np.ones((GROUPS, 32), bool)
+        mask[1, 20:], mask[2] = False, False
+        given = candidates(self.SCORES, mask, num_slots=5)
+        given = dataclasses.replace(given, ranking=GroupLimit(groups=4, kept=2, best=1)(given.ranking))
+        found, padded = self.CAPPED(given), np.where(mask[..., None], self.SCORES, 9)
+        assert np.isfinite(found.weight).all()
+        for g in range(GROUPS):
+            assert all(mask[g, s] and np.isfinite(given.ranking[g, s, e]) for s, e in pairs_of(found, g))
+        assert self.taken(self.CAPPED, self.SCORES, mask, 5) == self.taken(self.CAPPED, padded, mask, 5)
+
+    def test_wrong_settings(self):
+        for field, value in {"cap": 1, "iterations": 0, "temperature": 0.0}.items():
+            with pytest.raises(ConfigError) as error:
+                ExpertChoice(**({"k": 2, "cap": 2} | {field: value}))
+            assert error.value.key == field
+        assert set(ExpertChoice().unused()) == {"iterations", "temperature"} and not self.CAPPED.unused()
 
 
 class TestTables:
