@@ -166,6 +166,7 @@ ENTROPY = {f"{ROUTER}.balance": "entropy"}
 LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
 BY_SCORE = {f"{ROUTER}.order": "by_score"}
 NEXT_BEST = {f"{ROUTER}.overflow": "next_best"}
+ANNEALING = {f"{ROUTER}.controller": "annealing"}
 MOMENTUM = {f"{ROUTER}.controller.rule": "momentum"}
 SOFT_CLAMPED = {f"{ROUTER}.controller.rule": "soft_clamped"}
 SPARSITY = selection("positive") | {f"{ROUTER}.score": "relu", f"{ROUTER}.controller": "sparsity"}
@@ -286,6 +287,9 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.controller.sharpness (loss_free)": row(3.0, training, **LOSS_FREE, **SOFT_CLAMPED),
     f"{ROUTER}.controller.initial (sparsity)": row(1e-6, training, **SPARSITY),
     f"{ROUTER}.controller.factor (sparsity)": row(1.5, training, **SPARSITY),
+    f"{ROUTER}.controller.start (annealing)": row(3.0, evaluation, **ANNEALING),
+    f"{ROUTER}.controller.end (annealing)": row(0.5, evaluation, **ANNEALING),
+    f"{ROUTER}.controller.steps (annealing)": row(50, evaluation, **ANNEALING),
     f"{ROUTER}.controller.decay (quantile)": row(0.5, training, **{f"{ROUTER}.controller": "quantile"}),
     f"{ROUTER}.order.name": row("token_major", evaluation),
     f"{ROUTER}.overflow.name": row("next_best", evaluation, **TOP_1, **LEAKING, **BY_SCORE),

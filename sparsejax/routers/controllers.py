@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
 from sparsejax.base.reports import MoEReport
+from sparsejax.routers.annealing import Annealing
 from sparsejax.routers.candidates import Selector
 from sparsejax.routers.sparsity import Sparsity
 
@@ -29,6 +30,10 @@ class Controller(Protocol):
     @property
     def thresholds(self) -> bool:
         """Whether 0 in the ranking is where an expert's share of k/E begins."""
+        ...
+
+    def temperature(self, state: Float[Array, "N E"]) -> Optional[Float[Array, ""]]:
+        """What logits are divided by, None for 1."""
         ...
 
     def measure(
@@ -64,6 +69,9 @@ class WithoutLoss:
 
     def check(self, selection: Selector) -> None:
         pass
+
+    def temperature(self, state) -> None:
+        return None
 
     def pressure(self, state, scores_GSE, mask_GS) -> None:
         return None
@@ -224,5 +232,6 @@ CONTROLLERS = Registry(
         "quantile": Quantile,
         "expert_threshold": ExpertThreshold,
         "sparsity": Sparsity,
+        "annealing": Annealing,
     },
 )

@@ -11,6 +11,7 @@ entry of an axis yet, its docstring says what stands in its place."""
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from sparsejax.routers.annealing import Annealing
 from sparsejax.routers.balance import LoadBalance, NoBalance
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.document_logits import DomainLogits
@@ -22,7 +23,7 @@ from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.policy import Policy, Random
 from sparsejax.routers.projections import Cosine, Linear
 from sparsejax.routers.router import RouterConfig
-from sparsejax.routers.scores import Relu, Sigmoid, Softmax, SqrtSoftplus
+from sparsejax.routers.scores import Relu, Sigmoid, SqrtSoftplus
 from sparsejax.routers.smooth_step import DSelectK
 from sparsejax.routers.sparsity import Sparsity
 from sparsejax.routers.tables import Hash
@@ -263,10 +264,10 @@ def dselect_k() -> RouterConfig:
 
 
 def dts_gate() -> RouterConfig:
-    """Every expert with enough of a softmax with Gumbel noise (arXiv:2112.14397). The temperature is a
-    setting; the paper's falls during training."""
+    """Every expert with enough of a softmax with Gumbel noise, whose temperature falls, so that at first nearly all
+    experts are taken and in the end few (arXiv:2112.14397). Goes with a layer that drops nothing."""
     return RouterConfig(
-        noise=Gumbel(), score=Softmax(temperature=0.5), selection=Positive(k=2, above=0.05), weight=Raw(), z_loss=0.0
+        noise=Gumbel(), selection=Positive(k=2, above=0.05), controller=Annealing(), weight=Raw(), z_loss=0.0
     )
 
 

@@ -136,7 +136,8 @@ class RouterConfig:
         if not self.learned:
             without = "a fixed selection with constant weights has no router"
             reasons |= dict.fromkeys(
-                ("logits", "noise", "score", "balance", "z_loss", "jitter", "input_dropout", "logit_cap"), without
+                ("logits", "noise", "score", "balance", "controller", "z_loss", "jitter", "input_dropout", "logit_cap"),
+                without,
             )
         if isinstance(self.selection, (Sinkhorn, BalancedAssignment)):
             reasons |= dict.fromkeys(("limit", *move_ranks), f"selection={kind} balances the logits itself")
@@ -244,9 +245,12 @@ def decide(
       baseline_GS: the rewards that a policy expects, if the selection is one; its pairs are scored with π.
     """
     num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
-    noisy_GSE = logits_GSE
+    clean_GSE, temperature = logits_GSE, None if state is None else config.controller.temperature(state)
+    if temperature is not None:
+        clean_GSE, spread_GSE = jax.tree.map(lambda values_GSE: values_GSE / temperature, (logits_GSE, spread_GSE))
+    noisy_GSE = clean_GSE
     if spread_GSE is not None and inputs.noise is not None:
-        noisy_GSE = logits_GSE + spread_GSE * config.noise.draw(inputs.noise, num_experts)
+        noisy_GSE = clean_GSE + spread_GSE * config.noise.draw(inputs.noise, num_experts)
     scores_GSE = config.score(noisy_GSE)
     ranking_GSE = jax.lax.stop_gradient(scores_GSE)
     if state is not None:
@@ -270,7 +274,7 @@ def decide(
     else:
         pairs = selection(candidates)
     observed = Observed(
-        clean=logits_GSE,
+        clean=clean_GSE,
         noisy=noisy_GSE,
         spread=spread_GSE,
         probabilities=as_probabilities(scores_GSE),

@@ -36,6 +36,9 @@ class Sparsity:
         if not selection.traits.sparse:
             raise ConfigError("", "sparsity moves the number of experts with a positive score; selection=positive")
 
+    def temperature(self, state) -> None:
+        return None
+
     def measure(self, ranking_GSE, mask_GS, k):
         return None
 
