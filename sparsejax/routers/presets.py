@@ -118,6 +118,12 @@ def hash_layer() -> RouterConfig:
     return RouterConfig(selection=Hash(k=1), weight=Constant())
 
 
+def stable_moe() -> RouterConfig:
+    """Top-1 with a sigmoid gate and a balance loss, the first stage of StableMoE (arXiv:2204.08396). For the second,
+    count a trace of it and go on from the run with `selection=hash`, `kind=distilled`."""
+    return RouterConfig(score=Sigmoid(), selection=TopK(k=1), weight=Raw(), z_loss=0.0)
+
+
 def rl_r() -> RouterConfig:
     """An expert drawn from the softmax, ungated, learnt by REINFORCE (arXiv:2202.01169)."""
     return RouterConfig(selection=Policy(), weight=Constant(), balance=LoadBalance(coefficient=0.01), z_loss=0.0)
@@ -293,6 +299,7 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         base,
         s_base,
         hash_layer,
+        stable_moe,
         rl_r,
         routing_network,
         thor,

@@ -34,6 +34,7 @@ from sparsejax.routers.policy import policy
 from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
+from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK
 from sparsejax.routers.weights import WEIGHTS, Constant, Renormalized, Weight
 
@@ -183,6 +184,11 @@ class RouterConfig:
             raise ConfigError("selection.k", f"{k} groups do not divide num_experts={num_experts}")
         if isinstance(self.controller, Quantile) and k == num_experts:
             raise ConfigError("controller", f"quantile needs an expert that is not chosen, and k = {k} chooses all")
+        if isinstance(self.selection, Hash):
+            try:
+                self.selection.check(num_experts)
+            except ConfigError as error:
+                raise error.below("selection") from None
         try:
             self.limit.check(num_experts, k)
         except ConfigError as error:

@@ -14,7 +14,8 @@ from sparsejax.ops.assignment import Pairs, choice_major_pairs
 from sparsejax.ops.hashing import balanced_table, clustered_table, mix
 from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
 
-AXES_OF_FILE = {"balanced": "[V] counts", "clustered": "[V, D] vectors"}
+AXES_OF_FILE = {"balanced": "[V] counts", "clustered": "[V, D] vectors", "distilled": "[V, E] counts"}
+COUNTS = ("balanced", "distilled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,15 @@ class Hash(ChoosesK):
 
     The kinds: `random`, by a hash of the id; `bigram`, by one of the id and the id before it in the same document;
     `balanced`, so that experts get equal shares of the ids' counts (`data.corpus.token_counts` counts a corpus);
-    `clustered`, so that ids with similar vectors share experts. The last two are made from the file at `path`, which
-    belongs to the tokenizer as the vocabulary does; ids that it lacks are hashed."""
+    `clustered`, so that ids with similar vectors share experts; `distilled`, the experts to which a trained router most
+    often sent the id (`counts_by_expert` counts a trace), which of all routers that see the id alone agrees most with
+    it (StableMoE, arXiv:2204.08396, second stage; its distilled router is a product of small embeddings). The last
+    three are made from the file at `path`, which belongs to the tokenizer as the vocabulary does; ids that it lacks, or
+    that were never counted by expert, are hashed."""
 
     k: int = 1
-    kind: Literal["random", "balanced", "clustered", "bigram"] = "random"
-    path: Optional[str] = None  # .npy: [V] counts for balanced, [V, D] vectors for clustered
+    kind: Literal["random", "balanced", "clustered", "distilled", "bigram"] = "random"
+    path: Optional[str] = None  # .npy: [V] counts for balanced, [V, D] vectors for clustered, [V, E] for distilled
     seed: int = 42
 
     traits = Traits(needs=frozenset({"tokens"}), fixed=True)
@@ -40,6 +44,12 @@ class Hash(ChoosesK):
         super().__post_init__()
         if self.kind in AXES_OF_FILE:
             _values(self.kind, self.path)
+
+    def check(self, num_experts: int) -> None:
+        """Raises `ConfigError` when the file is about another number of experts."""
+        counted = _values(self.kind, self.path).shape[1] if self.kind == "distilled" else num_experts
+        if counted != num_experts:
+            raise ConfigError("path", f"{self.path!r} counts {counted} experts; the router has {num_experts}")
 
     def unused(self) -> dict[str, str]:
         return {} if self.kind in AXES_OF_FILE else {"path": f"kind={self.kind} is made from no file"}
@@ -52,13 +62,13 @@ class Hash(ChoosesK):
         experts_GSK = _hashed(keys_GS, num_experts, self.k, self.seed)
         if self.kind in AXES_OF_FILE:
             table_VK = jnp.asarray(self.table(num_experts))
-            known_GS1 = (inputs.tokens < len(table_VK))[..., None]
-            experts_GSK = jnp.where(known_GS1, table_VK.at[inputs.tokens].get(mode="clip"), experts_GSK)
+            found_GSK = table_VK.at[inputs.tokens].get(mode="fill", fill_value=-1)
+            experts_GSK = jnp.where(found_GSK >= 0, found_GSK, experts_GSK)
         scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
         return choice_major_pairs(experts_GSK, scores_GSK, inputs.mask)
 
     def table(self, num_experts: int) -> np.ndarray:
-        """Of the kinds that are made from a file, int32 `[V, K]`."""
+        """Of the kinds that are made from a file, int32 `[V, K]`; −1 for ids that are to be hashed."""
         return _table(self.kind, self.path, num_experts, self.k, self.seed)
 
 
@@ -67,6 +77,9 @@ def _table(kind: str, path: Optional[str], num_experts: int, k: int, seed: int) 
     values = _values(kind, path)
     if kind == "balanced":
         return balanced_table(values, num_experts, k)
+    if kind == "distilled":
+        most_VK = np.argsort(-values, axis=1, kind="stable")[:, :k]
+        return np.where(values.any(axis=1, keepdims=True), most_VK, -1).astype(np.int32)
     return clustered_table(values, num_experts, k, seed)
 
 
@@ -87,9 +100,18 @@ def _values(kind: str, path: Optional[str]) -> np.ndarray:
         raise ConfigError("path", f"{path!r} has the shape {shape}; {wanted}")
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         raise ConfigError("path", f"{path!r} holds what is no finite number; {wanted}")
-    if kind == "balanced" and (values < 0).any():
+    if kind in COUNTS and (values < 0).any():
         raise ConfigError("path", f"{path!r} has negative counts; {wanted}")
     return values
+
+
+def counts_by_expert(tokens: np.ndarray, experts: np.ndarray, vocab_size: int, num_experts: int) -> np.ndarray:
+    """How often each id went to each expert, int64 `[V, E]`: of a trace's `tokens` `[…]` and a layer's `experts`
+    `[…, K]`, −1 in either standing for none."""
+    tokens = np.broadcast_to(tokens[..., None], experts.shape)
+    counted = (tokens >= 0) & (experts >= 0)
+    places = tokens[counted].astype(np.int64) * num_experts + experts[counted]
+    return np.bincount(places, minlength=vocab_size * num_experts).reshape(vocab_size, num_experts)
 
 
 def _hashed(keys_GS: UInt32[Array, "G S"], num_experts: int, k: int, seed: int) -> Int[Array, "G S K"]:

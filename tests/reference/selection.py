@@ -193,3 +193,13 @@ def upper_quantile(scores: np.ndarray, k: int) -> np.ndarray:
     """[E]: each expert's (kS/E + 1)-th largest score."""
     size, num_experts = scores.shape
     return np.array([sorted(scores[:, e], reverse=True)[k * size // num_experts] for e in range(num_experts)])
+
+
+def counts_by_expert(tokens, decisions, vocab_size: int, num_experts: int) -> list[list[int]]:
+    """[V, E]: how often each id went to each expert; −1 is none."""
+    counts = [[0] * num_experts for _ in range(vocab_size)]
+    for token, experts in zip(tokens, decisions, strict=True):
+        for e in experts:
+            if token >= 0 and e >= 0:
+                counts[token][e] += 1
+    return counts

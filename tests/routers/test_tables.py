@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
 from sparsejax.data.corpus import open_corpus, token_counts
 from sparsejax.ops.assignment import by_token
 from sparsejax.ops.hashing import balanced_table, clustered_table
-from sparsejax.routers.tables import Hash
+from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.tables import Hash, counts_by_expert
+from sparsejax.routers.weights import Raw
 
 from reference import selection as slow
 from runs import arguments, here
@@ -100,6 +103,62 @@ class TestBigram:
                 assert preceding[b, t] == (arrays["tokens"][b, t - 1] if inside else -1)
 
 
+class TestDistilled:
+    """A table that is what a router did, id by id."""
+
+    TOKENS = np.where(RNG.random((40, 50)) < 0.1, -1, RNG.integers(0, 60, (40, 50)))
+    DECISIONS = np.argsort(RNG.random((40, 50, EXPERTS)) + 2 * RNG.random((60, EXPERTS))[TOKENS], axis=-1)[..., :2]
+    DECISIONS[RNG.random(DECISIONS.shape) < 0.1] = -1
+
+    def selector(self, tmp_path, k=1, counts=None):
+        given = counts_by_expert(self.TOKENS, self.DECISIONS, 70, EXPERTS) if counts is None else counts
+        np.save(tmp_path / "counts.npy", given)
+        return Hash(kind="distilled", path=str(tmp_path / "counts.npy"), k=k)
+
+    def test_counts_against_a_loop(self):
+        counts = counts_by_expert(self.TOKENS, self.DECISIONS, 70, EXPERTS)
+        assert counts.tolist() == slow.counts_by_expert(self.TOKENS.ravel(), self.DECISIONS.reshape(-1, 2), 70, EXPERTS)
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_an_id_goes_where_it_most_often_went_and_an_unseen_one_is_hashed(self, tmp_path, k):
+        counts = slow.counts_by_expert(self.TOKENS.ravel(), self.DECISIONS.reshape(-1, 2), 70, EXPERTS)
+        ids = np.arange(80)[None]  # 60 to 69 never occurred, 70 and on are not in the table
+        found = experts_of(self.selector(tmp_path, k), ids)[0]
+        expected = [sorted(range(EXPERTS), key=lambda e: (-row[e], e))[:k] for row in counts[:60]]
+        assert found[:60].tolist() == expected
+        assert np.array_equal(found[60:], experts_of(Hash(k=k), ids)[0, 60:])
+
+    def test_no_other_table_agrees_more_with_the_decisions(self, tmp_path):
+        first, real = self.DECISIONS[..., 0], (self.TOKENS >= 0) & (self.DECISIONS[..., 0] >= 0)
+        counts = counts_by_expert(self.TOKENS, self.DECISIONS[..., :1], 60, EXPERTS)
+        table = experts_of(self.selector(tmp_path, counts=counts), np.arange(60)[None])[0, :, 0]
+        agreement = lambda table: (table[self.TOKENS] == first)[real].sum()  # noqa: E731
+        for token in range(60):
+            others = [np.where(np.arange(60) == token, e, table) for e in range(EXPERTS)]
+            assert max(map(agreement, others)) <= agreement(table)
+
+    def test_a_router_that_looks_at_the_id_alone_is_taken_over_whole(self, tmp_path):
+        ids = RNG.integers(0, 70, (8, 100))
+        decided = experts_of(Hash(k=2, seed=5), ids)
+        selector = self.selector(tmp_path, k=2, counts=counts_by_expert(ids, decided, 70, EXPERTS))
+        assert np.array_equal(np.sort(experts_of(selector, ids)), np.sort(decided))
+
+    def test_scores_make_the_weights_and_never_the_choice(self, tmp_path):
+        selector, tokens = self.selector(tmp_path), jnp.asarray(RNG.integers(0, 60, (1, 30)), jnp.int32)
+        scores = RNG.random((2, 1, 30, EXPERTS)).astype(np.float32)
+        first, second = (selector(candidates(each, tokens=tokens)) for each in scores)
+        assert np.array_equal(first.expert, second.expert)
+        for pairs, each in ((first, scores[0]), (second, scores[1])):
+            assert np.array_equal(pairs.weight[0], each[0, pairs.token[0], pairs.expert[0]])
+
+    def test_another_number_of_experts_is_refused(self, tmp_path):
+        router = RouterConfig(selection=self.selector(tmp_path), weight=Raw())
+        MoESpec(num_experts=EXPERTS, router=router)
+        with pytest.raises(ConfigError, match="counts 8 experts; the router has 9") as error:
+            MoESpec(num_experts=9, router=router)
+        assert error.value.key == "router.selection.path"
+
+
 class TestFiles:
     """Tables that are made from what lies in a file."""
 
@@ -121,6 +180,7 @@ class TestFiles:
             ("balanced", np.ones((4, 4)), r"shape \(4, 4\)"),
             ("clustered", np.ones(4), r"shape \(4,\)"),
             ("balanced", np.array([1, -1]), "negative"),
+            ("distilled", np.array([[1, -1]]), "negative"),
             ("balanced", np.array([1, np.nan]), "no finite number"),
             ("clustered", np.array([["a"]]), "no finite number"),
         ],
