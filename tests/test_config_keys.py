@@ -307,6 +307,7 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.balance.coefficient": row(0.5, gradients),
     f"{ROUTER}.balance.scope": row("sequence", gradients),
     f"{ROUTER}.balance.count": row("first", gradients),
+    f"{ROUTER}.balance.free_weight": row(0.5, gradients, **{f"{MOE}.zero_experts": 1}),
     f"{ROUTER}.balance.form (importance_load)": row("shazeer", gradients, **CHANCE),
     f"{ROUTER}.balance.importance (importance_load)": row(0.1, gradients, **CHANCE),
     f"{ROUTER}.balance.load (importance_load)": row(0.1, gradients, **CHANCE),

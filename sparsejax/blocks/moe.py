@@ -28,7 +28,7 @@ from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, 
 from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import Implementation, ragged_dot_cost
 from sparsejax.ops.losses import reinforce_sums
-from sparsejax.routers.balance import balance_loss, with_whole_balance
+from sparsejax.routers.balance import LoadBalance, balance_loss, with_whole_balance
 from sparsejax.routers.controllers import ExpertThreshold, Quantile
 from sparsejax.routers.overflow import Drop
 from sparsejax.routers.router import RouterConfig
@@ -164,6 +164,8 @@ class MoESpec(BlockSpec):
         by_group = not traits.causal or isinstance(self.router.controller, (Quantile, ExpertThreshold))
         if self.dropless and not by_group:
             reasons["group_size"] = "dispatch=grouped drops nothing, and no choice is one of a whole group"
+        if not self.free.total and isinstance(self.router.balance, LoadBalance):
+            reasons["router.balance.free_weight"] = "there are no zero_experts, copy_experts or constant_experts"
         if not self.shared_experts:
             reasons["mix_shared"] = "there are no shared_experts"
         return reasons

@@ -80,29 +80,42 @@ class LoadBalance:
     The narrower the unit, the more the loss forbids experts to specialise: a row (`sequence`), what one device holds
     of a microbatch (`device`), a microbatch, or the tokens of the whole step (`global`). `sequence` and `global` do
     not depend on mesh or accumulation; with accumulation `global` costs one more forward pass, in which the loads are
-    counted. With count = `first`, f_e are first choices alone and k is 1 (GShard, arXiv:2006.16668, algorithm 1)."""
+    counted. With count = `first`, f_e are first choices alone and k is 1 (GShard, arXiv:2006.16668, algorithm 1).
+
+    In f_e a pair of an expert without a network counts `free_weight` (MoE++, arXiv:2410.07348): with less than 1 these
+    experts may have more than the others. Balance is then where they have 1 / `free_weight` times the load."""
 
     coefficient: float = 0.01
     scope: Scope = "global"
     count: Literal["all", "first"] = "all"
+    free_weight: float = 1.0
 
     def __post_init__(self):
         if self.coefficient <= 0:
             raise ConfigError(
                 "coefficient", f"{self.coefficient} is not positive; for no balance loss choose balance = 'none'"
             )
+        if self.free_weight <= 0:
+            raise ConfigError("free_weight", f"{self.free_weight} is not positive")
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"first choices"} if self.count == "first" else ())
 
     def measure(self, observed: Observed) -> Optional[Float[Array, "G S N E"]]:
-        return observed.first_choices()[..., None, :] if self.count == "first" else None
+        """The pairs that count, with what they count, unless all do and alike."""
+        first, num_experts = self.count == "first", observed.clean.shape[-1]
+        if not first and self.free_weight == 1:
+            return None
+        is_free_E = jnp.arange(num_experts) >= num_experts - observed.inputs.free
+        weight_E = jnp.where(is_free_E, self.free_weight, 1.0)
+        chosen_GSE = observed.first_choices() if first else observed.selected()
+        return (chosen_GSE * weight_E * jnp.mean(1 / weight_E))[..., None, :]
 
     def __call__(self, counts, probability_sum, tokens, k, measured):
-        if self.count == "first":
-            return load_balance(measured[..., 0, :], probability_sum, tokens, 1)
-        return load_balance(counts, probability_sum, tokens, k)
+        if measured is None:
+            return load_balance(counts, probability_sum, tokens, k)
+        return load_balance(measured[..., 0, :], probability_sum, tokens, 1 if self.count == "first" else k)
 
 
 BALANCES = Registry(

@@ -37,6 +37,11 @@ class Observed:
         first_GS, taken_GS = (by_token(x, self.pairs)[..., 0] for x in (self.pairs.expert, self.pairs.valid))
         return jax.nn.one_hot(first_GS, self.clean.shape[-1]) * taken_GS[..., None]
 
+    def selected(self) -> Float[Array, "G S E"]:
+        """1 at each expert of a token."""
+        experts_GSK, taken_GSK = (by_token(x, self.pairs) for x in (self.pairs.expert, self.pairs.valid))
+        return jnp.sum(jax.nn.one_hot(experts_GSK, self.clean.shape[-1]) * taken_GSK[..., None], axis=-2)
+
     def gates(self) -> Float[Array, "G S E"]:
         """Scores of the selected over their sum, 0 elsewhere."""
         experts_GSK = by_token(self.pairs.expert, self.pairs)

@@ -218,9 +218,10 @@ def trinity() -> RouterConfig:
 
 def moe_plus_plus() -> RouterConfig:
     """Top-2 over experts of which some are free (arXiv:2410.07348). Goes with the block's `zero_experts`,
-    `copy_experts` and `constant_experts`. The paper's gating residual from the layer below and its lower weight of free
-    experts in the balance loss are not in it."""
-    return RouterConfig(selection=TopK(k=2), weight=Raw(), balance=LoadBalance(coefficient=0.01), z_loss=0.0)
+    `copy_experts` and `constant_experts`, which count less than the others in the balance loss. The paper's gating
+    residual from the layer below is not in it."""
+    balance = LoadBalance(coefficient=0.01, free_weight=0.75)
+    return RouterConfig(selection=TopK(k=2), weight=Raw(), balance=balance, z_loss=0.0)
 
 
 def longcat() -> RouterConfig:

@@ -38,3 +38,16 @@ def entropy(p: np.ndarray) -> float:
 def entropies(p: np.ndarray, least: float) -> tuple[float, float]:
     """(mean entropy of a token, entropy that all tokens together lack) (arXiv:2206.02770)."""
     return sum(map(entropy, p)) / len(p), max(0.0, math.log(least) - entropy(p.mean(0)))
+
+
+def with_free_experts(chosen: list[list[int]], p: np.ndarray, k: int, free: int, weight: float) -> float:
+    """Σ_e η_e f_e P_e, η_e being `weight` for the last `free` experts and 1 for the others (arXiv:2410.07348), over its
+    value where f_e η_e are all alike and P_e = f_e / k: 1 there."""
+    tokens, num_experts = p.shape
+    eta = [weight if e >= num_experts - free else 1.0 for e in range(num_experts)]
+    value = 0.0
+    for e in range(num_experts):
+        f = sum(experts.count(e) for experts in chosen) / tokens
+        value += eta[e] * f * sum(p[s, e] for s in range(tokens)) / tokens
+    wanted = [k / n / sum(1 / m for m in eta) for n in eta]
+    return value / sum(n * f * f / k for n, f in zip(eta, wanted, strict=True))

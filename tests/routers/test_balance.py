@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport
+from sparsejax.blocks.moe import MoESpec
 from sparsejax.ops.assignment import choice_major_pairs
-from sparsejax.routers.balance import BALANCES, balance_loss, with_local_balance, with_whole_balance
+from sparsejax.routers.balance import BALANCES, LoadBalance, balance_loss, with_local_balance, with_whole_balance
+from sparsejax.routers.router import RouterConfig, decide, report
+from sparsejax.routers.top_k import TopK
+from sparsejax.routers.weights import Raw
 
-from support import assert_close, to_numpy
+from reference import balance as slow
+from support import assert_close, known, to_numpy
 
 ROWS, LENGTH, EXPERTS, K = 4, 6, 5, 2
 MASK = np.ones((ROWS, LENGTH), bool)
@@ -124,3 +130,49 @@ def test_every_entry_is_one_at_perfect_balance_and_more_when_skewed(name):
     assert float(even) == pytest.approx(1.0)
     skewed = jnp.array([tokens, tokens, 0, 0, 0])
     assert float(balance(skewed, skewed / K, jnp.int32(tokens), K, measured(skewed / K, np.log(2)))) > 1.5
+
+
+class TestFreeExperts:
+    """Experts without a network count less (MoE++)."""
+
+    LOGITS = RNG.normal(size=(ROWS, LENGTH, EXPERTS)).astype(np.float32)
+
+    def value(self, logits, free=2, mask=MASK, **fields):
+        """Of one unit."""
+        config = RouterConfig(selection=TopK(k=K), balance=LoadBalance(free_weight=0.5, scope="microbatch", **fields))
+        decision = decide(jnp.asarray(logits), known(mask, 3, free=free), config)
+        return with_whole_balance(report(decision, jnp.asarray(mask)), config.balance, K).balance_sum
+
+    def test_against_a_loop(self):
+        p = np.asarray(jax.nn.softmax(self.LOGITS, axis=-1), np.float64)[MASK]
+        chosen = np.argsort(-p, axis=-1)[:, :K].tolist()
+        assert float(self.value(self.LOGITS)) == pytest.approx(slow.with_free_experts(chosen, p, K, 2, 0.5), rel=1e-5)
+        first = [experts[:1] for experts in chosen]
+        expected = slow.with_free_experts(first, p, 1, 2, 0.5)
+        assert float(self.value(self.LOGITS, count="first")) == pytest.approx(expected, rel=1e-5)
+
+    def test_without_free_experts_it_is_the_common_one(self):
+        decision = decide(jnp.asarray(self.LOGITS), known(MASK, 3), RouterConfig(selection=TopK(k=K)))
+        moe = report(decision, jnp.asarray(MASK))
+        plain = with_whole_balance(moe, LoadBalance(scope="microbatch"), K).balance_sum
+        assert_close(self.value(self.LOGITS, free=0), plain, 1e-6)
+
+    def test_it_is_1_where_they_have_twice_the_load(self):
+        """Of eight tokens four experts have one each and two free ones, at half the weight, two each."""
+        load = np.array([1, 1, 1, 1, 2, 2])
+        logits = np.tile(np.log(load / 8).astype(np.float32), (1, 8, 1))
+        balance, mask = LoadBalance(free_weight=0.5, scope="microbatch"), np.ones((1, 8), bool)
+        config = RouterConfig(selection=TopK(k=1), weight=Raw(), balance=balance)
+        given = known(mask, 8, free=2, experts=jnp.asarray(np.repeat(np.arange(6), load))[None, :, None])
+        moe = with_whole_balance(report(decide(jnp.asarray(logits), given, config), jnp.asarray(mask)), balance, 1)
+        assert float(moe.balance_sum) == pytest.approx(1, rel=1e-5)
+
+    def test_the_gradient_is_that_of_probabilities_alone(self):
+        grad = np.asarray(jax.grad(self.value)(jnp.asarray(self.LOGITS)))
+        assert np.isfinite(grad).all() and (grad[~MASK] == 0).all() and (np.abs(grad[MASK]).max(-1) > 0).all()
+
+    def test_a_weight_that_nobody_has_is_refused(self):
+        with pytest.raises(ConfigError, match="0 is not positive"):
+            LoadBalance(free_weight=0)
+        name = "router.balance.free_weight"
+        assert name in MoESpec().unused() and name not in MoESpec(zero_experts=1).unused()
