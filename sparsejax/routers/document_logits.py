@@ -64,7 +64,8 @@ class SequenceLogits:
 
     def __call__(self, x_GSD, parameters, inputs, num_experts):
         if inputs.generating:
-            raise ConfigError("logits", "by_sequence needs the vectors of the whole document, which generation lacks")
+            needs = "router.logits=by_sequence needs the vectors of the whole document, which generation lacks"
+            raise ConfigError("", f"{needs}; such a model can be trained and evaluated")
         x_TD = x_GSD.reshape(-1, x_GSD.shape[-1])
         pooled_TD = _pool(x_TD, document_starts(inputs).reshape(-1), self.pool)
         return project(pooled_TD.reshape(x_GSD.shape), parameters["weight"])

@@ -1,6 +1,7 @@
 """What a router learns: every kind of logits against its equations, and what each is made for."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.lm import LanguageModel
 from sparsejax.ops.product_key import product_key_top_k
 from sparsejax.routers.document_logits import SequenceLogits
 from sparsejax.routers.logits import LOGITS
@@ -16,7 +20,7 @@ from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.smooth_step import DSelectK, smooth_step
 
 from reference import logits as slow
-from support import assert_close, known, to_numpy
+from support import ONE_DEVICE, assert_close, host_batch, known, on_mesh, put_batch, to_numpy
 
 GROUPS, SIZE, D_MODEL, EXPERTS = 2, 6, 8, 6
 RNG = np.random.default_rng(0)
@@ -159,9 +163,18 @@ class TestBySequence:
         assert np.array_equal(find(other), find(X))
         assert pool != "mean" or not np.array_equal(find(X), logits(X)[mask])
 
-    def test_generation_is_refused(self):
-        with pytest.raises(ConfigError, match="generation lacks"):
+    def test_generation_is_refused_in_a_line_that_says_what_cannot_be(self):
+        line = "^router.logits=by_sequence needs .*, which generation lacks; such a model can be trained and evaluated$"
+        with pytest.raises(ConfigError, match=line):
             made(SequenceLogits())[1](X, generating=True)
+        blocks = {"moe": MoESpec(num_experts=4, d_ff=4, router=RouterConfig(logits=SequenceLogits()))}
+        config = ModelConfig(d_model=8, num_heads=2, vocab_size=16, pattern=("moe",), repeats=1, blocks=blocks)
+        with on_mesh(ONE_DEVICE) as mesh:
+            model, batch = LanguageModel(jax.random.key(0), config), put_batch(host_batch(2, 6, 16), mesh)
+            with pytest.raises(ConfigError) as error:
+                jax.eval_shape(lambda: model(batch, mode="generate"))
+            assert re.search(line, str(error.value))  # without the notes that JAX adds
+            assert jax.eval_shape(lambda: model(batch, mode="eval")).logits.shape[:2] == (2, 6)
 
 
 class TestDSelectK:

@@ -4,22 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.blocks.context import Context
+from sparsejax.blocks.moe import MoELayer, MoESpec
+from sparsejax.model.config import ModelConfig
 from sparsejax.ops.assignment import by_token
 from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import NoBalance
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.policy import Policy
-from sparsejax.routers.presets import rl_r
+from sparsejax.routers.presets import rl_r, routing_network
 from sparsejax.routers.reinforce import Reinforce
 from sparsejax.routers.router import RouterConfig, decide
 from sparsejax.routers.top_k import TopK
 from sparsejax.routers.weights import Constant
 
 from reference import policy as slow
-from support import assert_close, candidates, known
+from support import ONE_DEVICE, assert_close, candidates, host_batch, known, on_mesh, put_batch, to_numpy
 
 MANY = 20_000
 RNG = np.random.default_rng(0)
@@ -123,6 +127,34 @@ def bandit(baseline):
     estimates = np.asarray(jax.jit(estimate)(jnp.tile(logits, (1, MANY, 1))))[0].astype(np.float64)
     pi = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     return estimates, -pi * (rewards - pi @ rewards)
+
+
+class TestPass:
+    """The action of routing networks that leaves a token as it is: an expert whose output is 0, beside a pool."""
+
+    SPEC = MoESpec(num_experts=3, zero_experts=1, pooled=True, d_ff=6, router=routing_network())
+    BACKBONE = ModelConfig(d_model=8, num_heads=2)
+
+    def test_who_passes_gets_nothing_takes_no_slot_and_is_learnt_from(self):
+        x = jnp.asarray(RNG.normal(size=(4, 6, 8)), jnp.float32)
+        with on_mesh(ONE_DEVICE) as mesh:
+            layer = MoELayer(jax.random.key(0), self.BACKBONE, self.SPEC)
+            pool = self.SPEC.build_pool(jax.random.key(1), self.BACKBONE)
+            batch = put_batch(host_batch(4, 6, padded=0), mesh)
+            graph, params = nnx.split(layer)
+
+            def learnt(params):
+                context = Context(batch=batch, mode="train", key=jax.random.key(2), record=True, pool=pool)
+                y, moe = nnx.merge(graph, params)(x, context)
+                passes = moe.decisions.experts[..., 0] == 3
+                return jnp.where(passes, moe.choices.log_probability, 0).sum(), (y, moe, passes)
+
+            grads, (y, moe, passes) = to_numpy(jax.jit(jax.grad(learnt, has_aux=True))(params))
+        assert 0 < passes.sum() < passes.size
+        assert (y[passes] == 0).all() and (y[moe.decisions.kept[..., 0] & ~passes] != 0).any(-1).all()
+        assert moe.assigned.shape == (4,) and moe.assigned[3] == moe.processed[3] == passes.sum()
+        assert moe.assigned.sum() == passes.size and moe.slots % 3 == 0
+        assert np.abs(grads["router"]["weight"][...]).max() > 0
 
 
 class TestConfig:
