@@ -1,5 +1,8 @@
 """Slots through the experts that hold them, wherever those live on the mesh. Called inside `shard_map`."""
 
+import functools
+from typing import Optional
+
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -12,18 +15,21 @@ def expert_parallel(
     weights: Weights,
     weight_specs: tuple[P, ...],
     activation: Activation,
+    scale_EGC: Optional[Float[Array, "E G C"]] = None,
 ) -> Float[Array, "E G C D"]:
-    """Slots to the devices that hold their experts, through them, and back. Weights split for storage are gathered
-    here, so that their gradients leave by reduce-scatter. Where `weight_specs` split the hidden width over `tensor`,
-    what comes back is one summand of several."""
+    """Slots to the devices that hold their experts, through them, and back, each output scaled by `scale_EGC`. Weights
+    split for storage are gathered here, so that their gradients leave by reduce-scatter. Where `weight_specs` split the
+    hidden width over `tensor`, what comes back is one summand of several."""
     exchange = "expert" in weight_specs[0]
     weights = whole_weights(weights, weight_specs)
     if exchange:
         with jax.named_scope("exchange"):
-            z_EGCD = jax.lax.all_to_all(z_EGCD, "expert", split_axis=0, concat_axis=1, tiled=True)
+            there = functools.partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=1, tiled=True)
+            z_EGCD, scale_EGC = jax.tree.map(there, (z_EGCD, scale_EGC))
     experts, groups, num_slots, width = z_EGCD.shape
     with jax.named_scope("experts"):
-        out_END = expert_ffn(z_EGCD.reshape(experts, groups * num_slots, width), weights, activation)
+        scale_EN = None if scale_EGC is None else scale_EGC.reshape(experts, groups * num_slots)
+        out_END = expert_ffn(z_EGCD.reshape(experts, groups * num_slots, width), weights, activation, scale_EN)
     out_EGCD = out_END.reshape(experts, groups, num_slots, width)
     if exchange:
         with jax.named_scope("exchange"):

@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.reports import MoEReport
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, mesh_platform, on_each_device, split_axes, sum_over
+from sparsejax.base.sharding import (
+    BATCH_AXES,
+    gather_for_compute,
+    mesh_platform,
+    on_each_device,
+    split_axes,
+    sum_over,
+    vary_like,
+)
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.expert_parallel import expert_parallel, whole_weights
@@ -21,7 +29,7 @@ from sparsejax.blocks.free_experts import free_output
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear
 from sparsejax.nn.mlp import MLP, Experts, ffn_width
-from sparsejax.ops.dispatch import MOVEMENTS
+from sparsejax.ops.dispatch import MOVEMENTS, slot_weights
 from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import grouped_experts
 from sparsejax.routers.balance import with_local_balance, with_whole_balance
@@ -219,7 +227,8 @@ def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: "MoES
     movement = MOVEMENTS[spec.dispatch]
     with jax.named_scope("dispatch"):
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
-    out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation)
+        scale_EGC = vary_like(slot_weights(decision.pairs, decision.slots), z_EGCD)
+    out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation, scale_EGC)
     with jax.named_scope("combine"):
         return movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
 

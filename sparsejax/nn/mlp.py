@@ -44,7 +44,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         linear = [self.w_in] + ([] if self.w_gate is None else [self.w_gate])
-        return self.w_out(hidden(tuple(layer(x_BTD) for layer in linear), self.activation))
+        up = tuple(layer(x_BTD) for layer in linear)
+        # The backward pass applies the activation again, as that of experts does (`expert_ffn`).
+        return jax.checkpoint(lambda up: self.w_out(hidden(up, self.activation)), prevent_cse=False)(up)
 
 
 class Experts(nnx.Module):

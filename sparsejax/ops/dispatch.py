@@ -1,6 +1,9 @@
 """Movement: tokens to the slots of their experts and back. What moves is decided elsewhere, so movements give the
 same numbers.
 
+Combine weights do not move with the rows that come back: an expert's network scales its hidden layer with them
+(`slot_weights`), which costs no pass over rows and keeps no output for the backward pass.
+
 `einsum` is the reference: one-hot masks of size S × E × C, matrix products forward and backward. `gather` moves rows
 by index only; since a slot holds one pair and a pair has one slot, both its backward passes are gathers as well,
 never a scatter of rows."""
@@ -18,11 +21,8 @@ from sparsejax.ops.assignment import Pairs, Slots
 
 
 class Movement(Protocol):
-    """`dispatch` fills the slots (empty ones are 0); `combine` returns Σ over a token's pairs of weight · its slot's
-    output.
-
-    A token without a kept pair gets exactly 0.
-    """
+    """`dispatch` fills the slots; what it writes into empty ones means nothing, their weight is 0. `combine` returns
+    each token's sum over the slots of its pairs, exactly 0 for a token without a kept pair."""
 
     def dispatch(self, x_GSD: Float[Array, "G S D"], pairs: Pairs, slots: Slots) -> Float[Array, "E G C D"]: ...
 
@@ -33,21 +33,19 @@ class Einsum:
     """One-hot matrix products: S·E·C memory and 2·S·E·C·D multiply-adds a group. The reference for small shapes."""
 
     def dispatch(self, x_GSD, pairs, slots):
-        mask_GSEC = _at_slots(jnp.ones_like(pairs.weight), pairs, slots)
-        return jnp.einsum("gsd,gsec->egcd", x_GSD, mask_GSEC.astype(x_GSD.dtype))
+        return jnp.einsum("gsd,gsec->egcd", x_GSD, _one_hot(pairs, slots).astype(x_GSD.dtype))
 
     def combine(self, out_EGCD, pairs, slots):
-        weight_GSEC = _at_slots(pairs.weight, pairs, slots)
-        return jnp.einsum("egcd,gsec->gsd", out_EGCD, weight_GSEC.astype(out_EGCD.dtype))
+        return jnp.einsum("egcd,gsec->gsd", out_EGCD, _one_hot(pairs, slots).astype(out_EGCD.dtype))
 
 
-def _at_slots(values_GP: Float[Array, "G P"], pairs: Pairs, slots: Slots) -> Float[Array, "G S E C"]:
-    """Each kept pair's value at its (token, expert, slot), 0 elsewhere."""
+def _one_hot(pairs: Pairs, slots: Slots) -> Float[Array, "G S E C"]:
+    """1 at each kept pair's (token, expert, slot), 0 elsewhere."""
     groups, num_experts, num_slots = slots.pair.shape
-    empty_GSEC = vary_like(jnp.zeros((groups, pairs.of_token.shape[1], num_experts, num_slots)), values_GP)
+    empty_GSEC = vary_like(jnp.zeros((groups, pairs.of_token.shape[1], num_experts, num_slots)), pairs.weight)
     position_GP = jnp.where(slots.keep, slots.position, num_slots)  # past the end: left out
     group_G1 = jnp.arange(groups)[:, None]
-    return empty_GSEC.at[group_G1, pairs.token, pairs.expert, position_GP].set(values_GP, mode="drop")
+    return empty_GSEC.at[group_G1, pairs.token, pairs.expert, position_GP].set(1.0, mode="drop")
 
 
 class Gather:
@@ -62,11 +60,17 @@ class Gather:
     def combine(self, out_EGCD, pairs, slots):
         groups, size, _ = pairs.of_token.shape
         out_ND = out_EGCD.reshape(-1, out_EGCD.shape[-1])
-        weight_P = vary_like(pairs.weight.reshape(-1), out_EGCD)
-        return combine_rows(out_ND, weight_P, slot_index(pairs, slots)).reshape(groups, size, -1)
+        return combine_rows(out_ND, slot_index(pairs, slots)).reshape(groups, size, -1)
 
 
 MOVEMENTS: Mapping[str, Movement] = {"gather": Gather(), "einsum": Einsum()}
+
+
+def slot_weights(pairs: Pairs, slots: Slots) -> Float[Array, "E G C"]:
+    """The combine weight of the pair in each slot, 0 where there is none."""
+    groups, num_experts, num_slots = slots.pair.shape
+    weight_N = weight_rows(pairs.weight.reshape(-1), slot_index(pairs, slots))
+    return weight_N.reshape(num_experts, groups, num_slots)
 
 
 @struct
@@ -90,7 +94,7 @@ def slot_index(pairs: Pairs, slots: Slots) -> Index:
     token_P = (group_G11[..., 0] * tokens + pairs.token).reshape(-1)
     slot_GP = (pairs.expert * groups + group_G11[..., 0]) * num_slots + slots.position
     return Index(
-        token_N=token_P.at[pair_N].get(mode="fill", fill_value=groups * tokens),
+        token_N=at(token_P, pair_N, fill=groups * tokens),
         pair_N=pair_N,
         slot_P=jnp.where(slots.keep, slot_GP, groups * num_experts * num_slots).reshape(-1),
         pair_TK=everyone(pairs.of_token, size).reshape(-1, k),
@@ -102,47 +106,41 @@ def at(values: Array, index: Int[Array, " N"], fill: int = 0) -> Array:
     return values.at[index].get(mode="fill", fill_value=fill)
 
 
-def slots_by_choice(index: Index) -> list[Int[Array, " T"]]:
-    """For each of the K columns of `pair_TK`, the slots of those pairs."""
-    nowhere = index.pair_N.size
-    return [at(index.slot_P, pair_T, fill=nowhere) for pair_T in index.pair_TK.T]
+def near(values: Array, index: Int[Array, " N"]) -> Array:
+    """Entries by number; a number one past the end gives the last, for who does not care. Spares a pass that clears
+    rows."""
+    return values.at[index].get(mode="clip")
 
 
 def sum_slots(rows_ND: Float[Array, "N D"], index: Index) -> Float[Array, "T D"]:
     """Each token's sum over the slots of its pairs."""
-    first_TD, *others = (at(rows_ND, slot_T) for slot_T in slots_by_choice(index))
+    nowhere = index.pair_N.size
+    first_TD, *others = (at(rows_ND, at(index.slot_P, pair_T, fill=nowhere)) for pair_T in index.pair_TK.T)
     return sum(others, first_TD)
 
 
 @jax.custom_vjp
-def dispatch_rows(x_TD, index: Index):
-    return at(x_TD, index.token_N)
-
-
-def _dispatch_bwd(index: Index, dz_ND):
-    return sum_slots(dz_ND, index), None
-
-
-dispatch_rows.defvjp(lambda x_TD, index: (dispatch_rows(x_TD, index), index), _dispatch_bwd)
+def dispatch_rows(x_TD: Float[Array, "T D"], index: Index) -> Float[Array, "N D"]:
+    """Each slot's token; some token where a slot is empty."""
+    return near(x_TD, index.token_N)
 
 
 @jax.custom_vjp
-def combine_rows(out_ND, weight_P, index: Index):
-    columns = zip(index.pair_TK.T, slots_by_choice(index), strict=True)
-    return sum(at(weight_P, pair_T)[:, None].astype(out_ND.dtype) * at(out_ND, slot_T) for pair_T, slot_T in columns)
+def combine_rows(out_ND: Float[Array, "N D"], index: Index) -> Float[Array, "T D"]:
+    """Each token's sum over its slots. An empty slot's cotangent is that of some token: its weight, 0, comes next."""
+    return sum_slots(out_ND, index)
 
 
-def _combine_fwd(out_ND, weight_P, index: Index):
-    return combine_rows(out_ND, weight_P, index), (out_ND, weight_P, index)
+@jax.custom_vjp
+def weight_rows(weight_P: Float[Array, " GP"], index: Index) -> Float[Array, " N"]:
+    """Each slot's weight; 0 where it is empty."""
+    return at(weight_P, index.pair_N)
 
 
-def _combine_bwd(residuals, dy_TD):
-    out_ND, weight_P, index = residuals
-    dy_ND = at(dy_TD, index.token_N)  # read once for both gradients
-    dout_ND = at(weight_P, index.pair_N)[:, None].astype(dy_TD.dtype) * dy_ND
-    # Float32: a weight's gradient is a sum over the model width.
-    dweight_N = jnp.sum((dy_ND * out_ND).astype(jnp.float32), axis=-1)
-    return dout_ND, at(dweight_N, index.slot_P).astype(weight_P.dtype), None
-
-
-combine_rows.defvjp(_combine_fwd, _combine_bwd)
+dispatch_rows.defvjp(lambda x, index: (dispatch_rows(x, index), index), lambda index, dz: (sum_slots(dz, index), None))
+combine_rows.defvjp(
+    lambda out, index: (combine_rows(out, index), index), lambda index, dy: (near(dy, index.token_N), None)
+)
+weight_rows.defvjp(
+    lambda weight, index: (weight_rows(weight, index), index), lambda index, dscale: (at(dscale, index.slot_P), None)
+)

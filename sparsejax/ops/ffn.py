@@ -12,14 +12,15 @@ from jaxtyping import Array, Float
 Activation = Literal["gelu", "silu", "relu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 
-Weights = tuple[Float[Array, "E ..."], ...]
-"""(w_in, w_out), or (w_in, w_out, w_gate) when gated (Shazeer, arXiv:2002.05202)."""
+Weights = tuple[Float[Array, "*E _ _"], ...]
+"""(w_in, w_out), or (w_in, w_out, w_gate) when gated (Shazeer, arXiv:2002.05202). Of one expert, of E, or of any part
+of either width."""
 
 
-def expert_up(z_END: Float[Array, "E N D"], weights: Weights) -> tuple[Float[Array, "E N F"], ...]:
+def expert_up(z_END: Float[Array, "*E N D"], weights: Weights) -> tuple[Float[Array, "*E N F"], ...]:
     """The products with w_in and, when gated, w_gate, before any activation."""
     w_in, _, *gate = weights
-    return tuple(jnp.einsum("end,edf->enf", z_END, weight) for weight in (w_in, *gate))
+    return tuple(jnp.einsum("...nd,...df->...nf", z_END, weight) for weight in (w_in, *gate))
 
 
 def hidden(up: tuple[Float[Array, "..."], ...], activation: Activation) -> Float[Array, "..."]:
@@ -28,20 +29,33 @@ def hidden(up: tuple[Float[Array, "..."], ...], activation: Activation) -> Float
     return act(gate[0]) * inner if gate else act(inner)
 
 
+def scaled(rows_NF: Float[Array, "*N F"], scale_N: Float[Array, "*N"]) -> Float[Array, "*N F"]:
+    """In float32, so that the gradient of a scale, a sum over the width, is."""
+    return (rows_NF.astype(jnp.float32) * scale_N[..., None]).astype(rows_NF.dtype)
+
+
 def expert_down(
-    up: tuple[Float[Array, "E N F"], ...],
+    up: tuple[Float[Array, "*E N F"], ...],
     weights: Weights,
     activation: Activation,
-    scale_EN: Optional[Float[Array, "E N"]] = None,
-) -> Float[Array, "E N D"]:
+    scale_EN: Optional[Float[Array, "*E N"]] = None,
+) -> Float[Array, "*E N D"]:
     """The output, times `scale_EN` row by row."""
     hidden_ENF = hidden(up, activation)
     if scale_EN is not None:
-        # In float32, so that the gradient of a scale, a sum over the hidden width, is.
-        hidden_ENF = (hidden_ENF.astype(jnp.float32) * scale_EN[..., None]).astype(hidden_ENF.dtype)
-    return jnp.einsum("enf,efd->end", hidden_ENF, weights[1])
+        hidden_ENF = scaled(hidden_ENF, scale_EN)
+    return jnp.einsum("...nf,...fd->...nd", hidden_ENF, weights[1])
 
 
-def expert_ffn(z_END: Float[Array, "E N D"], weights: Weights, activation: Activation) -> Float[Array, "E N D"]:
-    """Every expert on its own N rows: two (three, when gated) batched matrix products. Works on any part of E or F."""
-    return expert_down(expert_up(z_END, weights), weights, activation)
+def expert_ffn(
+    z_END: Float[Array, "*E N D"],
+    weights: Weights,
+    activation: Activation,
+    scale_EN: Optional[Float[Array, "*E N"]] = None,
+) -> Float[Array, "*E N D"]:
+    """Every expert on its own N rows: two (three, when gated) matrix products. Works on any part of E or F.
+
+    Between forward and backward pass only the input and its products are kept: the backward pass applies the
+    activation again, which is cheaper than its intermediate values are large."""
+    down = jax.checkpoint(expert_down, prevent_cse=False, static_argnums=2)
+    return down(expert_up(z_END, weights), weights, activation, scale_EN)

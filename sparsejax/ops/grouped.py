@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots
-from sparsejax.ops.dispatch import Index, at, combine_rows, dispatch_rows, slot_index, sum_slots
-from sparsejax.ops.ffn import Activation, Weights, expert_down, expert_up, hidden
+from sparsejax.ops.dispatch import Index, at, combine_rows, dispatch_rows, near, slot_index, sum_slots, weight_rows
+from sparsejax.ops.ffn import Activation, Weights, expert_down, expert_ffn, expert_up, hidden, scaled
 
 Implementation = Literal["slots", "megablox", "ragged_dot"]
 
@@ -31,9 +31,9 @@ LARGE_BLOCK = 512
 
 
 def common_slots(pairs: int, num_experts: int) -> int:
-    """Slots that every expert has: 1.5 standard deviations of uniform routing above the mean load, a multiple of 8."""
+    """Slots that every expert has: 1.25 standard deviations of uniform routing above the mean load, a multiple of 8."""
     mean = pairs / num_experts
-    return min(pairs, 8 * math.ceil((mean + 1.5 * math.sqrt(mean)) / 8))
+    return min(pairs, 8 * math.ceil((mean + 1.25 * math.sqrt(mean)) / 8))
 
 
 def grouped_experts(
@@ -63,8 +63,9 @@ def grouped_experts(
     multiply = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
     w_in, w_out, *gate = weights
     z_ND = dispatch_rows(x_TD, index)
-    hidden_NF = hidden(tuple(multiply(z_ND, weight) for weight in (w_in, *gate)), activation)
-    y_TD = jnp.asarray(combine_rows(multiply(hidden_NF, w_out), weight_P, index))
+    up = tuple(multiply(z_ND, weight) for weight in (w_in, *gate))
+    hidden_NF = scaled(hidden(up, activation), weight_rows(weight_P, index))
+    y_TD = jnp.asarray(combine_rows(multiply(hidden_NF, w_out), index))
     return y_TD, jnp.int32(index.pair_N.size), jnp.int32(0)
 
 
@@ -134,12 +135,6 @@ def _block(number: Int[Array, ""], size: int, blocks: Blocks, plan: Plan):
     return expert, pair_B, at(plan.token_P, pair_B, fill=nobody)
 
 
-def _of_one(x_BD, weights: Weights, scale_B, activation: Activation):
-    """One expert's scaled output for rows of its own."""
-    stacked = tuple(weight[None] for weight in weights)
-    return expert_down(expert_up(x_BD[None], stacked), stacked, activation, scale_B[None])[0]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(activation: Activation, x_TD, weights: Weights, weight_P, plan: Plan):
     return _experts_fwd(activation, x_TD, weights, weight_P, plan)[0]
@@ -149,8 +144,8 @@ def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan:
     index = plan.index
 
     def common(x_TD, weights, weight_P):
-        up = expert_up(_by_expert(x_TD, index.token_N, weights), weights)
-        out_END = expert_down(up, weights, activation, _by_expert(weight_P, index.pair_N, weights))
+        up = expert_up(_by_expert(near(x_TD, index.token_N), weights), weights)
+        out_END = expert_down(up, weights, activation, _by_expert(at(weight_P, index.pair_N), weights))
         return sum_slots(out_END.reshape(-1, x_TD.shape[1]), index), up
 
     y_TD, up = _if_even(plan, common, x_TD, weights, weight_P)
@@ -158,7 +153,8 @@ def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan:
 
         def add_block(number, y_TD, size=size, blocks=blocks):
             expert, pair_B, token_B = _block(number, size, blocks, plan)
-            out_BD = _of_one(at(x_TD, token_B), _weights_of(expert, weights), at(weight_P, pair_B), activation)
+            scale_B = at(weight_P, pair_B)
+            out_BD = expert_ffn(near(x_TD, token_B), _weights_of(expert, weights), activation, scale_B)
             return y_TD.at[token_B].add(out_BD, mode="drop")
 
         y_TD = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, y_TD)
@@ -172,12 +168,12 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
     index = plan.index
 
     def common(dy_TD, x_TD, weights, weight_P, up):
-        scale_EN = _by_expert(weight_P, index.pair_N, weights)
+        scale_EN = _by_expert(at(weight_P, index.pair_N), weights)
         _, pull_down = jax.vjp(
             lambda up, weights, scale: expert_down(up, weights, activation, scale), up, weights, scale_EN
         )
-        dup, dweights_down, dscale_EN = pull_down(_by_expert(dy_TD, index.token_N, weights))
-        _, pull_up = jax.vjp(expert_up, _by_expert(x_TD, index.token_N, weights), weights)
+        dup, dweights_down, dscale_EN = pull_down(_by_expert(near(dy_TD, index.token_N), weights))
+        _, pull_up = jax.vjp(expert_up, _by_expert(near(x_TD, index.token_N), weights), weights)
         dz_END, dweights_up = pull_up(dup)
         dweights = jax.tree.map(jnp.add, dweights_up, dweights_down)
         return sum_slots(dz_END.reshape(-1, x_TD.shape[1]), index), dweights, at(dscale_EN.reshape(-1), index.slot_P)
@@ -188,9 +184,9 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
         def add_block(number, grads, size=size, blocks=blocks):
             dx_TD, dweights, dweight_P = grads
             expert, pair_B, token_B = _block(number, size, blocks, plan)
-            rows = at(x_TD, token_B), _weights_of(expert, weights), at(weight_P, pair_B)
-            _, pull = jax.vjp(lambda x, weights, scale: _of_one(x, weights, scale, activation), *rows)
-            dx_BD, dweights_of_one, dscale_B = pull(at(dy_TD, token_B))
+            rows = near(x_TD, token_B), _weights_of(expert, weights), at(weight_P, pair_B)
+            _, pull = jax.vjp(lambda x, weights, scale: expert_ffn(x, weights, activation, scale), *rows)
+            dx_BD, dweights_of_one, dscale_B = pull(near(dy_TD, token_B))
             return (
                 dx_TD.at[token_B].add(dx_BD, mode="drop"),
                 tuple(_add_at(*both, expert) for both in zip(dweights, dweights_of_one, strict=True)),
@@ -211,9 +207,9 @@ def _if_even(plan: Plan, function, *operands):
     return jax.lax.cond(plan.even, function, zeros, *operands)
 
 
-def _by_expert(values: Array, index_N: Int[Array, " N"], weights: Weights) -> Array:
-    """Values at the common slots, `[E, N / E, …]`."""
-    return at(values, index_N).reshape(weights[0].shape[0], -1, *values.shape[1:])
+def _by_expert(values_N: Array, weights: Weights) -> Array:
+    """`[N, …]` → `[E, N / E, …]`."""
+    return values_N.reshape(weights[0].shape[0], -1, *values_N.shape[1:])
 
 
 def _weights_of(expert: Int[Array, ""], weights: Weights) -> Weights:

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from sparsejax.ops.assignment import Pairs, choice_major_pairs, fill_slots
-from sparsejax.ops.dispatch import MOVEMENTS
+from sparsejax.ops.dispatch import MOVEMENTS, slot_weights
 
 from support import assert_close, to_numpy
 
@@ -62,21 +62,25 @@ def uneven_pairs(rng) -> Pairs:
 
 
 def by_hand(x, out, pairs, slots):
-    """(dispatched, combined), one pair at a time."""
+    """(dispatched, combined, the slots' weights), one pair at a time."""
     x, out, pairs, slots = to_numpy((x, out, pairs, slots))
     z, y = np.zeros(out.shape, np.float32), np.zeros(x.shape, np.float32)
+    scale = np.zeros(out.shape[:3], np.float32)
     for g in range(GROUPS):
         for pair in np.flatnonzero(slots.keep[g]):
             s, e, c = pairs.token[g, pair], pairs.expert[g, pair], slots.position[g, pair]
             z[e, g, c] += x[g, s]
-            y[g, s] += pairs.weight[g, pair] * out[e, g, c]
-    return z, y
+            y[g, s] += out[e, g, c]
+            scale[e, g, c] = pairs.weight[g, pair]
+    return z, y, scale
 
 
 @jax.jit(static_argnums=0)
 def move(movement, x, out, pairs, slots):
-    """(dispatched, combined)."""
-    return MOVEMENTS[movement].dispatch(x, pairs, slots), MOVEMENTS[movement].combine(out, pairs, slots)
+    """(dispatched where a slot is filled, combined, the slots' weights)."""
+    z, scale = MOVEMENTS[movement].dispatch(x, pairs, slots), slot_weights(pairs, slots)
+    filled = (slots.pair < pairs.token.shape[1]).transpose(1, 0, 2)
+    return jnp.where(filled[..., None], z, 0), MOVEMENTS[movement].combine(out, pairs, slots), scale
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,52 +99,54 @@ def test_a_token_without_a_slot_gets_exactly_zero(movement):
     assert (y[dropped] == 0).all() and (y[~dropped] != 0).all()
 
 
-@pytest.mark.parametrize("movement", MOVEMENTS)
-def test_empty_slots_are_exactly_zero(movement):
-    x, out, pairs, slots = setting("all to the same two")
-    z = np.asarray(move(movement, x + 7, out, pairs, slots)[0])
+def test_empty_slots_weigh_exactly_nothing():
+    _, _, pairs, slots = setting("all to the same two")
+    scale = np.asarray(slot_weights(pairs, slots))
     empty = np.asarray(slots.pair).transpose(1, 0, 2) == 2 * SIZE
-    assert empty[0].all() and (z[empty] == 0).all() and (z[~empty] != 0).all()
+    assert empty[0].all() and (scale[empty] == 0).all() and (scale[~empty] != 0).all()
 
 
-def weighted_combine(movement, pairs, slots):
-    """Combine, as a function of what it is differentiated in."""
-    return lambda out, weight: MOVEMENTS[movement].combine(out, dataclasses.replace(pairs, weight=weight), slots)
+def moved(movement, pairs, slots):
+    """Dispatch, an expert that doubles what it gets, its weight, and combine: as a function of tokens and weights."""
+
+    def function(x, weight):
+        weighted = dataclasses.replace(pairs, weight=weight)
+        scale = slot_weights(weighted, slots)[..., None].astype(x.dtype)
+        out = 2 * MOVEMENTS[movement].dispatch(x, weighted, slots) * scale
+        return MOVEMENTS[movement].combine(out, weighted, slots)
+
+    return function
 
 
 @jax.jit(static_argnums=0)
-def gradients(movement, x, out, pairs, slots, dz, dy):
-    """Of dispatch in x, and of combine in the expert outputs and in the pairs' weights."""
-    _, dispatch_vjp = jax.vjp(lambda x: MOVEMENTS[movement].dispatch(x, pairs, slots), x)
-    _, combine_vjp = jax.vjp(weighted_combine(movement, pairs, slots), out, pairs.weight)
-    return *dispatch_vjp(dz), *combine_vjp(dy)
+def gradients(movement, x, pairs, slots, dy):
+    """Of tokens to experts and back, in x and in the pairs' weights."""
+    _, pull = jax.vjp(moved(movement, pairs, slots), x, pairs.weight)
+    return pull(dy)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("movement", [name for name in MOVEMENTS if name != "einsum"])
 def test_gradients_are_those_of_the_one_hot_products(movement, case):
-    x, out, pairs, slots = setting(case)
-    rng = np.random.default_rng(5)
-    cotangents = [jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in (out, x)]
-    operands = (x, out, pairs, slots, *cotangents)
+    x, _, pairs, slots = setting(case)
+    dy = jnp.asarray(np.random.default_rng(5).normal(size=x.shape), jnp.float32)
+    operands = (x, pairs, slots, dy)
     assert_close(gradients(movement, *operands), gradients("einsum", *operands))
 
 
 @pytest.mark.parametrize("case", ["k=3 with drops", "padding"])
 def test_gather_gradients_are_those_of_finite_differences(case):
-    x, out, pairs, slots = setting(case)
-    gather = MOVEMENTS["gather"]
-    # Wide steps: float32, and both functions are (bi)linear.
+    x, _, pairs, slots = setting(case)
+    # Wide steps: float32, and the function is bilinear.
     options = {"order": 1, "modes": ["rev"], "atol": 5e-3, "rtol": 5e-3, "eps": 1e-2}
-    check_grads(jax.jit(lambda x: gather.dispatch(x, pairs, slots)), (x,), **options)
-    check_grads(jax.jit(weighted_combine("gather", pairs, slots)), (out, pairs.weight), **options)
+    check_grads(jax.jit(moved("gather", pairs, slots)), (x, pairs.weight), **options)
 
 
 def test_bfloat16_rows_keep_their_dtype_and_weights_get_float32_gradients():
     x, out, pairs, slots = setting("k=2 with drops")
     x, out = x.astype(jnp.bfloat16), out.astype(jnp.bfloat16)
     for movement in MOVEMENTS:
-        z, y = move(movement, x, out, pairs, slots)
-        assert z.dtype == y.dtype == jnp.bfloat16
-        dx, dout, dweights = gradients(movement, x, out, pairs, slots, jnp.ones_like(z), jnp.ones_like(y))
-        assert (dx.dtype, dout.dtype, dweights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+        z, y, scale = move(movement, x, out, pairs, slots)
+        assert (z.dtype, y.dtype, scale.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+        dx, dweights = gradients(movement, x, pairs, slots, jnp.ones_like(y))
+        assert (dx.dtype, dweights.dtype) == (jnp.bfloat16, jnp.float32)
