@@ -1,6 +1,7 @@
 """Whole commands on a model of a few thousand parameters, in this process (fast) or in one of their own (real)."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,10 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from sparsejax import cli
 from sparsejax.base import devices
+from sparsejax.train import evaluate, loop, restore
+
+import cheap
 
 ROOT = Path(__file__).parent.parent
 CONFIG = f"--config={ROOT / 'configs' / 'tiny.py'}"
@@ -73,7 +79,21 @@ def here(*argv: str | Path) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+@contextlib.contextmanager
+def traced_once() -> Iterator[None]:
+    """Within, commands on the same config share what `here` would trace and compile for each of them: `jax.jit` knows a
+    function again. A new state is made once and copied, for a run donates its own."""
+    shared = ("make_optimizer", "make_train_step", "make_eval_step", "abstract_state")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loop, evaluate, restore):
+            for name in set(shared) & set(vars(module)):
+                patch.setattr(module, name, functools.cache(getattr(module, name)))
+        first = functools.cache(loop.new_state)
+        patch.setattr(loop, "new_state", lambda config, tx: jax.tree.map(jnp.copy, first(config, tx)))
+        yield
+
+
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 """For `environment`: the programs that users run."""
 
 
@@ -82,10 +102,11 @@ def environment(**more: str) -> dict[str, str]:
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
-    }
+    } | cheap.together(cheap.FLAGS)
     return os.environ | settings | more
 
 

@@ -17,13 +17,15 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.routers.balance import NoBalance
 from sparsejax.routers.router import RouterConfig
 
-from runs import here
+from runs import environment, here
 from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
+VERBS = {shlex.split(line)[3]: line for line in reversed(COMMANDS) if line.startswith("python -m sparsejax ")}
+"""Verb → the first command with it."""
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_command_runs(command, folder):
+def test_command_runs(command, folder, monkeypatch):
+    """The first of each verb in a process of its own, as a reader's; the others in this one, which has all imports."""
     words = shlex.split(command)
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words[1:]]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    if words[1:3] == ["-m", "sparsejax"] and command not in VERBS.values():
+        monkeypatch.chdir(folder)
+        status, out, err = here(*words[3:])
+    else:
+        words[0] = sys.executable
+        done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    assert status == 0, err
+    assert out.strip()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("python ")])
@@ -55,10 +62,10 @@ def test_make_target_exists(command):
 def make(*words: str) -> str:
     """What a target prints, run on this interpreter's packages instead of a new environment's."""
     venv = Path(sys.prefix)
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     options = [f"VENV={venv}", "-o", f"{venv}/.installed", "-o", f"{venv}/.installed-dev"]
     done = subprocess.run(
-        ["make", *words, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+        ["make", *words, *options], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -35,9 +35,9 @@ LONG = {"train__steps": 60, "train__log_every": 1, "checkpoint__every": 5, "eval
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The losses of the long run, of a process that nobody disturbed."""
+    """The long run, which nobody disturbed."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = process(*arguments("train", f"--workdir={workdir}", **LONG))
+    done = here(*arguments("train", f"--workdir={workdir}", **LONG))
     assert done.status == 0, done.err
     assert list(losses(workdir)) == list(range(1, 61))
     return workdir
@@ -133,7 +133,7 @@ def test_a_signal_stops_the_run_and_a_second_trainer_does_not(uninterrupted, tmp
     assert 7 <= step < 60
     assert list(losses(workdir)) == list(range(1, step + 1))
     assert (workdir / "checkpoints" / str(step)).is_dir()
-    done = process(*words)
+    done = here(*words)
     assert done.status == 0, done.err
     assert f"resumed from checkpoint {step} " in done.out
     assert losses(workdir) == losses(uninterrupted)
