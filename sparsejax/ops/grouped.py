@@ -175,7 +175,7 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
         dup, dweights_down, dscale_EN = pull_down(_by_expert(near(dy_TD, index.token_N), weights))
         _, pull_up = jax.vjp(expert_up, _by_expert(near(x_TD, index.token_N), weights), weights)
         dz_END, dweights_up = pull_up(dup)
-        dweights = jax.tree.map(jnp.add, dweights_up, dweights_down)
+        dweights = jax.tree.map(_float32_sum, dweights_up, dweights_down)
         return sum_slots(dz_END.reshape(-1, x_TD.shape[1]), index), dweights, at(dscale_EN.reshape(-1), index.slot_P)
 
     grads = _if_even(plan, common, dy_TD, x_TD, weights, weight_P, up)
@@ -194,10 +194,16 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
             )
 
         grads = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, grads)
-    return *grads, None
+    dx_TD, dweights, dweight_P = grads
+    return dx_TD, jax.tree.map(lambda weight, grad: grad.astype(weight.dtype), weights, dweights), dweight_P, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
+
+
+def _float32_sum(a: Array, b: Array) -> Array:
+    """Blocks add to it, and low precision would lose them."""
+    return a.astype(jnp.float32) + b.astype(jnp.float32)
 
 
 def _if_even(plan: Plan, function, *operands):

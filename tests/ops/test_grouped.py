@@ -92,6 +92,20 @@ def test_slots_serve_even_loads_and_blocks_the_others(load):
     assert rows <= 1.4 * count.sum(), "nor much more"
 
 
+def test_sums_over_blocks_are_those_of_float32():
+    """Of positive terms, bfloat16 products and one more rounding leave 2⁻⁸; sums in bfloat16 lose more than that."""
+    x, weights, scores, direction = jax.tree.map(np.abs, operands(False))
+    experts, counted = drawn("all to two")
+    low = jax.tree.map(lambda values: jnp.asarray(values, jnp.bfloat16), (x, weights, direction))
+    high = jax.tree.map(lambda values: values.astype(jnp.float32), low)
+    (_, (_, grads, _)), (_, (_, expected, _)) = (
+        run(name, False)(x, weights, scores, direction, experts, counted)
+        for name, (x, weights, direction) in (("slots", low), ("loop", high))
+    )
+    # Hidden rows are rounded as well, before w_out's products.
+    np.testing.assert_allclose(np.asarray(grads[1], np.float32), expected[1], rtol=1.5 * 2**-8)
+
+
 def test_an_expert_without_rows_gets_no_gradient():
     _, (_, (w_in, w_out), _) = results("slots", "all to two", False)
     for weight in (w_in, w_out):
