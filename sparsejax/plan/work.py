@@ -42,8 +42,8 @@ class Slots:
 
     @property
     def movement_training(self) -> float:
-        """Forward and backward. Dispatch and combine are half each; the dispatch mask, integers, has no gradient."""
-        return self.movement_flops * (2 + TRAINING) / 2
+        """Dispatch and combine each once more in the backward pass: masks are constants there."""
+        return 2 * self.movement_flops
 
 
 @dataclass(frozen=True, kw_only=True)
