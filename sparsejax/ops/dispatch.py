@@ -101,6 +101,24 @@ def slot_index(pairs: Pairs, slots: Slots) -> Index:
     )
 
 
+def sorted_index(pairs: Pairs, slots: Slots, kept_E: Int[Array, " E"], rows: int) -> Index:
+    """The index of rows sorted by expert, in place of slots: the first `kept_E` pairs of every expert. Of one group."""
+    size, tokens = pairs.token.shape[1], pairs.of_token.shape[1]
+    end_E = jnp.cumsum(kept_E, dtype=jnp.int32)
+    expert_P, position_P = pairs.expert[0], slots.position[0]
+    kept_P = slots.keep[0] & (position_P < at(kept_E, expert_P))
+    rank_N = jnp.arange(rows, dtype=jnp.int32)
+    expert_N = jnp.searchsorted(end_E, rank_N, side="right").astype(jnp.int32)
+    in_order_N = at(slots.start[0], expert_N) + rank_N - at(end_E - kept_E, expert_N)
+    pair_N = jnp.where(rank_N < end_E[-1], at(slots.order[0], in_order_N), size)
+    return Index(
+        token_N=at(pairs.token[0], pair_N, fill=tokens),
+        pair_N=pair_N,
+        slot_P=jnp.where(kept_P, at(end_E - kept_E, expert_P) + position_P, rows),
+        pair_TK=pairs.of_token[0],
+    )
+
+
 def at(values: Array, index: Int[Array, " N"], fill: int = 0) -> Array:
     """Entries by number; a number one past the end gives `fill`."""
     return values.at[index].get(mode="fill", fill_value=fill)

@@ -21,7 +21,17 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.base.sharding import vary_like
 from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots
-from sparsejax.ops.dispatch import Index, at, combine_rows, dispatch_rows, near, slot_index, sum_slots, weight_rows
+from sparsejax.ops.dispatch import (
+    Index,
+    at,
+    combine_rows,
+    dispatch_rows,
+    near,
+    slot_index,
+    sorted_index,
+    sum_slots,
+    weight_rows,
+)
 from sparsejax.ops.ffn import Activation, Weights, expert_down, expert_ffn, expert_up, hidden, scaled
 
 Implementation = Literal["slots", "megablox", "ragged_dot"]
@@ -59,7 +69,8 @@ def grouped_experts(
         y_TD = jnp.asarray(_experts(activation, x_TD, weights, weight_P, plan))
         in_blocks = sum((size * blocks.end_E[-1] for size, blocks in plan.blocks), jnp.int32(0))
         return y_TD, jnp.where(plan.even, slots.pair.size, 0) + in_blocks, in_blocks
-    index, sizes_E = _sorted_rows(pairs, slots)
+    sizes_E = slots.start[0, 1:] - slots.start[0, :-1]
+    index = sorted_index(pairs, slots, sizes_E, -(-pairs.token.shape[1] // ROW_TILE) * ROW_TILE)
     multiply = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
     w_in, w_out, *gate = weights
     z_ND = dispatch_rows(x_TD, index)
@@ -232,18 +243,6 @@ def _add_at(stack: Array, value: Array, expert: Int[Array, ""]) -> Array:
 
 ROW_TILE = 128
 """Kernels want a multiple of this many rows."""
-
-
-def _sorted_rows(pairs: Pairs, slots: Slots) -> tuple[Index, Int[Array, " E"]]:
-    """(the index whose slots are the sorted pairs, rows of each expert). Rows beyond the last expert's are nobody's."""
-    size, tokens = pairs.token.shape[1], pairs.of_token.shape[1]
-    start_E1 = slots.start[0]
-    rank_N = jnp.arange(-(-size // ROW_TILE) * ROW_TILE, dtype=jnp.int32)
-    pair_N = jnp.where(rank_N < start_E1[-1], at(slots.order[0], rank_N), size)
-    slot_P = jnp.where(slots.keep[0], start_E1[pairs.expert[0]] + slots.position[0], rank_N.size)
-    token_N = at(pairs.token[0], pair_N, fill=tokens)
-    index = Index(token_N=token_N, pair_N=pair_N, slot_P=slot_P, pair_TK=pairs.of_token[0])
-    return index, start_E1[1:] - start_E1[:-1]
 
 
 def grouped_matmul(
