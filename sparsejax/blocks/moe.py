@@ -30,6 +30,7 @@ from sparsejax.ops.grouped import Implementation, ragged_dot_cost
 from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import LoadBalance, balance_loss, with_whole_balance
 from sparsejax.routers.controllers import ExpertThreshold, Quantile
+from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.overflow import Drop
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.weights import Renormalized
@@ -245,6 +246,12 @@ class MoESpec(BlockSpec):
         cost = ragged_dot_cost() if kind == "ragged_dot" else 1.0
         dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
         return [f"grouped products by {kind}{dense}"]
+
+    def check_cached(self) -> None:
+        if self.router.logits.traits.whole:
+            name = LOGITS.name_of(self.router.logits)
+            lacks = f"{name} needs the vectors of the whole document, which generation lacks"
+            raise ConfigError("router.logits", f"{lacks}; such a model can be trained and evaluated")
 
     def check_tokens(self, tokens: int) -> None:
         size = self.group_size

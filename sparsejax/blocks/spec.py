@@ -101,6 +101,9 @@ class BlockSpec(abc.ABC):
         """What its config leaves to the platform, as sentences. Raises `ConfigError` when that cannot run it."""
         return []
 
+    def check_cached(self) -> None:
+        """Raises `ConfigError` when the block cannot go on from a cache, as generation does."""
+
     def check_tokens(self, tokens: int) -> None:
         """Raises `ConfigError` unless the block can take `tokens` tokens: what a device holds of one microbatch."""
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, Reports
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Context, Mode, Totals
@@ -64,7 +65,14 @@ class LanguageModel(nnx.Module):
 
 
 def init_caches(config: ModelConfig, rows: int, length: int) -> dict[str, KVCache]:
-    """Empty key/value caches of `length` positions for every block, laid out as attention leaves them."""
+    """Empty key/value caches of `length` positions for every block, laid out as attention leaves them.
+
+    Raises `ConfigError` when a block cannot go on from a cache."""
+    for name in dict.fromkeys(config.positions.values()):
+        try:
+            config.blocks[name].check_cached()
+        except ConfigError as error:
+            raise error.below(f"model.blocks.{name}") from None
 
     def zeros(shape, dtype, spec: P, stacked: bool):
         shape, spec = ((config.repeats, *shape), P(None, *spec)) if stacked else (shape, spec)

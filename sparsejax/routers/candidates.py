@@ -77,6 +77,7 @@ class Traits:
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
     thresholds: bool = False  # takes what ranks above 0, which a controller makes the share of k/E
     blind: bool = False  # of logits: they do not look at the token's vector
+    whole: bool = False  # of logits: they look at the vectors of the whole document, which a cache lacks
     together: bool = False  # sends whole groups to the same experts: every expert has a slot for everyone
     reinforce: Optional[Reinforce] = None  # how it learns from what it chose, if it does: weights may be constant then
 

@@ -48,13 +48,13 @@ class SequenceLogits:
     """x̄ W, x̄ standing for the document: the vector of its `first` token, the mean of those up to here
     (`prefix_mean`), or the `mean` of all of them, which tells a token what comes after it.
 
-    Training and evaluation only: a token that is generated has its own vector and no other."""
+    Not for generation: a token that goes on from a cache has its own vector and no other."""
 
     pool: Literal["first", "prefix_mean", "mean"] = "prefix_mean"
 
     @property
     def traits(self) -> Traits:
-        return Traits(causal=self.pool != "mean")
+        return Traits(causal=self.pool != "mean", whole=True)
 
     def init(self, key: PRNGKeyArray, d_model: int, num_experts: int) -> dict[str, nnx.Param]:
         return {"weight": router_param(key, (d_model, num_experts), d_model**-0.5)}
@@ -63,9 +63,6 @@ class SequenceLogits:
         return d_model * num_experts, d_model * num_experts
 
     def __call__(self, x_GSD, parameters, inputs, num_experts):
-        if inputs.generating:
-            needs = "router.logits=by_sequence needs the vectors of the whole document, which generation lacks"
-            raise ConfigError("", f"{needs}; such a model can be trained and evaluated")
         x_TD = x_GSD.reshape(-1, x_GSD.shape[-1])
         pooled_TD = _pool(x_TD, document_starts(inputs).reshape(-1), self.pool)
         return project(pooled_TD.reshape(x_GSD.shape), parameters["weight"])

@@ -1,7 +1,6 @@
 """What a router learns: every kind of logits against its equations, and what each is made for."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from sparsejax.base.errors import ConfigError
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.lm import LanguageModel
+from sparsejax.model.lm import LanguageModel, init_caches
 from sparsejax.ops.product_key import product_key_top_k
 from sparsejax.routers.document_logits import SequenceLogits
 from sparsejax.routers.logits import LOGITS
@@ -164,17 +163,29 @@ class TestBySequence:
         assert pool != "mean" or not np.array_equal(find(X), logits(X)[mask])
 
     def test_generation_is_refused_in_a_line_that_says_what_cannot_be(self):
-        line = "^router.logits=by_sequence needs .*, which generation lacks; such a model can be trained and evaluated$"
-        with pytest.raises(ConfigError, match=line):
-            made(SequenceLogits())[1](X, generating=True)
         blocks = {"moe": MoESpec(num_experts=4, d_ff=4, router=RouterConfig(logits=SequenceLogits()))}
         config = ModelConfig(d_model=8, num_heads=2, vocab_size=16, pattern=("moe",), repeats=1, blocks=blocks)
+        line = (
+            "config.model.blocks.moe.router.logits: by_sequence needs the vectors of the whole document, which "
+            "generation lacks; such a model can be trained and evaluated"
+        )
         with on_mesh(ONE_DEVICE) as mesh:
-            model, batch = LanguageModel(jax.random.key(0), config), put_batch(host_batch(2, 6, 16), mesh)
             with pytest.raises(ConfigError) as error:
-                jax.eval_shape(lambda: model(batch, mode="generate"))
-            assert re.search(line, str(error.value))  # without the notes that JAX adds
-            assert jax.eval_shape(lambda: model(batch, mode="eval")).logits.shape[:2] == (2, 6)
+                init_caches(config, 2, 6)
+            assert str(error.value) == line
+            model, batch = LanguageModel(jax.random.key(0), config), put_batch(host_batch(2, 6, 16), mesh)
+            assert jax.eval_shape(lambda: model(batch, mode="generate")).logits.shape[:2] == (2, 6)  # whole documents
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_need_the_whole_document_exactly_when_they_say_so(name):
+    """As when a token goes on from a cache: alone, but at its position."""
+    entry = LOGITS[name]()
+    parameters, logits = made(entry)
+    domains, positions = jnp.asarray(DOMAINS[:1, 4:5]), jnp.asarray(POSITIONS[:1, 4:5])
+    alone = known(np.ones((1, 1), bool), domains=domains, positions=positions)
+    found = entry(jnp.asarray(X[:1, 4:5]), parameters, alone, EXPERTS)[0, 0]
+    assert np.allclose(found, logits(X)[0, 4], rtol=1e-5, atol=1e-6) != entry.traits.whole
 
 
 class TestDSelectK:

@@ -87,6 +87,19 @@ def test_granular(dense_run, width, shape, kept):
     assert (said["logit_difference"]["generate"] <= 1e-5 * said["largest_logit"]) == kept
 
 
+@pytest.mark.parametrize("pool", ["first", "prefix_mean"])
+def test_the_receipt_of_a_model_that_cannot_generate(dense_run, pool):
+    """A slot for every token, in whole documents."""
+    settings = SMALL | {
+        "model.blocks.moe.router.logits": "by_sequence",
+        "model.blocks.moe.router.logits.pool": pool,
+    }
+    config = load(ExperimentConfig, CONFIG.removeprefix("--config="), [(k, str(v)) for k, v in settings.items()]).config
+    with on_mesh((1, 1, 1)) as mesh:
+        said = begin_from(dense_run, config, open_corpus(config.data), mesh).receipt
+    assert said["logit_difference"]["generate"] <= 1e-5 * said["largest_logit"]
+
+
 D, F, E = 3, 8, 6
 MLP, EXPERTS = "feed_forward/mlp", "feed_forward/experts"
 
