@@ -163,6 +163,8 @@ TOP_1 = {f"{ROUTER}.selection.k": "1"} | RAW
 THRESHOLDS = {f"{ROUTER}.selection": "threshold", f"{ROUTER}.controller": "expert_threshold"}
 CHANCE = {f"{ROUTER}.balance": "importance_load", f"{ROUTER}.noise": "gaussian"}
 ENTROPY = {f"{ROUTER}.balance": "entropy"}
+SELECTORS = logits("dselect_k") | selection("positive") | RAW
+SELECTORS |= {f"{ROUTER}.score": "relu", f"{ROUTER}.balance": "selector_entropy"}
 LOSS_FREE = {f"{ROUTER}.controller": "loss_free"}
 BY_SCORE = {f"{ROUTER}.order": "by_score"}
 NEXT_BEST = {f"{ROUTER}.overflow": "next_best"}
@@ -308,6 +310,9 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.balance.scope": row("sequence", gradients),
     f"{ROUTER}.balance.count": row("first", gradients),
     f"{ROUTER}.balance.free_weight": row(0.5, gradients, **{f"{MOE}.zero_experts": 1}),
+    f"{ROUTER}.balance.expert_groups": row(2, gradients),
+    f"{ROUTER}.balance.group_share": row(0.5, gradients, **{f"{ROUTER}.balance.expert_groups": 2}),
+    f"{ROUTER}.balance.coefficient (selector_entropy)": row(0.5, gradients, **SELECTORS),
     f"{ROUTER}.balance.form (importance_load)": row("shazeer", gradients, **CHANCE),
     f"{ROUTER}.balance.importance (importance_load)": row(0.1, gradients, **CHANCE),
     f"{ROUTER}.balance.load (importance_load)": row(0.1, gradients, **CHANCE),

@@ -90,6 +90,11 @@ class MoESpec(BlockSpec):
 
         if self.free.total and not isinstance(self.router.overflow, Drop):
             raise ConfigError("router.overflow", "experts without a network are not sent on to; allowed: overflow=drop")
+        balance = self.router.balance
+        if self.free.total and isinstance(balance, LoadBalance) and balance.expert_groups is not None:
+            raise ConfigError(
+                "router.balance.expert_groups", "an expert without a network is in no group; allowed: none"
+            )
 
     @property
     def experts_per_token(self) -> int:

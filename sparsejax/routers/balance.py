@@ -17,7 +17,7 @@ from sparsejax.base.registry import Registry
 from sparsejax.base.reports import MoEReport
 from sparsejax.ops.assignment import Pairs
 from sparsejax.ops.losses import load_balance
-from sparsejax.routers.entropy import Entropy
+from sparsejax.routers.entropy import Entropy, SelectorEntropy
 from sparsejax.routers.observed import Observed, Scope
 from sparsejax.routers.variation import ImportanceLoad
 
@@ -31,7 +31,7 @@ class Balance(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of: normal noise, first choices."""
+        """Of: normal noise, first choices, selectors."""
         ...
 
     def measure(self, observed: Observed) -> Optional[Float[Array, "G S N E"]]:
@@ -83,12 +83,22 @@ class LoadBalance:
     counted. With count = `first`, f_e are first choices alone and k is 1 (GShard, arXiv:2006.16668, algorithm 1).
 
     In f_e a pair of an expert without a network counts `free_weight` (MoE++, arXiv:2410.07348): with less than 1 these
-    experts may have more than the others. Balance is then where they have 1 / `free_weight` times the load."""
+    experts may have more than the others. Balance is then where they have 1 / `free_weight` times the load.
+
+    With `expert_groups`, such as devices, of equally many experts each, `group_share` of the coefficient presses on the
+    loads of groups and leaves alone how a group shares its own out: the mean of f over the group stands for each f_e,
+    which makes the sum that of f′ · P′ over groups (DeepSeekMoE, arXiv:2401.06066, its device-level balance; with
+    coefficients α₁ and α₂ of experts and devices, `coefficient` is α₁ + α₂ and `group_share` α₂ / (α₁ + α₂)). With
+    count = `groups` a token counts once in every group that it is sent to, however many experts it has there
+    (DeepSeek-V2, arXiv:2405.04434, its communication balance, over the mean number of groups of a token in place of the
+    most that it may have)."""
 
     coefficient: float = 0.01
     scope: Scope = "global"
-    count: Literal["all", "first"] = "all"
+    count: Literal["all", "first", "groups"] = "all"
     free_weight: float = 1.0
+    expert_groups: Optional[int] = None
+    group_share: float = 1.0
 
     def __post_init__(self):
         if self.coefficient <= 0:
@@ -97,6 +107,27 @@ class LoadBalance:
             )
         if self.free_weight <= 0:
             raise ConfigError("free_weight", f"{self.free_weight} is not positive")
+        if self.expert_groups is not None and self.expert_groups < 2:
+            raise ConfigError("expert_groups", f"{self.expert_groups}: nothing is to be balanced between fewer than 2")
+        if not 0 < self.group_share <= 1:
+            raise ConfigError("group_share", f"{self.group_share} is outside (0, 1]")
+        if self.count == "groups" and self.expert_groups is None:
+            raise ConfigError("count", "groups are those of expert_groups, and there are none")
+
+    def unused(self) -> dict[str, str]:
+        if self.expert_groups is None:
+            return {"group_share": "there are no expert_groups"}
+        return {"group_share": "count=groups knows no experts"} if self.count == "groups" else {}
+
+    def check(self, num_experts: int) -> None:
+        """Raises `ConfigError` unless there are groups of two experts or more."""
+        groups = self.expert_groups
+        if groups is not None and num_experts % groups:
+            raise ConfigError("expert_groups", f"{groups} groups do not divide num_experts={num_experts}")
+        if groups == num_experts:
+            raise ConfigError(
+                "expert_groups", f"{groups} groups of num_experts={num_experts} have one each; allowed: none"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -105,6 +136,9 @@ class LoadBalance:
     def measure(self, observed: Observed) -> Optional[Float[Array, "G S N E"]]:
         """The pairs that count, with what they count, unless all do and alike."""
         first, num_experts = self.count == "first", observed.clean.shape[-1]
+        if self.count == "groups":
+            sent = self._by_group(observed.selected()).max(-1)
+            return jnp.repeat(sent, num_experts // sent.shape[-1], axis=-1)[..., None, :]
         if not first and self.free_weight == 1:
             return None
         is_free_E = jnp.arange(num_experts) >= num_experts - observed.inputs.free
@@ -113,14 +147,30 @@ class LoadBalance:
         return (chosen_GSE * weight_E * jnp.mean(1 / weight_E))[..., None, :]
 
     def __call__(self, counts, probability_sum, tokens, k, measured):
-        if measured is None:
-            return load_balance(counts, probability_sum, tokens, k)
-        return load_balance(measured[..., 0, :], probability_sum, tokens, 1 if self.count == "first" else k)
+        if measured is not None:
+            counts = measured[..., 0, :]
+        if self.count == "groups":
+            counts = counts * (k * tokens / jnp.maximum(counts.sum(-1), 1))[..., None]
+        elif self.expert_groups is not None:
+            own = self._by_group(counts)
+            shared = own.mean(-1, keepdims=True)
+            counts = (own + self.group_share * (shared - own)).reshape(counts.shape)
+        return load_balance(counts, probability_sum, tokens, 1 if self.count == "first" else k)
+
+    def _by_group(self, values: Float[Array, "*B E"]) -> Float[Array, "*B D E/D"]:
+        assert self.expert_groups is not None
+        return values.reshape(*values.shape[:-1], self.expert_groups, -1)
 
 
 BALANCES = Registry(
     "balance",
-    {"load_balance": LoadBalance, "importance_load": ImportanceLoad, "entropy": Entropy, "none": NoBalance},
+    {
+        "load_balance": LoadBalance,
+        "importance_load": ImportanceLoad,
+        "entropy": Entropy,
+        "selector_entropy": SelectorEntropy,
+        "none": NoBalance,
+    },
 )
 
 

@@ -65,6 +65,36 @@ class Entropy:
         return jnp.where(tokens > 0, 1 + value / self.coefficient, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelectorEntropy:
+    """coefficient · mean_t Σ_j H(r_j) over the tokens t of a sequence, averaged over sequences, r_j being how selector
+    j of logits=dselect_k spreads over experts (DSelect-k, arXiv:2106.03760, its entropy regularisation); reported as 1
+    plus that mean: 1 where every selector has settled on an expert. It does not even out the load.
+
+    A selector that has settled has no gradient, here as elsewhere."""
+
+    coefficient: float = 1e-6
+
+    needs = frozenset({"selectors"})
+
+    def __post_init__(self):
+        if self.coefficient <= 0:
+            raise ConfigError(
+                "coefficient", f"{self.coefficient} is not positive; for no balance loss choose balance = 'none'"
+            )
+
+    @property
+    def scope(self) -> LocalScope:
+        return "sequence"
+
+    def measure(self, observed: Observed) -> Float[Array, "G S N E"]:
+        assert observed.selectors is not None  # they are needed
+        return _parts(observed.selectors).sum(-2, keepdims=True)
+
+    def __call__(self, counts, probability_sum, tokens, k, measured):
+        return jnp.where(tokens > 0, 1 + measured.sum((-2, -1)) / jnp.maximum(tokens, 1), 0)
+
+
 def _parts(p: Float[Array, "..."]) -> Float[Array, "..."]:
     """What each probability adds to the entropy, nats."""
     return -p * jnp.log(jnp.maximum(p, 1e-30))

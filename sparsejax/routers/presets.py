@@ -15,6 +15,7 @@ from sparsejax.routers.annealing import Annealing
 from sparsejax.routers.balance import LoadBalance, NoBalance
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.document_logits import DomainLogits
+from sparsejax.routers.entropy import SelectorEntropy
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.noise import Gaussian, Gumbel, Learned
@@ -258,14 +259,14 @@ def task_moe() -> RouterConfig:
 
 
 def dselect_k() -> RouterConfig:
-    """Two selectors of smooth binary codes, at most 8 experts a token until their bits are settled; no balance, and
-    without the paper's penalties on entropy and on codes of no expert (arXiv:2106.03760)."""
+    """Two selectors of smooth binary codes, at most 8 experts a token until their bits are settled, towards which a
+    penalty on entropy presses; without the paper's penalty on codes of no expert (arXiv:2106.03760)."""
     return RouterConfig(
         logits=DSelectK(selectors=2),
         score=Relu(),
         selection=Positive(k=8, most=8),
         weight=Raw(),
-        balance=NoBalance(),
+        balance=SelectorEntropy(coefficient=1e-6),
         z_loss=0.0,
     )
 

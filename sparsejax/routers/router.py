@@ -18,7 +18,7 @@ from sparsejax.ops.assignment import Pairs, Slots, fill_slots, one_group, served
 from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.grouped import common_slots
 from sparsejax.ops.losses import router_z_sum
-from sparsejax.routers.balance import BALANCES, Balance
+from sparsejax.routers.balance import BALANCES, Balance, LoadBalance
 from sparsejax.routers.candidates import Candidates, Inputs, Selector
 from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile, WithoutLoss
 from sparsejax.routers.expert_choice import ExpertChoice
@@ -34,6 +34,7 @@ from sparsejax.routers.policy import policy
 from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import SCORES, Score, as_probabilities
 from sparsejax.routers.selectors import SELECTORS
+from sparsejax.routers.smooth_step import DSelectK
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK
 from sparsejax.routers.weights import WEIGHTS, Constant, Renormalized, Weight
@@ -107,6 +108,8 @@ class RouterConfig:
             raise ConfigError("balance", f"a load by chance needs normal noise; it goes with noise={normal}")
         if "first choices" in self.balance.needs and self.selection.traits.fits:
             raise ConfigError("balance", "experts that take tokens are nobody's first choice; allowed: count=all")
+        if "selectors" in self.balance.needs and not isinstance(self.logits, DSelectK):
+            raise ConfigError("balance", "selector_entropy is of the selectors of logits=dselect_k; it goes with them")
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
         for name in ("jitter", "input_dropout", "output_masking"):
@@ -189,6 +192,11 @@ class RouterConfig:
                 self.selection.check(num_experts)
             except ConfigError as error:
                 raise error.below("selection") from None
+        if isinstance(self.balance, LoadBalance):
+            try:
+                self.balance.check(num_experts)
+            except ConfigError as error:
+                raise error.below("balance") from None
         try:
             self.limit.check(num_experts, k)
         except ConfigError as error:
@@ -221,18 +229,20 @@ def route(
     state: Optional[Float[Array, "N E"]] = None,
 ) -> "Decision":
     """The decision for each group of tokens, in float32 whatever the dtype of `x_GSD`."""
-    spread_GSE = None
+    spread_GSE, selectors_GSJE = None, None
     if config.learned:
         seen_GSD = jitter(x_GSD.astype(jnp.float32), inputs.noise, config.jitter)
         seen_GSD = drop_inputs(seen_GSD, inputs.noise, config.input_dropout)
         logits_GSE = soft_capped(config.logits(seen_GSD, parameters, inputs, num_experts), config.logit_cap)
         if inputs.noise is not None and not config.noise.silent:
             spread_GSE = config.noise.spread(seen_GSD, parameters, num_experts)
+        if "selectors" in config.balance.needs and isinstance(config.logits, DSelectK):
+            selectors_GSJE = config.logits.chosen(seen_GSD, parameters, num_experts)  # the logits have it in common
     else:
         logits_GSE = vary_like(jnp.zeros((*x_GSD.shape[:2], num_experts), jnp.float32), x_GSD)
     reinforce = config.selection.traits.reinforce
     baseline_GS = reinforce.expected(x_GSD.astype(jnp.float32), parameters) if reinforce else None
-    return decide(logits_GSE, inputs, config, state, spread_GSE, baseline_GS)
+    return decide(logits_GSE, inputs, config, state, spread_GSE, baseline_GS, selectors_GSJE)
 
 
 def decide(
@@ -242,6 +252,7 @@ def decide(
     state: Optional[Float[Array, "N E"]] = None,
     spread_GSE: Optional[Float[Array, "G S E"]] = None,
     baseline_GS: Optional[Float[Array, "G S"]] = None,
+    selectors_GSJE: Optional[Float[Array, "G S J E"]] = None,
 ) -> Decision:
     """The decision for each group, from float32 logits. Padding is never selected and takes no slot.
 
@@ -249,6 +260,7 @@ def decide(
       state: of the controller, if it has one.
       spread_GSE: what the noise is multiplied with, if there is any.
       baseline_GS: the rewards that a policy expects, if the selection is one; its pairs are scored with π.
+      selectors_GSJE: of the logits, if the balance needs them.
     """
     num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
     clean_GSE, temperature = logits_GSE, None if state is None else config.controller.temperature(state)
@@ -288,6 +300,7 @@ def decide(
         pairs=pairs,
         inputs=inputs,
         k=k,
+        selectors=selectors_GSJE,
     )
     choices = None
     if baseline_GS is not None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.routers.candidates import Traits
-from sparsejax.routers.projections import project, router_param
+from sparsejax.routers.projections import Parameters, project, router_param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class DSelectK:
     r(z) has a number for every expert, the product over the bits of its code of S(z_b) or 1 − S(z_b). Once a z_b is
     `gamma` / 2 or more from 0 the smooth step S is exactly 0 or 1, and stays there, its gradient being 0: a token whose
     every bit is settled has one expert a selector. Where experts are no power of two, the codes left over stand for
-    the first experts again, so that no weight is lost; the paper has a penalty on them, and one on entropy."""
+    the first experts again, so that no weight is lost; the paper has a penalty on them. Its penalty on the entropy of
+    selectors is balance=selector_entropy."""
 
     selectors: int = 2
     gamma: float = 1.0
@@ -46,13 +47,16 @@ class DSelectK:
         products = d_model * self.selectors * (_bits(num_experts) + 1)
         return products, products
 
-    def __call__(self, x_GSD, parameters, inputs, num_experts):
-        mixture = jax.nn.softmax(project(x_GSD, parameters["mixture"]), axis=-1)
-        bits = project(x_GSD, parameters["codes"]).reshape(*mixture.shape, -1)
+    def chosen(self, x_GSD: Float[Array, "G S D"], parameters: Parameters, num_experts: int) -> Float[Array, "G S J E"]:
+        """r of every selector."""
+        bits = project(x_GSD, parameters["codes"]).reshape(*x_GSD.shape[:-1], self.selectors, -1)
         of_codes = of_every_code(smooth_step(bits, self.gamma))
         over = of_codes[..., num_experts:]
-        chosen = of_codes[..., :num_experts].at[..., : over.shape[-1]].add(over)
-        return jnp.sum(mixture[..., None] * chosen, axis=-2)
+        return of_codes[..., :num_experts].at[..., : over.shape[-1]].add(over)
+
+    def __call__(self, x_GSD, parameters, inputs, num_experts):
+        mixture = jax.nn.softmax(project(x_GSD, parameters["mixture"]), axis=-1)
+        return jnp.sum(mixture[..., None] * self.chosen(x_GSD, parameters, num_experts), axis=-2)
 
 
 def smooth_step(t: Float[Array, "..."], gamma: float) -> Float[Array, "..."]:

@@ -27,6 +27,7 @@ from sparsejax.routers.overflow import OVERFLOWS
 from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import SCORES, Relu
 from sparsejax.routers.selectors import SELECTORS
+from sparsejax.routers.smooth_step import DSelectK
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import Positive, Threshold, TopK
 from sparsejax.routers.weights import WEIGHTS, Constant, Raw
@@ -78,7 +79,11 @@ VARIANTS = {
     ("overflow", "next_best"): {"next_best": {"rounds": 1}},
     ("weight", "renormalized"): {"before": {"drop": "before"}, "after": {"drop": "after"}},
     ("balance", "load_balance"): {s: {"scope": s} for s in ("sequence", "microbatch", "global")}
-    | {"first": {"count": "first", "scope": "sequence"}},
+    | {
+        "first": {"count": "first", "scope": "sequence"},
+        "devices": {"expert_groups": 2, "group_share": 0.5, "scope": "sequence"},
+        "communication": {"expert_groups": 4, "count": "groups", "scope": "sequence"},
+    },
     ("balance", "importance_load"): {
         "shazeer": {"form": "shazeer", "scope": "sequence"},
         "vmoe": {"form": "vmoe", "scope": "microbatch"},
@@ -103,6 +108,12 @@ PARTNERS = {
     ("logits", "dselect_k"): {"score": Relu(), "selection": Positive(k=4), "weight": Raw()},
     ("balance", "shazeer"): {"noise": Learned()},
     ("balance", "vmoe"): {"noise": Gaussian()},
+    ("balance", "selector_entropy"): {
+        "logits": DSelectK(),
+        "score": Relu(),
+        "selection": Positive(k=4),
+        "weight": Raw(),
+    },
     ("weight", "constant"): {"selection": Hash(k=2)},
 }
 """What else has to be set for an entry to make sense."""

@@ -40,6 +40,30 @@ def entropies(p: np.ndarray, least: float) -> tuple[float, float]:
     return sum(map(entropy, p)) / len(p), max(0.0, math.log(least) - entropy(p.mean(0)))
 
 
+def of_groups(chosen: list[list[int]], p: np.ndarray, k: int, groups: int) -> float:
+    """Σ_i f′_i P′_i: a group's mean of f_e = E / (k T) · pairs of e, times its sum of P_e (arXiv:2401.06066)."""
+    tokens, num_experts = p.shape
+    each, value = num_experts // groups, 0.0
+    for group in range(groups):
+        members = range(group * each, (group + 1) * each)
+        f = [num_experts / k / tokens * sum(experts.count(e) for experts in chosen) for e in members]
+        value += sum(f) / each * sum(p[s, e] for s in range(tokens) for e in members) / tokens
+    return value
+
+
+def of_communication(chosen: list[list[int]], p: np.ndarray, groups: int) -> float:
+    """Σ_i f″_i P″_i: f″_i = D / (M T) · tokens with an expert in group i, M being the mean number of groups of a token
+    (arXiv:2405.04434, where M is the most), times the group's sum of P_e."""
+    tokens, num_experts = p.shape
+    each, value = num_experts // groups, 0.0
+    sent = [{e // each for e in experts} for experts in chosen]
+    mean = sum(map(len, sent)) / tokens
+    for group in range(groups):
+        f = groups / mean / tokens * sum(group in of_token for of_token in sent)
+        value += f * sum(p[s, e] for s in range(tokens) for e in range(num_experts) if e // each == group) / tokens
+    return value
+
+
 def with_free_experts(chosen: list[list[int]], p: np.ndarray, k: int, free: int, weight: float) -> float:
     """Σ_e η_e f_e P_e, η_e being `weight` for the last `free` experts and 1 for the others (arXiv:2410.07348), over its
     value where f_e η_e are all alike and P_e = f_e / k: 1 there."""

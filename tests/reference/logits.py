@@ -45,17 +45,23 @@ def pooled(x_SD: np.ndarray, positions: np.ndarray, pool: str) -> np.ndarray:
 
 
 def dselect_k(x: np.ndarray, parameters: dict, num_experts: int, gamma: float) -> np.ndarray:
-    """[E]: Σ_j softmax(w)_j r(z_j) (arXiv:2106.03760); codes from E on stand for the first experts."""
+    """[E]: Σ_j softmax(w)_j r(z_j) (arXiv:2106.03760)."""
     w = linear(x, {"weight": parameters["mixture"]})
-    z = linear(x, {"weight": parameters["codes"]}).reshape(len(w), -1)
-    found = np.zeros(num_experts)
-    for j in range(len(w)):
-        share = math.exp(w[j]) / sum(math.exp(v) for v in w)
+    shares = np.array([1 / sum(math.exp(min(v - u, 700)) for v in w) for u in w])
+    return shares @ selectors(x, parameters, num_experts, gamma)
+
+
+def selectors(x: np.ndarray, parameters: dict, num_experts: int, gamma: float) -> np.ndarray:
+    """[J, E]: r(z_j) of DSelect-k; codes from E on stand for the first experts."""
+    number = parameters["mixture"].shape[1]
+    z = linear(x, {"weight": parameters["codes"]}).reshape(number, -1)
+    found = np.zeros((number, num_experts))
+    for j in range(number):
         for code in range(2 ** z.shape[1]):
             product = 1.0
             for b, t in enumerate(z[j]):
                 step = -2 * t**3 / gamma**3 + 3 * t / (2 * gamma) + 0.5
                 step = 0.0 if t <= -gamma / 2 else 1.0 if t >= gamma / 2 else step
                 product *= step if code >> b & 1 else 1 - step
-            found[code % num_experts] += share * product
+            found[j, code % num_experts] += product
     return found

@@ -1,5 +1,6 @@
 """Balance: the formula over one unit of tokens, and which tokens make a unit."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -12,11 +13,15 @@ from sparsejax.base.reports import MoEReport
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.ops.assignment import choice_major_pairs
 from sparsejax.routers.balance import BALANCES, LoadBalance, balance_loss, with_local_balance, with_whole_balance
-from sparsejax.routers.router import RouterConfig, decide, report
-from sparsejax.routers.top_k import TopK
+from sparsejax.routers.entropy import SelectorEntropy
+from sparsejax.routers.router import RouterConfig, decide, report, route
+from sparsejax.routers.scores import Relu
+from sparsejax.routers.smooth_step import DSelectK
+from sparsejax.routers.top_k import Positive, TopK
 from sparsejax.routers.weights import Raw
 
 from reference import balance as slow
+from reference import logits as slow_logits
 from support import assert_close, known, to_numpy
 
 ROWS, LENGTH, EXPERTS, K = 4, 6, 5, 2
@@ -117,6 +122,7 @@ class TestLoss:
 MEASURED = {
     "importance_load": lambda p, entropy: jnp.stack([p, K * p]),
     "entropy": lambda p, entropy: jnp.stack([p, entropy * p]),
+    "selector_entropy": lambda p, entropy: (entropy * p)[None],
 }
 """Sums of what an entry measures, when these are the sums of probabilities and every token has this entropy."""
 
@@ -130,6 +136,126 @@ def test_every_entry_is_one_at_perfect_balance_and_more_when_skewed(name):
     assert float(even) == pytest.approx(1.0)
     skewed = jnp.array([tokens, tokens, 0, 0, 0])
     assert float(balance(skewed, skewed / K, jnp.int32(tokens), K, measured(skewed / K, np.log(2)))) > 1.5
+
+
+class TestExpertGroups:
+    """Balance between groups of experts, which may lie on one device each (DeepSeekMoE, DeepSeek-V2)."""
+
+    GROUPS, NUMBER = 3, 6
+    LOGITS = RNG.normal(size=(ROWS, LENGTH, NUMBER)).astype(np.float32)
+
+    def value(self, logits, mask=MASK, k=K, **fields):
+        """Of one unit."""
+        balance = LoadBalance(scope="microbatch", expert_groups=self.GROUPS, **fields)
+        decision = decide(jnp.asarray(logits), known(mask, 3), RouterConfig(selection=TopK(k=k), balance=balance))
+        return with_whole_balance(report(decision, jnp.asarray(mask)), balance, k).balance_sum
+
+    def told(self):
+        """(experts of each token, best first; probabilities)."""
+        p = np.asarray(jax.nn.softmax(self.LOGITS, axis=-1), np.float64)[MASK]
+        return np.argsort(-p, axis=-1)[:, :K].tolist(), p
+
+    def test_against_a_loop(self):
+        chosen, p = self.told()
+        assert float(self.value(self.LOGITS)) == pytest.approx(slow.of_groups(chosen, p, K, self.GROUPS), rel=1e-5)
+        first = slow.of_groups([experts[:1] for experts in chosen], p, 1, self.GROUPS)
+        assert float(self.value(self.LOGITS, count="first")) == pytest.approx(first, rel=1e-5)
+        sent = slow.of_communication(chosen, p, self.GROUPS)
+        assert float(self.value(self.LOGITS, count="groups")) == pytest.approx(sent, rel=1e-5)
+
+    def test_a_share_is_between_that_of_experts_and_that_of_groups(self):
+        chosen, p = self.told()
+        experts, groups = (slow.of_groups(chosen, p, K, n) for n in (self.NUMBER, self.GROUPS))
+        found = float(self.value(self.LOGITS, group_share=0.3))
+        assert found == pytest.approx(0.7 * experts + 0.3 * groups, rel=1e-5) and abs(experts - groups) > 1e-3
+
+    @pytest.mark.parametrize("count", ["all", "groups"])
+    def test_how_a_group_shares_its_own_out_does_not_matter(self, count):
+        """Of each group's two experts one has all: 1, and nothing presses."""
+        best = np.tile(np.repeat(np.arange(0, self.NUMBER, 2), 2), 2)
+        logits, mask = 5 * np.eye(self.NUMBER, dtype=np.float32)[best][None], np.ones((1, 12), bool)
+        balance = LoadBalance(scope="microbatch", expert_groups=self.GROUPS, count=count)
+        config = RouterConfig(selection=TopK(k=1), weight=Raw(), balance=balance)
+
+        def value(logits, balance=balance):
+            decision = decide(logits, known(mask, 12), dataclasses.replace(config, balance=balance))
+            return with_whole_balance(report(decision, jnp.asarray(mask)), balance, 1).balance_sum
+
+        assert float(value(logits)) == pytest.approx(1, rel=1e-6)
+        assert np.abs(jax.grad(value)(jnp.asarray(logits))).max() < 1e-7
+        assert value(logits, LoadBalance(scope="microbatch")) > 1.5
+
+    def test_the_gradient_is_that_of_probabilities_alone(self):
+        for count in ("all", "groups"):
+            grad = np.asarray(jax.grad(lambda x: self.value(x, count=count))(jnp.asarray(self.LOGITS)))
+            assert np.isfinite(grad).all() and (grad[~MASK] == 0).all() and (np.abs(grad[MASK]).max(-1) > 0).all()
+
+    @pytest.mark.parametrize(
+        ("fields", "line"),
+        [
+            ({"expert_groups": 1}, "expert_groups: 1: nothing is to be balanced"),
+            ({"expert_groups": 2, "group_share": 0.0}, r"group_share: 0.0 is outside \(0, 1\]"),
+            ({"count": "groups"}, "count: groups are those of expert_groups, and there are none"),
+        ],
+    )
+    def test_settings_that_are_nothing(self, fields, line):
+        with pytest.raises(ConfigError, match=line):
+            LoadBalance(**fields)
+
+    @pytest.mark.parametrize(
+        ("groups", "more", "line"),
+        [
+            (3, {}, "router.balance.expert_groups: 3 groups do not divide num_experts=8"),
+            (8, {}, "router.balance.expert_groups: 8 groups of num_experts=8 have one each"),
+            (2, {"zero_experts": 2}, "router.balance.expert_groups: an expert without a network is in no group"),
+        ],
+    )
+    def test_groups_that_experts_cannot_make(self, groups, more, line):
+        with pytest.raises(ConfigError, match=line):
+            MoESpec(num_experts=8, router=RouterConfig(balance=LoadBalance(expert_groups=groups)), **more)
+
+    def test_a_share_of_nothing_is_unused(self):
+        assert "group_share" in LoadBalance().unused()
+        assert "group_share" in LoadBalance(expert_groups=2, count="groups").unused()
+        assert "group_share" not in LoadBalance(expert_groups=2).unused()
+
+
+class TestSelectorEntropy:
+    """Of DSelect-k."""
+
+    ENTRY = DSelectK(selectors=3)
+    X = RNG.normal(size=(ROWS, LENGTH, 8)).astype(np.float32)
+
+    def value(self, x, scale=20.0, num_experts=6):
+        """(of one unit, the parameters). With `scale` = 1 no bit is near settled, with 1e6 all are."""
+        config = RouterConfig(
+            logits=self.ENTRY, score=Relu(), selection=Positive(k=4), weight=Raw(), balance=SelectorEntropy()
+        )
+        made = config.init(jax.random.key(0), 8, num_experts)
+        parameters = {name: scale * parameter[...] for name, parameter in made.items()}
+        decision = route(jnp.asarray(x), parameters, known(MASK, 3), config, num_experts)
+        moe = with_whole_balance(report(decision, jnp.asarray(MASK)), config.balance, 4)
+        return moe.balance_sum, to_numpy(parameters)
+
+    @pytest.mark.parametrize("num_experts", [6, 8])
+    def test_against_the_equations(self, num_experts):
+        value, parameters = self.value(self.X, num_experts=num_experts)
+        spread = [slow_logits.selectors(x, parameters, num_experts, 1.0) for x in self.X[MASK]]
+        assert float(value) == pytest.approx(
+            1 + np.mean([sum(map(slow.entropy, of_token)) for of_token in spread]), 1e-5
+        )
+
+    def test_it_is_1_where_all_is_settled_and_then_has_no_gradient(self):
+        value, grad = jax.value_and_grad(lambda x: self.value(x, 1e6)[0])(jnp.asarray(self.X))
+        assert float(value) == 1 and (np.asarray(grad) == 0).all()
+        grad = np.asarray(jax.grad(lambda x: self.value(x)[0])(jnp.asarray(self.X)))
+        assert np.isfinite(grad).all() and (grad[~MASK] == 0).all() and np.abs(grad[MASK]).max() > 0
+
+    def test_other_logits_have_no_selectors(self):
+        with pytest.raises(ConfigError, match="it goes with them"):
+            RouterConfig(balance=SelectorEntropy())
+        with pytest.raises(ConfigError, match="0 is not positive"):
+            SelectorEntropy(coefficient=0)
 
 
 class TestFreeExperts:
