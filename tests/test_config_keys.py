@@ -209,6 +209,7 @@ TABLE: dict[str, Row] = {
     f"{MOE}.group_size": row(16, evaluation),
     f"{MOE}.capacity_factor": row(2.0, gradients),
     f"{MOE}.eval_capacity_factor": row(1.0, evaluation),
+    f"{MOE}.expert_dropout": row(0.3, gradients),
     f"{MOE}.gating_dropout": row(0.3, gradients),
     f"{MOE}.capacity_convention": row("per_token", evaluation),
     f"{MOE}.dispatch": row("einsum", evaluation),

@@ -4,9 +4,11 @@ import functools
 from typing import Optional
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt32
 
+from sparsejax.ops.dropout import Dropout
 from sparsejax.ops.ffn import Activation, Weights, expert_ffn
 
 
@@ -16,25 +18,39 @@ def expert_parallel(
     weight_specs: tuple[P, ...],
     activation: Activation,
     scale_EGC: Optional[Float[Array, "E G C"]] = None,
+    seed_EGC: Optional[UInt32[Array, "E G C"]] = None,
+    drop_rate: float = 0.0,
 ) -> Float[Array, "E G C D"]:
     """Slots to the devices that hold their experts, through them, and back, each output scaled by `scale_EGC`. Weights
     split for storage are gathered here, so that their gradients leave by reduce-scatter. Where `weight_specs` split the
-    hidden width over `tensor`, what comes back is one summand of several."""
+    hidden width over `tensor`, what comes back is one summand of several. With seeds `drop_rate` of each slot's hidden
+    layer is dropped."""
     exchange = "expert" in weight_specs[0]
     weights = whole_weights(weights, weight_specs)
     if exchange:
         with jax.named_scope("exchange"):
             there = functools.partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=1, tiled=True)
-            z_EGCD, scale_EGC = jax.tree.map(there, (z_EGCD, scale_EGC))
+            z_EGCD, scale_EGC, seed_EGC = jax.tree.map(there, (z_EGCD, scale_EGC, seed_EGC))
     experts, groups, num_slots, width = z_EGCD.shape
     with jax.named_scope("experts"):
-        scale_EN = None if scale_EGC is None else scale_EGC.reshape(experts, groups * num_slots)
-        out_END = expert_ffn(z_EGCD.reshape(experts, groups * num_slots, width), weights, activation, scale_EN)
+        rows = experts, groups * num_slots
+        scale_EN = None if scale_EGC is None else scale_EGC.reshape(rows)
+        dropout = None
+        if seed_EGC is not None:
+            dropout = Dropout(rate=drop_rate, seed_N=seed_EGC.reshape(rows), unit_F=_units(weights, weight_specs))
+        out_END = expert_ffn(z_EGCD.reshape(*rows, width), weights, activation, scale_EN, dropout)
     out_EGCD = out_END.reshape(experts, groups, num_slots, width)
     if exchange:
         with jax.named_scope("exchange"):
             out_EGCD = jax.lax.all_to_all(out_EGCD, "expert", split_axis=1, concat_axis=0, tiled=True)
     return out_EGCD
+
+
+def _units(weights: Weights, specs: tuple[P, ...]) -> Int[Array, " F"]:
+    """The numbers of the hidden units that this device has."""
+    width = weights[0].shape[-1]
+    first = jax.lax.axis_index("tensor") * width if "tensor" in specs[0] else 0
+    return first + jnp.arange(width, dtype=jnp.int32)
 
 
 def whole_weights(weights: Weights, specs: tuple[P, ...]) -> Weights:

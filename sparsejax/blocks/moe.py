@@ -55,6 +55,7 @@ class MoESpec(BlockSpec):
     )
     capacity_factor: float = 1.25  # in training
     eval_capacity_factor: float = 2.0  # in evaluation; generation has a slot for every token
+    expert_dropout: float = 0.0  # in training this share of the hidden layers of routed experts is 0
     gating_dropout: float = 0.0  # in training this share of steps goes without the routed experts of all layers
     capacity_convention: CapacityConvention = "per_choice"
     dispatch: Literal["gather", "einsum", "grouped"] = "gather"  # grouped: dropless
@@ -85,8 +86,13 @@ class MoESpec(BlockSpec):
             raise error.below("router") from None
         if self.gating_dropout and self.router.selection.traits.reinforce:
             raise ConfigError("gating_dropout", "a policy learns from every step; allowed: 0")
-        if not 0 <= self.gating_dropout < 1:
-            raise ConfigError("gating_dropout", f"{self.gating_dropout} is outside [0, 1)")
+        for name in ("expert_dropout", "gating_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(name, f"{getattr(self, name)} is outside [0, 1)")
+        if self.expert_dropout and self.dropless:
+            raise ConfigError(
+                "expert_dropout", "dispatch=grouped drops nothing of a hidden layer; allowed: 0, or dispatch=gather"
+            )
 
         if self.free.total and not isinstance(self.router.overflow, Drop):
             raise ConfigError("router.overflow", "experts without a network are not sent on to; allowed: overflow=drop")

@@ -30,6 +30,7 @@ from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear
 from sparsejax.nn.mlp import MLP, Experts, ffn_width
 from sparsejax.ops.dispatch import MOVEMENTS, slot_weights
+from sparsejax.ops.dropout import slot_seeds
 from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import grouped_experts
 from sparsejax.routers.balance import with_local_balance, with_whole_balance
@@ -94,7 +95,7 @@ class MoELayer(nnx.Module):
             previous=batch.preceding(),
             domains=batch.domains,
             positions=batch.positions,
-            keys=_row_keys(context) if spec.router.needs_noise else None,
+            keys=_row_keys(context) if spec.router.needs_noise or spec.expert_dropout else None,
             lots=_lots(context) if "lots" in spec.router.selection.traits.needs else None,
             parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
             constants={name: gather_for_compute(parameter[...]) for name, parameter in self.constants.items()},
@@ -206,7 +207,7 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", con
             )
         moe = dataclasses.replace(moe, slots=rows, block_rows=in_blocks)
     else:
-        y = _through_slots(x_GSD, decision, weights, weight_specs, spec, activation)
+        y = _through_slots(x_GSD, decision, noise, weights, weight_specs, spec, activation)
     if "tensor" in weight_specs[0]:
         with jax.named_scope("combine"):
             y = sum_over(y, "tensor")
@@ -223,12 +224,22 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", con
     return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), (decisions, choices)
 
 
-def _through_slots(x_GSD, decision: Decision, weights, weight_specs, spec: "MoESpec", activation: Activation):
-    movement = MOVEMENTS[spec.dispatch]
+def _through_slots(
+    x_GSD,
+    decision: Decision,
+    noise: Optional[Noise],
+    weights,
+    weight_specs,
+    spec: "MoESpec",
+    activation: Activation,
+):
+    movement, rate, seed_EGC = MOVEMENTS[spec.dispatch], spec.expert_dropout, None
+    if noise is not None and rate:
+        seed_EGC = slot_seeds(noise.bits(13), decision.pairs, decision.slots)
     with jax.named_scope("dispatch"):
         z_EGCD = checkpoint_name(movement.dispatch(x_GSD, decision.pairs, decision.slots), "slots")
         scale_EGC = vary_like(slot_weights(decision.pairs, decision.slots), z_EGCD)
-    out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation, scale_EGC)
+    out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation, scale_EGC, seed_EGC, rate)
     with jax.named_scope("combine"):
         return movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
 

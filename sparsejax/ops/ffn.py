@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparsejax.ops.dropout import Dropout, drop_units
+
 Activation = Literal["gelu", "silu", "relu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 
@@ -39,9 +41,12 @@ def expert_down(
     weights: Weights,
     activation: Activation,
     scale_EN: Optional[Float[Array, "*E N"]] = None,
+    dropout: Optional[Dropout] = None,
 ) -> Float[Array, "*E N D"]:
     """The output, times `scale_EN` row by row."""
     hidden_ENF = hidden(up, activation)
+    if dropout is not None:
+        hidden_ENF = drop_units(hidden_ENF, dropout)
     if scale_EN is not None:
         hidden_ENF = scaled(hidden_ENF, scale_EN)
     return jnp.einsum("...nf,...fd->...nd", hidden_ENF, weights[1])
@@ -52,10 +57,11 @@ def expert_ffn(
     weights: Weights,
     activation: Activation,
     scale_EN: Optional[Float[Array, "*E N"]] = None,
+    dropout: Optional[Dropout] = None,
 ) -> Float[Array, "*E N D"]:
     """Every expert on its own N rows: two (three, when gated) matrix products. Works on any part of E or F.
 
     Between forward and backward pass only the input and its products are kept: the backward pass applies the
     activation again, which is cheaper than its intermediate values are large."""
     down = jax.checkpoint(expert_down, prevent_cse=False, static_argnums=2)
-    return down(expert_up(z_END, weights), weights, activation, scale_EN)
+    return down(expert_up(z_END, weights), weights, activation, scale_EN, dropout)

@@ -5,7 +5,7 @@ from typing import Optional, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs
@@ -25,6 +25,11 @@ class Noise:
         """`width` numbers of U[0, 1) for every token; other streams are independent."""
         draw = lambda key: jax.random.uniform(jax.random.fold_in(key, stream), (self.row_length, width))  # noqa: E731
         return jax.vmap(draw)(self.keys_B).reshape(*self.groups, width)
+
+    def bits(self, stream: int) -> UInt32[Array, "G S"]:
+        """A number for every token, all of uint32 being as likely."""
+        draw = lambda key: jax.random.bits(jax.random.fold_in(key, stream), (self.row_length,))  # noqa: E731
+        return jax.vmap(draw)(self.keys_B).reshape(self.groups)
 
     def gumbel(self, stream: int, width: int) -> Float[Array, "G S width"]:
         """Standard Gumbel noise: the argmax of log p + noise is a draw from p."""

@@ -1,6 +1,7 @@
 """A mixture-of-experts layer, token by token, from the equations; NumPy float64 and no JAX."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -32,6 +33,7 @@ class Layer:
     factor: tuple[int, int] = (1, 1)  # capacity factor as a fraction
     per_choice: bool = True
     group_size: int
+    stays: Optional[Callable[[int, int], np.ndarray]] = None  # [F], factors of an expert's hidden units for a token
 
 
 @dataclass
@@ -45,9 +47,15 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def feed_forward(x: np.ndarray, w_in: np.ndarray, w_out: np.ndarray, w_gate: Optional[np.ndarray] = None) -> np.ndarray:
+def feed_forward(
+    x: np.ndarray,
+    w_in: np.ndarray,
+    w_out: np.ndarray,
+    w_gate: Optional[np.ndarray] = None,
+    stays: np.ndarray | float = 1,
+) -> np.ndarray:
     hidden = gelu(x @ w_in) if w_gate is None else gelu(x @ w_gate) * (x @ w_in)
-    return hidden @ w_out
+    return (stays * hidden) @ w_out
 
 
 def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
@@ -72,7 +80,9 @@ def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
         for s in range(size):
             for c in range(layer.k):
                 if routing.kept[s, c]:
-                    y[first + s] += routing.weights[s, c] * expert(layer, x[first + s], routing.experts[s, c])
+                    y[first + s] += routing.weights[s, c] * expert(
+                        layer, x[first + s], routing.experts[s, c], first + s
+                    )
     for t in range(len(x)):
         if layer.shared:
             shared = feed_forward(x[t], *(w.astype(np.float64) for w in layer.shared))
@@ -85,11 +95,12 @@ def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
     return output
 
 
-def expert(layer: Layer, x: np.ndarray, e: int) -> np.ndarray:
+def expert(layer: Layer, x: np.ndarray, e: int, token: int) -> np.ndarray:
     if e >= len(layer.w_in):
         return free_expert(layer, x, e - len(layer.w_in))
     gate = None if layer.w_gate is None else layer.w_gate[e].astype(np.float64)
-    return feed_forward(x, layer.w_in[e].astype(np.float64), layer.w_out[e].astype(np.float64), gate)
+    stays = 1.0 if layer.stays is None else layer.stays(token, e)
+    return feed_forward(x, layer.w_in[e].astype(np.float64), layer.w_out[e].astype(np.float64), gate, stays)
 
 
 def free_expert(layer: Layer, x: np.ndarray, n: int) -> np.ndarray:
