@@ -315,7 +315,7 @@ def decide(
         pairs, slots, chosen_GP = config.overflow(config.order(pairs, candidates), candidates)
     processed_GP = slots.keep | (pairs.valid & (pairs.expert >= num_experts - inputs.free))
     return Decision(
-        pairs=dataclasses.replace(pairs, weight=config.weight(pairs, processed_GP)),
+        pairs=dataclasses.replace(pairs, weight=config.weight(pairs, processed_GP, k)),
         slots=slots,
         chosen_GP=chosen_GP,
         processed=processed_GP,

@@ -21,7 +21,9 @@ class Weight(Protocol):
         gradient."""
         ...
 
-    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]: ...
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
+        """Of every pair; `k` are the experts per token that the selection speaks of, however long the list is."""
+        ...
 
 
 def _check_scale(scale: float) -> None:
@@ -42,7 +44,7 @@ class Raw:
     def constant_for_one(self) -> bool:
         return False
 
-    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]:
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
         return self.scale * pairs.weight
 
 
@@ -61,7 +63,7 @@ class Renormalized:
     def constant_for_one(self) -> bool:
         return True
 
-    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]:
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
         counted_GP = pairs.weight if self.drop == "before" else jnp.where(keep_GP, pairs.weight, 0)
         total_GS = jnp.maximum(sum_over_pairs(counted_GP, pairs), 1e-9)
         return self.scale * pairs.weight / at_pairs(total_GS, pairs)
@@ -78,8 +80,8 @@ class Constant:
     def constant_for_one(self) -> bool:
         return True
 
-    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"]) -> Float[Array, "G P"]:
-        value = 1 / pairs.of_token.shape[-1] if self.value is None else self.value
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
+        value = 1 / k if self.value is None else self.value
         return jnp.full_like(pairs.weight, value)
 
 

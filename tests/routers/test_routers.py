@@ -89,7 +89,7 @@ def weighed(weight, scores_GSK=SCORES_GSK):
     """`[G, S, K]` weights of three tokens with two pairs each."""
     pairs = choice_major_pairs(jnp.zeros_like(scores_GSK, jnp.int32), scores_GSK, jnp.ones(scores_GSK.shape[:2], bool))
     keep_GP = KEEP_GSK.transpose(0, 2, 1).reshape(1, -1)
-    return by_token(weight(pairs, keep_GP), pairs)
+    return by_token(weight(pairs, keep_GP, 2), pairs)
 
 
 class TestWeights:
@@ -116,7 +116,7 @@ class TestWeights:
         logits = random_logits()
         scores = Softmax()(logits)
         pairs = TopK(k=2)(candidates(scores, MASK))
-        weights = by_token(Renormalized()(pairs, pairs.valid), pairs)
+        weights = by_token(Renormalized()(pairs, pairs.valid, 2), pairs)
         experts = by_token(pairs.expert, pairs)
         assert_close(weights, jax.nn.softmax(jnp.take_along_axis(logits, experts, -1), axis=-1), 1e-6)
 

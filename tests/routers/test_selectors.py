@@ -103,7 +103,7 @@ def test_what_is_not_chosen_has_no_part_in_a_renormalized_weight():
     """Top-p: a token's weights add up to 1. Expert choice: the weights of the real do not depend on padding."""
     for selector, scores in ((TopP(p=0.5, k=4), SCORES), (Positive(k=4), SPARSE)):
         pairs = selector(candidates(scores))
-        weight = jnp.where(pairs.valid, Renormalized()(pairs, pairs.valid), 0)
+        weight = jnp.where(pairs.valid, Renormalized()(pairs, pairs.valid, 4), 0)
         total = np.asarray(by_token(weight, pairs)).sum(-1)
         served = np.asarray(by_token(pairs.valid, pairs)).any(-1)
         np.testing.assert_allclose(total[served], 1, rtol=1e-5)
@@ -111,7 +111,7 @@ def test_what_is_not_chosen_has_no_part_in_a_renormalized_weight():
     padded = np.concatenate([SCORES, SCORES[:, ::-1]], axis=1)
     given = candidates(padded, np.broadcast_to(mask, (GROUPS, 2 * SIZE)), num_slots=6, limit=3)
     found, plain = ExpertChoice()(given), ExpertChoice()(candidates(SCORES, num_slots=3))
-    weights = [np.asarray(by_token(Renormalized()(p, p.valid) * p.valid, p))[:, :SIZE] for p in (found, plain)]
+    weights = [np.asarray(by_token(Renormalized()(p, p.valid, 2) * p.valid, p))[:, :SIZE] for p in (found, plain)]
     assert_close(weights[0], weights[1], 1e-6)
 
 

@@ -11,6 +11,8 @@ from contracts.test_router_contract import routers
 from sparsejax.ops.assignment import by_token
 from sparsejax.routers.replay import record
 from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.tables import Hash
+from sparsejax.routers.weights import Constant, Raw, Renormalized
 from sparsejax.train.trace import load_trace
 
 from runs import arguments, here
@@ -66,6 +68,21 @@ def test_a_step_of_training_is_traced(tmp_path):
     assert np.array_equal((np.asarray(layer.experts) >= 0).any(-1), trace.mask)
 
 
+TWO_KINDS = """
+from sparsejax import default_config
+from sparsejax.routers import presets
+
+
+def get_config():
+    config = default_config()
+    config.data.name = "synthetic"
+    config.data.batch_size, config.model.repeats = 8, 1
+    config.model.blocks.hash = "moe"
+    config.model.blocks.hash.router = presets.hash_layer()
+    config.model.pattern = ("moe", "hash")
+    return config
+"""
+
 ROUTERS = {name: router for name, router in routers().items() if name.split("=")[0] in ("selection", "order", "weight")}
 
 
@@ -92,6 +109,29 @@ def test_every_selection_can_be_taken_again(name):
     ]
     assert all(same) != router.selection.traits.own_scores
     assert not np.asarray(kept.kept)[~mask].any() and (np.asarray(kept.experts)[~mask] == -1).all()
+
+
+@pytest.mark.parametrize("weight", [Constant(), Renormalized(), Raw()])
+def test_places_of_no_expert_change_no_weight(weight):
+    """A trace fills the choices of every layer up to the most that any of them has."""
+    router = RouterConfig(selection=Hash(k=2), weight=weight)
+    first, _ = decided(router)
+    kept = record(first, 2)
+    again, _ = decided(router, experts=jnp.pad(kept.experts, [(0, 0), (0, 0), (0, 2)], constant_values=-1))
+    weights = np.where(kept.experts >= 0, record(again, 2).weights[..., :2], 0)
+    assert np.array_equal(weights, np.where(kept.experts >= 0, kept.weights, 0))
+
+
+def test_layers_of_different_k_are_replayed_as_they_were(tmp_path):
+    """A table of one expert with constant weights after a layer of two."""
+    run, path, file = tmp_path / "run", tmp_path / "trace.npz", tmp_path / "two_kinds.py"
+    file.write_text(TWO_KINDS)
+    settings = arguments("", train__steps=1, eval__batches=1)[2:]
+    done = here("train", f"--config={file}", f"--workdir={run}", *settings)
+    assert done.status == 0, done.err
+    row = here("eval", f"--workdir={run}", f"--trace={path}").json
+    assert {each.experts.shape[-1] for each in load_trace(path).layers.values()} == {1, 2}
+    assert here("eval", f"--workdir={run}", f"--replay={path}").json == row
 
 
 def test_margin_and_best_are_those_of_the_ranking():
