@@ -157,7 +157,7 @@ class LoadBalance:
             counts = (own + self.group_share * (shared - own)).reshape(counts.shape)
         return load_balance(counts, probability_sum, tokens, 1 if self.count == "first" else k)
 
-    def _by_group(self, values: Float[Array, "*B E"]) -> Float[Array, "*B D E/D"]:
+    def _by_group(self, values: Float[Array, "*B E"]) -> Float[Array, "*B groups each"]:
         assert self.expert_groups is not None
         return values.reshape(*values.shape[:-1], self.expert_groups, -1)
 

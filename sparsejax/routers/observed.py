@@ -28,7 +28,7 @@ class Observed:
     pairs: Pairs  # weights are scores
     inputs: Inputs
     k: int
-    selectors: Optional[Float[Array, "G S J E"]] = None  # of the logits, where the balance needs them
+    selectors: Optional[Float[Array, "G S N E"]] = None  # of the logits, where the balance needs them
 
     def clean_probabilities(self) -> Float[Array, "G S E"]:
         return as_probabilities(self.score(self.clean))

@@ -229,7 +229,7 @@ def route(
     state: Optional[Float[Array, "N E"]] = None,
 ) -> "Decision":
     """The decision for each group of tokens, in float32 whatever the dtype of `x_GSD`."""
-    spread_GSE, selectors_GSJE = None, None
+    spread_GSE, selectors_GSNE = None, None
     if config.learned:
         seen_GSD = jitter(x_GSD.astype(jnp.float32), inputs.noise, config.jitter)
         seen_GSD = drop_inputs(seen_GSD, inputs.noise, config.input_dropout)
@@ -237,12 +237,12 @@ def route(
         if inputs.noise is not None and not config.noise.silent:
             spread_GSE = config.noise.spread(seen_GSD, parameters, num_experts)
         if "selectors" in config.balance.needs and isinstance(config.logits, DSelectK):
-            selectors_GSJE = config.logits.chosen(seen_GSD, parameters, num_experts)  # the logits have it in common
+            selectors_GSNE = config.logits.chosen(seen_GSD, parameters, num_experts)  # the logits have it in common
     else:
         logits_GSE = vary_like(jnp.zeros((*x_GSD.shape[:2], num_experts), jnp.float32), x_GSD)
     reinforce = config.selection.traits.reinforce
     baseline_GS = reinforce.expected(x_GSD.astype(jnp.float32), parameters) if reinforce else None
-    return decide(logits_GSE, inputs, config, state, spread_GSE, baseline_GS, selectors_GSJE)
+    return decide(logits_GSE, inputs, config, state, spread_GSE, baseline_GS, selectors_GSNE)
 
 
 def decide(
@@ -252,7 +252,7 @@ def decide(
     state: Optional[Float[Array, "N E"]] = None,
     spread_GSE: Optional[Float[Array, "G S E"]] = None,
     baseline_GS: Optional[Float[Array, "G S"]] = None,
-    selectors_GSJE: Optional[Float[Array, "G S J E"]] = None,
+    selectors_GSNE: Optional[Float[Array, "G S N E"]] = None,
 ) -> Decision:
     """The decision for each group, from float32 logits. Padding is never selected and takes no slot.
 
@@ -260,7 +260,7 @@ def decide(
       state: of the controller, if it has one.
       spread_GSE: what the noise is multiplied with, if there is any.
       baseline_GS: the rewards that a policy expects, if the selection is one; its pairs are scored with π.
-      selectors_GSJE: of the logits, if the balance needs them.
+      selectors_GSNE: of the logits, if the balance needs them.
     """
     num_experts, k = logits_GSE.shape[-1], config.selection.experts_per_token
     clean_GSE, temperature = logits_GSE, None if state is None else config.controller.temperature(state)
@@ -300,7 +300,7 @@ def decide(
         pairs=pairs,
         inputs=inputs,
         k=k,
-        selectors=selectors_GSJE,
+        selectors=selectors_GSNE,
     )
     choices = None
     if baseline_GS is not None:

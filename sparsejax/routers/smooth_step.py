@@ -47,7 +47,7 @@ class DSelectK:
         products = d_model * self.selectors * (_bits(num_experts) + 1)
         return products, products
 
-    def chosen(self, x_GSD: Float[Array, "G S D"], parameters: Parameters, num_experts: int) -> Float[Array, "G S J E"]:
+    def chosen(self, x_GSD: Float[Array, "G S D"], parameters: Parameters, num_experts: int) -> Float[Array, "G S N E"]:
         """r of every selector."""
         bits = project(x_GSD, parameters["codes"]).reshape(*x_GSD.shape[:-1], self.selectors, -1)
         of_codes = of_every_code(smooth_step(bits, self.gamma))
