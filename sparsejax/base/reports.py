@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,6 +43,22 @@ class Choices:
 
 
 @struct
+class ExchangeReport:
+    """Rows of a dropless layer that moved between devices (leading axes: repeats of the layer). Counts are int32."""
+
+    dropped: Int[Array, "*R E"]  # pairs that did not fit the buffer of their expert's device
+    received: Int[Array, "*R"]  # rows
+    room: Int[Array, "*R"]  # rows that the buffers could have taken
+    demand: Int[Array, "*R 65"]  # how often a device was asked to take n/8 of the rows of an even load, n rounded up
+
+
+def demand_of(wanted: Int[Array, ""], even: int) -> Int[Array, " 65"]:
+    """One device's `demand`, asked to take so many rows where `even` would be its share."""
+    eighths = jnp.minimum(-(-8 * wanted // even), 64)
+    return (jnp.arange(65) == eighths).astype(jnp.int32)
+
+
+@struct
 class MoEReport:
     """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
     float32. `decisions` alone is no sum: `split_decisions` takes it out before reports are added."""
@@ -58,6 +75,7 @@ class MoEReport:
     z_sum: Float[Array, "*R"]  # Σ over tokens of logsumexp(logits)²
     balance_sum: Float[Array, "*R"]  # Σ over units of the balance, 1 at best; a unit is what its scope names
     balance_units: Float[Array, "*R"]  # the number of those units
+    exchange: Optional[ExchangeReport] = None  # of a dropless layer whose experts are split over devices
     block_rows: Optional[Int[Array, "*R"]] = None  # slots of a dropless layer that were blocks of uneven loads
     balance_measured: Optional[Float[Array, "*R N E"]] = None  # Σ over tokens of what the balance measured
     dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
@@ -71,7 +89,7 @@ class MoEReport:
     @property
     def dropped(self) -> Int[Array, "*R E"]:
         """Dropped pairs, all causes."""
-        return self.dropped_capacity
+        return self.dropped_capacity + (0 if self.exchange is None else self.exchange.dropped)
 
 
 @struct
@@ -123,8 +141,13 @@ def moe_ratios(report: MoEReport, experts_per_token: int, free: int = 0) -> dict
     assigned, tokens, slots = max(load.sum(), 1.0), max(float(report.tokens), 1.0), max(float(report.slots), 1.0)
     num_experts = load.shape[-1]
     in_slots = float(report.processed[: num_experts - free].sum())
-    blocks = {} if report.block_rows is None else {"moe/block_fraction": float(report.block_rows / slots)}
-    return blocks | {
+    dropless = {} if report.block_rows is None else {"moe/block_fraction": float(report.block_rows / slots)}
+    if report.exchange is not None:
+        dropless |= {
+            "moe/buffer_occupancy": float(report.exchange.received / max(float(report.exchange.room), 1.0)),
+            "moe/safe_buffer_factor": float(np.flatnonzero(report.exchange.demand).max(initial=0) / 8),
+        }
+    return dropless | {
         "moe/drop_fraction": float(report.dropped.sum() / assigned),
         "moe/unserved_fraction": float(report.unserved / tokens),
         "moe/load_max_over_mean": float(load.max() / mean),

@@ -1,4 +1,4 @@
-"""Slots through the experts that hold them, wherever those live on the mesh. Called inside `shard_map`."""
+"""Rows through their experts, wherever those live on the mesh. Called inside `shard_map`."""
 
 import functools
 from typing import Optional
@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt32
 
+from sparsejax.base.sharding import vary_like
+from sparsejax.ops.assignment import Pairs, fill_slots
+from sparsejax.ops.dispatch import combine_rows, dispatch_rows, weight_rows
 from sparsejax.ops.dropout import Dropout
+from sparsejax.ops.exchange import Exchange, Transport, exchange_rows
 from sparsejax.ops.ffn import Activation, Weights, expert_ffn
+from sparsejax.ops.grouped import Implementation, common_slots, grouped_experts
 
 
 def expert_parallel(
@@ -51,6 +56,43 @@ def _units(weights: Weights, specs: tuple[P, ...]) -> Int[Array, " F"]:
     width = weights[0].shape[-1]
     first = jax.lax.axis_index("tensor") * width if "tensor" in specs[0] else 0
     return first + jnp.arange(width, dtype=jnp.int32)
+
+
+def exchanged_experts(
+    x_TD: Float[Array, "T D"],
+    pairs: Pairs,
+    exchange: Exchange,
+    weights: Weights,
+    even: int,
+    activation: Activation,
+    implementation: Implementation,
+    transport: Transport,
+) -> tuple[Float[Array, "T D"], Int[Array, ""], Int[Array, ""]]:
+    """`grouped_experts` for pairs whose experts are on any device of the axis `expert`: what is received is routed once
+    more, each row to one expert. `even` is a device's share of rows when all have the same load."""
+    room, rows = exchange.expert_R.size, exchange.index.pair_N.size
+    legs = exchange.outward, exchange.homeward
+    with jax.named_scope("exchange"):
+        z_ND = dispatch_rows(x_TD, exchange.index)
+        scale_N1 = weight_rows(vary_like(pairs.weight[0], x_TD), exchange.index)[:, None]
+        z_RD, scale_R1 = (exchange_rows(transport, "expert", room, part, *legs) for part in (z_ND, scale_N1))
+    row_R = jnp.arange(room, dtype=jnp.int32)
+    received = Pairs(
+        token=row_R[None],
+        expert=exchange.expert_R[None],
+        weight=jnp.asarray(scale_R1).T,
+        valid=row_R[None] < exchange.received,
+        of_token=row_R[None, :, None],
+    )
+    here = len(weights[0])
+    with jax.named_scope("experts"):
+        slots = fill_slots(received, here, common_slots(even, here), None)
+        y_RD, computed, in_blocks = grouped_experts(
+            jnp.asarray(z_RD), weights, received, slots, activation, implementation
+        )
+    with jax.named_scope("exchange"):
+        out_ND = exchange_rows(transport, "expert", rows, y_RD, *reversed(legs))
+        return jnp.asarray(combine_rows(out_ND, exchange.index)), computed, in_blocks
 
 
 def whole_weights(weights: Weights, specs: tuple[P, ...]) -> Weights:

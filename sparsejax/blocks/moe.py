@@ -13,9 +13,6 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import (
-    MeshConfig,
-)
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.free_experts import FreeExperts
 from sparsejax.blocks.moe_layer import MoELayer
@@ -25,6 +22,7 @@ from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_copies
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.mlp import Experts, ffn_weights, ffn_width
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
+from sparsejax.ops.exchange import Transport
 from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import Implementation, ragged_dot_cost
 from sparsejax.ops.losses import reinforce_sums
@@ -60,15 +58,17 @@ class MoESpec(BlockSpec):
     capacity_convention: CapacityConvention = "per_choice"
     dispatch: Literal["gather", "einsum", "grouped"] = "gather"  # grouped: dropless
     grouped_matmul: Literal["auto", "slots", "megablox", "ragged_dot"] = "auto"  # auto: megablox on TPU, else slots
+    buffer_factor: float = 2.0  # room for dropless rows from other devices, over a device's share of an even load
+    exchange: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"  # of dropless rows; auto: ragged off CPU
     router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:
-        moved = () if self.dropless else ("slots", "experts")
+        moved = () if self.grouped("train") else ("slots", "experts")
         return ("attention", *moved) + (("mlp",) if self.shared_experts else ())
 
     def __post_init__(self):
-        for name in ("num_experts", "d_ff", "group_size", "capacity_factor", "eval_capacity_factor"):
+        for name in ("num_experts", "d_ff", "group_size", "capacity_factor", "eval_capacity_factor", "buffer_factor"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(name, f"{value} is not positive")
@@ -89,9 +89,11 @@ class MoESpec(BlockSpec):
         for name in ("expert_dropout", "gating_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is outside [0, 1)")
-        if self.expert_dropout and self.dropless:
+        if self.expert_dropout and self.grouped("train"):
             raise ConfigError(
-                "expert_dropout", "dispatch=grouped drops nothing of a hidden layer; allowed: 0, or dispatch=gather"
+                "expert_dropout",
+                "hidden layers drop nothing where rows are computed expert by expert; allowed: 0, or dispatch=gather "
+                "with experts that tokens choose",
             )
 
         if self.free.total and not isinstance(self.router.overflow, Drop):
@@ -129,6 +131,12 @@ class MoESpec(BlockSpec):
             return self.grouped_matmul
         return "megablox" if platform == "tpu" else "slots"
 
+    def transport(self, platform: str) -> Transport:
+        """What moves dropless rows between devices."""
+        if self.exchange != "auto":
+            return self.exchange
+        return "all_to_all" if platform == "cpu" else "ragged_all_to_all"
+
     @property
     def has_router(self) -> bool:
         return True
@@ -148,6 +156,11 @@ class MoESpec(BlockSpec):
         traits = self.router.selection.traits
         return mode == "generate" or traits.together or (self.dropless and not traits.fits)
 
+    def grouped(self, mode: Mode) -> bool:
+        """Whether rows are sorted and computed expert by expert, as many as there are: with dispatch=grouped, and
+        where a slot for every token would be E/k times the work."""
+        return self.dropless or self.room_for_all(mode)
+
     def slots_of_training(self, mode: Mode) -> bool:
         return mode == "train" or self.router.selection.traits.fits
 
@@ -156,7 +169,7 @@ class MoESpec(BlockSpec):
         return CONVENTIONS[self.capacity_convention]
 
     def unused(self) -> dict[str, str]:
-        reasons = {} if self.dropless else {"grouped_matmul": f"dispatch={self.dispatch}; it counts with grouped"}
+        reasons = {} if self.dropless else {"buffer_factor": f"dispatch={self.dispatch}; it counts with grouped"}
         if not self._convention.reads_factor(self.experts_per_token):
             fixed = f"{self.capacity_convention} has a fixed number of slots for k = {self.experts_per_token}"
             reasons["capacity_factor"] = fixed
@@ -239,24 +252,17 @@ class MoESpec(BlockSpec):
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
 
-    def check_mesh(self, mesh: MeshConfig) -> None:
-        if self.dropless and mesh.expert > 1:
-            raise ConfigError(
-                "dispatch",
-                f"grouped needs all experts on each device, and mesh.expert={mesh.expert}; allowed: mesh.expert=1, or "
-                "dispatch=gather",
-            )
-
     def decided_for(self, platform: str) -> list[str]:
-        if not self.dropless:
-            return []
         kind = self.implementation(platform)
         if kind == "megablox" and platform != "tpu":
             message = f"'megablox' is a kernel for TPU and this is a {platform}; allowed here: auto, slots, ragged_dot"
             raise ConfigError("grouped_matmul", message)
         cost = ragged_dot_cost() if kind == "ragged_dot" else 1.0
+        if self.transport(platform) == "ragged_all_to_all" and platform == "cpu":
+            raise ConfigError("exchange", "XLA has no 'ragged_all_to_all' for cpu; allowed here: auto, all_to_all")
         dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
-        return [f"grouped products by {kind}{dense}"]
+        told = [f"grouped products by {kind}{dense}; rows exchanged by {self.transport(platform)}"]
+        return told if self.grouped("train") else []
 
     def check_cached(self) -> None:
         if self.router.logits.traits.whole:

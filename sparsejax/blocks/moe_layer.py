@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sparsejax.base.reports import MoEReport
+from sparsejax.base.reports import ExchangeReport, MoEReport, demand_of
 from sparsejax.base.sharding import (
     BATCH_AXES,
     gather_for_compute,
@@ -24,13 +25,14 @@ from sparsejax.base.sharding import (
 )
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode
-from sparsejax.blocks.expert_parallel import expert_parallel, whole_weights
+from sparsejax.blocks.expert_parallel import exchanged_experts, expert_parallel, whole_weights
 from sparsejax.blocks.free_experts import free_output
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear
 from sparsejax.nn.mlp import MLP, Experts, ffn_width
 from sparsejax.ops.dispatch import MOVEMENTS, slot_weights
 from sparsejax.ops.dropout import slot_seeds
+from sparsejax.ops.exchange import plan_exchange
 from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import grouped_experts
 from sparsejax.routers.balance import with_local_balance, with_whole_balance
@@ -39,7 +41,7 @@ from sparsejax.routers.exploration import mask_outputs
 from sparsejax.routers.logits import Parameters
 from sparsejax.routers.lots import Lots, draw_lots
 from sparsejax.routers.replay import record
-from sparsejax.routers.router import Decision, report, route
+from sparsejax.routers.router import Decision, count_experts, report, route
 
 if TYPE_CHECKING:  # the config builds its layer, so it imports this file
     from sparsejax.blocks.moe import MoESpec
@@ -112,8 +114,9 @@ class MoELayer(nnx.Module):
         rows: Any = dict.fromkeys(names, by_row)
         specs = Routing(**rows, parameters=whole, constants=whole, state=whole)
         rows_spec = P(BATCH_AXES, None, None)
-        # Pallas calls carry no varying-axes types.
-        typed = not (spec.dropless and spec.implementation(mesh_platform()) == "megablox")
+        # Pallas calls and ragged exchanges carry no varying-axes types.
+        untyped = (spec.implementation(mesh_platform()), spec.transport(mesh_platform())) != ("slots", "all_to_all")
+        typed = not (spec.grouped(context.mode) and untyped)
         run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
         compute = functools.partial(run, x_BTD.astype(experts.dtype), routing, *weights)
         y_BTD, moe, (decisions, choices) = _now_and_then(compute, spec.gating_dropout, context)
@@ -186,27 +189,18 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", con
             num_slots=int(capacities[-1]),
             training=mode == "train",
             generating=mode == "generate",
-            dropless=spec.dropless,
+            dropless=spec.grouped(mode),
             free=spec.free.total,
             noise=noise,
             experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
             lots=jax.tree.map(lambda lots_BT: lots_BT.reshape(groups, size), routing.lots),
         )
         decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.scored_experts, routing.state)
-    moe = report(decision, mask_GS)
-    if spec.dropless:
-        weights = whole_weights(weights, weight_specs)
-        with jax.named_scope("experts"):
-            y, rows, in_blocks = grouped_experts(
-                x_GSD.reshape(groups * size, -1),
-                weights,
-                decision.pairs,
-                decision.slots,
-                activation,
-                spec.implementation(mesh_platform()),
-            )
-        moe = dataclasses.replace(moe, slots=rows, block_rows=in_blocks)
+    if spec.grouped(mode):
+        y, decision, more = _dropless(x_GSD, decision, weights, weight_specs, spec, activation, mode)
+        moe = dataclasses.replace(report(decision, mask_GS), **more)
     else:
+        moe = report(decision, mask_GS)
         y = _through_slots(x_GSD, decision, noise, weights, weight_specs, spec, activation)
     if "tensor" in weight_specs[0]:
         with jax.named_scope("combine"):
@@ -242,6 +236,37 @@ def _through_slots(
     out_EGCD = expert_parallel(z_EGCD, weights, weight_specs, activation, scale_EGC, seed_EGC, rate)
     with jax.named_scope("combine"):
         return movement.combine(checkpoint_name(out_EGCD, "experts"), decision.pairs, decision.slots)
+
+
+def _dropless(
+    x_GSD, decision: Decision, weights, weight_specs, spec: "MoESpec", activation: Activation, mode: Mode
+) -> tuple[Array, Decision, dict[str, Any]]:
+    """(every pair through its expert, the decision without what the exchange had no room for, what to report)."""
+    x_TD, pairs, slots = x_GSD.reshape(-1, x_GSD.shape[-1]), decision.pairs, decision.slots
+    weights, platform = whole_weights(weights, weight_specs), mesh_platform()
+    implementation = spec.implementation(platform)
+    if "expert" not in weight_specs[0]:
+        with jax.named_scope("experts"):
+            y_TD, rows, in_blocks = grouped_experts(x_TD, weights, pairs, slots, activation, implementation)
+        return y_TD, decision, {"slots": rows, "block_rows": in_blocks}
+    size = pairs.token.shape[1]
+    even = size if spec.router.selection.traits.fits else spec.experts_per_token * len(x_TD)
+    room = size * jax.lax.axis_size("expert")  # for everyone's
+    if mode != "generate" and not spec.router.selection.traits.together:
+        room = min(math.ceil(spec.buffer_factor * even), room)
+    with jax.named_scope("route"):
+        exchange = plan_exchange(pairs, slots, spec.num_experts, room, "expert")
+        lost_1P = exchange.lost_P[None]
+        moved = ExchangeReport(
+            dropped=count_experts(pairs.expert, lost_1P, spec.scored_experts),
+            received=exchange.received,
+            room=jnp.int32(room),
+            demand=demand_of(exchange.wanted, even),
+        )
+    y_TD, rows, in_blocks = exchanged_experts(
+        x_TD, pairs, exchange, weights, even, activation, implementation, spec.transport(platform)
+    )
+    return y_TD, decision.without(lost_1P), {"slots": rows, "block_rows": in_blocks, "exchange": moved}
 
 
 def _groups(rows: int, length: int, spec: "MoESpec", mode: Mode) -> tuple[int, int]:

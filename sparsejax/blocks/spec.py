@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import Report
-from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.upcycling import Arrays, copied
 from sparsejax.nn.backbone import Backbone
@@ -93,9 +92,6 @@ class BlockSpec(abc.ABC):
     def leak(self) -> Optional[str]:
         """Why a causal model must not have such a block, if it must not."""
         return None
-
-    def check_mesh(self, mesh: MeshConfig) -> None:
-        """Raises `ConfigError` unless the block runs on such a mesh, beyond what `splits` says."""
 
     def decided_for(self, platform: str) -> list[str]:
         """What its config leaves to the platform, as sentences. Raises `ConfigError` when that cannot run it."""

@@ -121,6 +121,8 @@ def sorted_index(pairs: Pairs, slots: Slots, kept_E: Int[Array, " E"], rows: int
 
 def at(values: Array, index: Int[Array, " N"], fill: int = 0) -> Array:
     """Entries by number; a number one past the end gives `fill`."""
+    if not len(values):
+        return vary_like(jnp.full((*index.shape, *values.shape[1:]), fill, values.dtype), values)
     return values.at[index].get(mode="fill", fill_value=fill)
 
 
@@ -131,9 +133,10 @@ def near(values: Array, index: Int[Array, " N"]) -> Array:
 
 
 def sum_slots(rows_ND: Float[Array, "N D"], index: Index) -> Float[Array, "T D"]:
-    """Each token's sum over the slots of its pairs."""
+    """Each token's sum over the slots of its pairs, in float32: to be rounded once."""
     nowhere = index.pair_N.size
-    first_TD, *others = (at(rows_ND, at(index.slot_P, pair_T, fill=nowhere)) for pair_T in index.pair_TK.T)
+    rows = (at(rows_ND, at(index.slot_P, pair_T, fill=nowhere)) for pair_T in index.pair_TK.T)
+    first_TD, *others = (row_TD.astype(jnp.float32) for row_TD in rows)
     return sum(others, first_TD)
 
 
@@ -146,7 +149,7 @@ def dispatch_rows(x_TD: Float[Array, "T D"], index: Index) -> Float[Array, "N D"
 @jax.custom_vjp
 def combine_rows(out_ND: Float[Array, "N D"], index: Index) -> Float[Array, "T D"]:
     """Each token's sum over its slots. An empty slot's cotangent is that of some token: its weight, 0, comes next."""
-    return sum_slots(out_ND, index)
+    return sum_slots(out_ND, index).astype(out_ND.dtype)
 
 
 @jax.custom_vjp
@@ -155,7 +158,10 @@ def weight_rows(weight_P: Float[Array, " GP"], index: Index) -> Float[Array, " N
     return at(weight_P, index.pair_N)
 
 
-dispatch_rows.defvjp(lambda x, index: (dispatch_rows(x, index), index), lambda index, dz: (sum_slots(dz, index), None))
+dispatch_rows.defvjp(
+    lambda x, index: (dispatch_rows(x, index), index),
+    lambda index, dz: (sum_slots(dz, index).astype(dz.dtype), None),
+)
 combine_rows.defvjp(
     lambda out, index: (combine_rows(out, index), index), lambda index, dy: (near(dy, index.token_N), None)
 )

@@ -41,8 +41,11 @@ LARGE_BLOCK = 512
 
 
 def common_slots(pairs: int, num_experts: int) -> int:
-    """Slots that every expert has: 1.25 standard deviations of uniform routing above the mean load, a multiple of 8."""
+    """Slots that every expert has: 1.25 standard deviations of uniform routing above the mean load, a multiple of 8;
+    none when there are fewer pairs than experts, many of which then need not be read."""
     mean = pairs / num_experts
+    if mean < 1:
+        return 0
     return min(pairs, 8 * math.ceil((mean + 1.25 * math.sqrt(mean)) / 8))
 
 
@@ -166,10 +169,10 @@ def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan:
             expert, pair_B, token_B = _block(number, size, blocks, plan)
             scale_B = at(weight_P, pair_B)
             out_BD = expert_ffn(near(x_TD, token_B), _weights_of(expert, weights), activation, scale_B)
-            return y_TD.at[token_B].add(out_BD, mode="drop")
+            return y_TD.at[token_B].add(out_BD.astype(jnp.float32), mode="drop")
 
         y_TD = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, y_TD)
-    return y_TD, (x_TD, weights, weight_P, plan, up)
+    return y_TD.astype(x_TD.dtype), (x_TD, weights, weight_P, plan, up)
 
 
 def _experts_bwd(activation: Activation, residuals, dy_TD):
@@ -199,14 +202,15 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
             _, pull = jax.vjp(lambda x, weights, scale: expert_ffn(x, weights, activation, scale), *rows)
             dx_BD, dweights_of_one, dscale_B = pull(near(dy_TD, token_B))
             return (
-                dx_TD.at[token_B].add(dx_BD, mode="drop"),
+                dx_TD.at[token_B].add(dx_BD.astype(jnp.float32), mode="drop"),
                 tuple(_add_at(*both, expert) for both in zip(dweights, dweights_of_one, strict=True)),
                 dweight_P.at[pair_B].set(dscale_B, mode="drop"),
             )
 
         grads = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, grads)
     dx_TD, dweights, dweight_P = grads
-    return dx_TD, jax.tree.map(lambda weight, grad: grad.astype(weight.dtype), weights, dweights), dweight_P, None
+    dx_TD, dweights = jax.tree.map(lambda value, grad: grad.astype(value.dtype), (x_TD, weights), (dx_TD, dweights))
+    return dx_TD, dweights, dweight_P, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -221,12 +225,13 @@ def _if_even(plan: Plan, function, *operands):
     """`function` of the operands, or zeros of its shapes when the common slots are not used."""
     shapes = jax.eval_shape(function, *operands)
     zeros = lambda *_: jax.tree.map(lambda s: vary_like(jnp.zeros(s.shape, s.dtype), operands[0]), shapes)  # noqa: E731
-    return jax.lax.cond(plan.even, function, zeros, *operands)
+    return jax.lax.cond(plan.even, function, zeros, *operands) if plan.index.pair_N.size else zeros()
 
 
 def _by_expert(values_N: Array, weights: Weights) -> Array:
     """`[N, …]` → `[E, N / E, …]`."""
-    return values_N.reshape(weights[0].shape[0], -1, *values_N.shape[1:])
+    experts = weights[0].shape[0]
+    return values_N.reshape(experts, len(values_N) // experts, *values_N.shape[1:])
 
 
 def _weights_of(expert: Int[Array, ""], weights: Weights) -> Weights:

@@ -117,7 +117,7 @@ def group_size(spec: MoESpec, sequence_length: int) -> int:
 def slots_per_expert(spec: MoESpec, sequence_length: int, mode: SlotMode) -> int:
     """C, for one group of unmasked tokens; dropless, the slots for a row's tokens if loads are nearly even."""
     size = group_size(spec, sequence_length)
-    if spec.dropless:
+    if spec.grouped(mode):
         return common_slots(size * spec.experts_per_token, spec.scored_experts)
     return int(spec.capacities(size, mode)[-1])
 

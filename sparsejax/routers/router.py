@@ -219,6 +219,12 @@ class Decision:
     measured_GSNE: Optional[Float[Array, "G S N E"]]  # what the balance measured
     choices: Optional[Choices] = None  # of a policy, `[G, S]`
 
+    def without(self, lost_GP: Bool[Array, "G P"]) -> "Decision":
+        """The decision with pairs that did not get to their expert although it had a slot for them."""
+        count_E = count_experts(self.pairs.expert, lost_GP, len(self.slots.processed))
+        slots = dataclasses.replace(self.slots, processed=self.slots.processed - count_E)
+        return dataclasses.replace(self, slots=slots, processed=self.processed & ~lost_GP)
+
 
 def route(
     x_GSD: Float[Array, "G S D"],

@@ -121,10 +121,6 @@ class ExperimentConfig:
                 # Activations of the hidden width are split whatever the rule for its parameters.
                 mesh_axis = rules.experts if axis == "experts" else "tensor"
                 _divides(size, f"model.blocks.{name}.{key}", mesh_axis, mesh)
-            try:
-                spec.check_mesh(mesh)
-            except ConfigError as error:
-                raise error.below(f"model.blocks.{name}") from None
 
     def _check_groups(self) -> None:
         tokens = self.microbatch_size // self.mesh.batch_shards * self.data.sequence_length
