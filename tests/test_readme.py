@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparsejax.base.config import load
 from sparsejax.base.shapes import LEGEND
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.balance import NoBalance
 from sparsejax.routers.router import RouterConfig
+from sparsejax.train.config import ExperimentConfig
 
 from runs import environment, here
 from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 VERBS = {shlex.split(line)[3]: line for line in reversed(COMMANDS) if line.startswith("python -m sparsejax ")}
 """Verb → the first command with it."""
 
@@ -148,9 +151,17 @@ def test_config_keys_of_the_table_exist():
             assert a_block or any(f"{path}.".startswith(f"{name}.") for path in known), name
 
 
+@pytest.mark.parametrize("edit", [block for block in PYTHON if "config." in block])
+def test_edits_of_a_config_are_accepted(edit, tmp_path):
+    lines = ["from sparsejax import default_config", "def get_config():", " config = default_config()"]
+    path = tmp_path / "edited.py"
+    path.write_text("\n".join(lines + [f" {line}" for line in edit.splitlines()] + [" return config"]))
+    load(ExperimentConfig, str(path))
+
+
 def test_the_selection_of_the_readme_works():
     """Its code is run as it stands, in a layer; it is as short as it is said to be."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Neighbours" in block]
+    (code,) = [block for block in PYTHON if "class Neighbours" in block]
     assert len(code.splitlines()) <= 40
     found: dict = {}
     exec(code, found)
