@@ -138,7 +138,6 @@ def test_tree_names_every_package():
 
 def test_config_keys_of_the_table_exist():
     from sparsejax.base.config import leaves
-    from sparsejax.train.config import ExperimentConfig
 
     known = [path.replace("blocks.dense.", "blocks.NAME.") for path in leaves(ExperimentConfig())]
     known += leaves(ExperimentConfig())

@@ -218,12 +218,13 @@ class Decision:
     pressed_E: Optional[Float[Array, " E"]]  # what its loss is made of
     measured_GSNE: Optional[Float[Array, "G S N E"]]  # what the balance measured
     choices: Optional[Choices] = None  # of a policy, `[G, S]`
+    lost: Optional[Bool[Array, "G P"]] = None  # pairs that the exchange between devices had no room for
 
     def without(self, lost_GP: Bool[Array, "G P"]) -> "Decision":
-        """The decision with pairs that did not get to their expert although it had a slot for them."""
+        """The decision after an exchange that lost these pairs."""
         count_E = count_experts(self.pairs.expert, lost_GP, len(self.slots.processed))
         slots = dataclasses.replace(self.slots, processed=self.slots.processed - count_E)
-        return dataclasses.replace(self, slots=slots, processed=self.processed & ~lost_GP)
+        return dataclasses.replace(self, slots=slots, processed=self.processed & ~lost_GP, lost=lost_GP)
 
 
 def route(
@@ -343,13 +344,14 @@ def report(decision: Decision, mask_GS: Bool[Array, "G S"]) -> MoEReport:
     free_E = count_experts(pairs.expert, pairs.valid, num_experts)[with_slots:]
     served_GS = served_tokens(pairs, decision.processed).reshape(mask_GS.shape)
     entropy_GS = -jnp.sum(p_GSE * jnp.log(jnp.maximum(p_GSE, 1e-30)), axis=-1)
+    arrived_GP = decision.processed if decision.lost is None else decision.processed | decision.lost
     tokens = mask_GS.sum(dtype=jnp.int32)
     measured = decision.measured_GSNE
     dual_sum, dual_units = (None, None) if decision.dual is None else decision.dual
     return MoEReport(
         assigned=jnp.concatenate([slots.assigned, free_E]),
         processed=jnp.concatenate([slots.processed, free_E]),
-        dropped_capacity=count_experts(decision.chosen_GP, pairs.valid & ~decision.processed, num_experts),
+        dropped_capacity=count_experts(decision.chosen_GP, pairs.valid & ~arrived_GP, num_experts),
         tokens=tokens,
         masked=jnp.int32(mask_GS.size) - tokens,
         unserved=(mask_GS & ~served_GS).sum(dtype=jnp.int32),
