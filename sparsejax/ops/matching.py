@@ -73,7 +73,8 @@ def auction(
     Bertsekas' auction with `limit` copies of every expert: all tokens without a slot bid for the expert whose score
     less its price is best, and outbid the next best by ε; an expert keeps the `limit` highest bids. The sum of scores
     is within S · ε of the optimum, so for whole numbers and ε < 1/S it is the optimum. Needs E · limit ≥ unmasked
-    tokens."""
+    tokens, and scores of no more than some 10⁶ ε. Who is without a slot after `max_rounds` gets one that is free
+    (`take_free`), and the bound does not hold."""
     size, num_experts = scores_SE.shape
     # What an expert's last slot costs; none is sold at first.
     token_S, expert_E = jnp.arange(size), jnp.arange(num_experts)
@@ -109,4 +110,31 @@ def auction(
     start = (jnp.full(size, num_experts), jnp.zeros(size), jnp.zeros(num_experts), jnp.int32(0))
     start = tuple(vary_like(value, scores_SE) for value in start)
     held_S, *_ = jax.lax.while_loop(go_on, bid_round, start)
-    return held_S
+    return take_free(scores_SE, held_S, mask_S, limit)
+
+
+def take_free(
+    scores_SE: Float[Array, "S E"], held_S: Int[Array, " S"], mask_S: Bool[Array, " S"], limit: Int[Array, ""]
+) -> Int[Array, " S"]:
+    """`held_S` with an expert for every unmasked token without one (E): the best that has less than `limit`, earlier
+    tokens first. Each round fills an expert or is the last."""
+    num_experts = scores_SE.shape[-1]
+    expert_E = jnp.arange(num_experts)
+
+    def waiting(held_S):
+        return mask_S & (held_S == num_experts)
+
+    def go_on(state):
+        held_S, rounds = state
+        return waiting(held_S).any() & (rounds < num_experts)
+
+    def ask(state):
+        held_S, rounds = state
+        free_E = limit - (held_S[:, None] == expert_E).sum(0)
+        best_S = jnp.argmax(jnp.where(free_E > 0, scores_SE, -jnp.inf), axis=-1)
+        asks_SE = waiting(held_S)[:, None] & (best_S[:, None] == expert_E)
+        gets_S = (asks_SE & (jnp.cumsum(asks_SE, axis=0) <= free_E)).any(-1)
+        return jnp.where(gets_S, best_S, held_S), rounds + 1
+
+    start = tuple(vary_like(value, scores_SE) for value in (held_S, jnp.int32(0)))
+    return jax.lax.while_loop(go_on, ask, start)[0]

@@ -9,7 +9,7 @@ import pytest
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choices, fill_slots
-from sparsejax.ops.matching import auction, sinkhorn, token_prices
+from sparsejax.ops.matching import auction, sinkhorn, take_free, token_prices
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
@@ -561,11 +561,13 @@ def scipy_assignment(scores):
 
 
 class TestBalancedAssignment:
-    def held(self, scores, epsilon, mask=None):
+    def held(self, scores, epsilon, mask=None, **more):
         size, num_experts = scores.shape
         mask = np.ones(size, bool) if mask is None else mask
         limit = -(-int(mask.sum()) // num_experts)
-        run = jax.jit(lambda s: auction(s, jnp.asarray(mask), jnp.int32(limit), -(-size // num_experts), epsilon))
+        run = jax.jit(
+            lambda s: auction(s, jnp.asarray(mask), jnp.int32(limit), -(-size // num_experts), epsilon, **more)
+        )
         return np.asarray(run(jnp.asarray(scores, jnp.float32)))
 
     @pytest.mark.parametrize("seed", range(4))
@@ -598,6 +600,25 @@ class TestBalancedAssignment:
             pairs = BalancedAssignment()(given)
             chosen.append(np.asarray(by_token(pairs.expert, pairs))[:, :40])
         assert np.array_equal(*chosen)
+
+    @pytest.mark.parametrize("offset, scale", [(0, 1), (30, 1e-5), (-3, 0), (0, 1e-12)])
+    def test_every_token_has_an_expert_whatever_the_logits_range(self, offset, scale):
+        logits = offset + scale * np.random.default_rng(0).normal(size=(1, 64, EXPERTS))
+        pairs = BalancedAssignment()(candidates(logits))
+        assert np.asarray(pairs.valid).all() and (np.bincount(pairs.expert[0], minlength=EXPERTS) == 8).all()
+
+    def test_whom_the_rounds_leave_without_a_slot_takes_a_free_one(self):
+        """Tokens that are all alike bid for the same expert, round after round."""
+        scores, mask = np.repeat(RNG.normal(size=(1, EXPERTS)), 61, axis=0), np.arange(61) % 7 > 0
+        held = self.held(scores, 0.001, mask, max_rounds=3)
+        assert (held[~mask] == EXPERTS).all() and np.bincount(held[mask], minlength=EXPERTS).max() <= 7
+        assert (held[mask] < EXPERTS).all()
+
+    def test_a_free_slot_goes_by_score_and_then_by_order(self):
+        scores = jnp.asarray([[3, 2, 1], [3, 2, 1], [3, 2, 1], [0, 1, 3], [3, 2, 1], [3, 2, 1]], jnp.float32)
+        held, mask = jnp.array([3, 0, 3, 3, 3, 3]), jnp.array([1, 1, 1, 1, 1, 0], bool)
+        assert take_free(scores, held, mask, jnp.int32(2)).tolist() == [0, 0, 1, 2, 1, 3]
+        assert take_free(scores, held, mask, jnp.int32(1)).tolist() == [1, 0, 3, 2, 3, 3]
 
     def test_every_expert_gets_its_share_and_evaluation_the_best(self):
         logits = RNG.normal(size=(2, 32, EXPERTS)).astype(np.float32) + 2 * np.eye(EXPERTS, dtype=np.float32)[0]
