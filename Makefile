@@ -22,7 +22,7 @@ test-all: $(VENV)/.installed-all  ## the slow ones, too
 
 bench: $(VENV)/.installed-dev  ## paired timings; every figure is a ratio within one run
 	$(RUN) benchmarks/moe_layer.py
-	$(RUN) benchmarks/dispatch.py
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) benchmarks/dispatch.py  # rows moved, and not small pages cleared for them
 	$(RUN) benchmarks/decision.py
 	$(RUN) benchmarks/train_step.py
 

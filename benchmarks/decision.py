@@ -4,29 +4,35 @@ Run:  python benchmarks/decision.py [--rounds=25]
 
 Forward, float32, one group. Selections take turns with value and gradient of the experts' products at capacity factor
 1.0 (row 1 of `moe_layer.py`: 4096 tokens, d = 512, hidden = 1024, E = 8, k = 1); `balanced_assignment` with those of
-64 experts, on Gaussian scores. A figure is the median over rounds of decision / experts."""
+64 experts, on Gaussian scores, and its score is compared with SciPy's optimum. A figure is the median over rounds of
+decision / experts. Needs SciPy (`pip install -e '.[dev]'`)."""
 
 import argparse
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from sparsejax.ops.ffn import expert_ffn
-from sparsejax.routers.candidates import Inputs
+from sparsejax.routers.candidates import Inputs, Noise
 from sparsejax.routers.expert_choice import ExpertChoice
+from sparsejax.routers.lots import Lots
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.policy import Policy, Random
 from sparsejax.routers.router import RouterConfig, route
+from sparsejax.routers.scores import Relu
 from sparsejax.routers.tables import Hash
-from sparsejax.routers.top_k import Prototypes, SecondExpert, TopK, TopP
+from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
 from sparsejax.routers.weights import Raw
 
 from timing import interleaved, quartiles
 
 TOKENS, WIDTH, HIDDEN = 4096, 512, 1024
 ROUTER = RouterConfig(selection=TopK(k=1), weight=Raw(), allow_leak=True)
-SELECTIONS = {
+SELECTIONS: dict[str, Any] = {
     "top_k, k = 1": TopK(k=1),
     "top_k, k = 2": TopK(k=2),
     "second_expert": SecondExpert(policy="threshold"),
@@ -34,6 +40,10 @@ SELECTIONS = {
     "top_p": TopP(k=4),
     "hash": Hash(k=1),
     "expert_choice": ExpertChoice(k=1),
+    "expert_choice, at most 2, 100 iterations": ExpertChoice(k=1, cap=2, iterations=100),
+    "positive": Positive(k=1),
+    "policy": Policy(),
+    "random": Random(),
     "sinkhorn, 8 iterations": Sinkhorn(k=1, iterations=8),
 }
 
@@ -54,15 +64,19 @@ def decision(selection, num_experts: int):
         limit=jnp.full(1, slots, jnp.int32),
         num_slots=slots,
         training=True,
+        noise=Noise(keys_B=keys[:1], row_length=TOKENS, groups=(1, TOKENS)),
+        lots=Lots(**dict.fromkeys(("shared", "document", "token"), ids.astype(jnp.uint32))),
     )
-    router = dataclasses.replace(ROUTER, selection=selection)
+    router = dataclasses.replace(ROUTER, selection=selection, score=Relu() if selection.traits.sparse else ROUTER.score)
+    learned = router.init(keys[1], WIDTH, num_experts)
+    parameters = {name: parameter[...] for name, parameter in learned.items()} | {"weight": weight}
 
     @jax.jit
-    def decide(x, weight):
-        decided = route(x, {"weight": weight}, inputs, router, num_experts)
-        return decided.pairs, decided.slots
+    def decide(x, parameters):
+        decided = route(x, parameters, inputs, router, num_experts)
+        return decided.pairs, decided.slots, decided.logits_GSE
 
-    return lambda: decide(x, weight)
+    return lambda: decide(x, parameters)
 
 
 def experts(num_experts: int):
@@ -80,7 +94,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     rounds = parser.parse_args().rounds
     show({name: decision(selection, 8) for name, selection in SELECTIONS.items()}, experts(8), rounds)
-    show({"balanced_assignment, ε = range / 50": decision(BalancedAssignment(precision=0.02), 64)}, experts(64), rounds)
+    balanced = decision(BalancedAssignment(precision=0.02), 64)
+    show({"balanced_assignment, ε = range / 50": balanced}, experts(64), rounds)
+    print(f"    its score, below the optimum by {short_of_optimum(balanced):.3f} of the bound T · ε")
+
+
+def short_of_optimum(balanced) -> float:
+    """(best score − score) / (T · ε), with SciPy's assignment of tokens to slots."""
+    pairs, _, logits = (jax.tree.map(np.asarray, part) for part in balanced())
+    scores = logits[0].astype(np.float64)
+    slots = np.repeat(scores, TOKENS // scores.shape[1], axis=1)
+    best = slots[linear_sum_assignment(slots, maximize=True)].sum()
+    found = scores[pairs.token[0], pairs.expert[0]][pairs.valid[0]].sum()
+    return (best - found) / (TOKENS * 0.02 * (scores.max() - scores.min()))
 
 
 def show(decisions, layer, rounds: int) -> None:
