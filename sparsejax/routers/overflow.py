@@ -64,6 +64,8 @@ class NextBest:
     def check(self, selection: Selector) -> None:
         if selection.experts_per_token != 1:
             raise ConfigError("", f"next_best sends on single experts, not {selection.experts_per_token} of a token")
+        if selection.traits.beyond_k:
+            raise ConfigError("", "next_best sends on single experts, and a token may have several; allowed: most=1")
         if selection.traits.fits or selection.traits.fixed:
             raise ConfigError("", "next_best goes by the ranking of tokens that chose their expert themselves")
 

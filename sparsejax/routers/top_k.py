@@ -147,7 +147,9 @@ class Positive(ChoosesK):
     most: Optional[int] = None  # the highest of the positive; None: all of them
     above: float = 0.0
 
-    traits = Traits(variable_k=True, sparse=True)
+    @property
+    def traits(self) -> Traits:
+        return Traits(variable_k=True, beyond_k=self.most != self.k, sparse=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,7 +178,9 @@ class Threshold(ChoosesK):
     k: int = 2
     most: int = 8
 
-    traits = Traits(variable_k=True, thresholds=True)
+    @property
+    def traits(self) -> Traits:
+        return Traits(variable_k=True, beyond_k=self.most != self.k, thresholds=True)
 
     def __post_init__(self):
         super().__post_init__()

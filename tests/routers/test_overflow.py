@@ -16,7 +16,7 @@ from sparsejax.routers.orders import ByScore
 from sparsejax.routers.overflow import Drop, NextBest
 from sparsejax.routers.router import RouterConfig, decide, report
 from sparsejax.routers.selectors import SELECTORS
-from sparsejax.routers.top_k import TopK
+from sparsejax.routers.top_k import Positive, Threshold, TopK
 from sparsejax.routers.weights import Constant, Raw
 
 from reference import selection as slow
@@ -116,6 +116,17 @@ def test_it_sends_nobody_where_a_limit_forbids():
     decision, moe = decided(NextBest(rounds=EXPERTS), 3, limit=limit)
     served, expert = by_tokens(decision.slots.keep, decision), by_tokens(decision.pairs.expert, decision)
     assert (expert // 2 == LOGITS.argmax(-1) // 2)[served].all() and moe.dropped.sum() > 0
+
+
+@pytest.mark.parametrize("selection", [Positive(k=1), Positive(k=1, most=2), Threshold(k=1)], ids=repr)
+def test_a_single_expert_in_the_mean_is_not_a_single_one(selection):
+    """A second pair could be sent on to where the first one is."""
+    controller = ExpertThreshold() if selection.traits.thresholds else NoController()
+    given = {"weight": Raw(), "controller": controller, "overflow": NextBest(), "allow_leak": True}
+    with pytest.raises(ConfigError, match="next_best sends on single experts, and a token may have several") as error:
+        RouterConfig(selection=selection, **given)
+    assert error.value.key == "overflow"
+    assert RouterConfig(selection=dataclasses.replace(selection, most=1), **given).overflow == NextBest()
 
 
 @pytest.mark.parametrize("name", SELECTORS)
