@@ -191,7 +191,8 @@ class ExpertThreshold(WithoutLoss):
 
     For each group of S tokens, θ_e is the (kS/E + 1)-th largest score of the expert. What is added to the ranking is
     −θ, averaged over groups, then over steps: a mean of all steps at first, and once there are 1 / (1 − `decay`) of
-    them an exponential one. At the first step θ is 0. The state's second row is the number of steps."""
+    them an exponential one. At the first step θ is 0: tokens take the `most`
+    experts that they may, and scarce slots drop much. The state's second row is the number of steps."""
 
     decay: float = 0.99
 

@@ -20,7 +20,7 @@ from sparsejax.ops.grouped import common_slots
 from sparsejax.ops.losses import router_z_sum
 from sparsejax.routers.balance import BALANCES, Balance, LoadBalance
 from sparsejax.routers.candidates import Candidates, Inputs, Selector
-from sparsejax.routers.controllers import CONTROLLERS, Controller, Quantile, WithoutLoss
+from sparsejax.routers.controllers import CONTROLLERS, Controller, ExpertThreshold, Quantile, WithoutLoss
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.exploration import drop_inputs, explore, jitter
 from sparsejax.routers.limits import LIMITS, Limit, NoLimit
@@ -94,10 +94,9 @@ class RouterConfig:
             raise ConfigError("weight", "the only expert's share is always 1; with policy=none use weight=raw")
         if isinstance(self.selection, Prototypes) and not isinstance(self.limit, NoLimit):
             raise ConfigError("limit", "prototypes takes an expert of every group; it goes with limit=none")
-        if isinstance(self.controller, Quantile) and not isinstance(self.limit, NoLimit):
-            raise ConfigError(
-                "controller", "quantile balances over all experts and knows no limit; allowed: limit=none"
-            )
+        if isinstance(self.controller, (Quantile, ExpertThreshold)) and not isinstance(self.limit, NoLimit):
+            name = CONTROLLERS.name_of(self.controller)
+            raise ConfigError("controller", f"{name} goes by all experts and knows no limit; allowed: limit=none")
         for axis in ("overflow", "controller"):
             try:
                 getattr(self, axis).check(self.selection)

@@ -516,6 +516,11 @@ class TestExpertThreshold:
         with pytest.raises(ConfigError, match="1 is less than k=2"):
             Threshold(most=1)
 
+    def test_a_limit_would_keep_tokens_from_experts_that_have_room_for_them(self):
+        with pytest.raises(ConfigError, match=r"expert_threshold goes by all experts.*allowed: limit=none") as error:
+            RouterConfig(selection=Threshold(), controller=ExpertThreshold(), limit=GroupLimit())
+        assert error.value.key == "controller"
+
 
 class TestSinkhorn:
     LOGITS = RNG.normal(size=(64, EXPERTS)).astype(np.float32) * 2 + RNG.normal(size=EXPERTS).astype(np.float32)
