@@ -48,6 +48,10 @@ class Raw:
         return self.scale * pairs.weight
 
 
+LEAST = 1e-18
+"""A sum of scores; its square, which gradients are divided by, is a float32 still."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Renormalized:
     """Scores over their sum: over all selected, `before` any is dropped (GShard, Mixtral), or over the survivors,
@@ -65,7 +69,7 @@ class Renormalized:
 
     def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
         counted_GP = pairs.weight if self.drop == "before" else jnp.where(keep_GP, pairs.weight, 0)
-        total_GS = jnp.maximum(sum_over_pairs(counted_GP, pairs), 1e-9)
+        total_GS = jnp.maximum(sum_over_pairs(counted_GP, pairs), LEAST)
         return self.scale * pairs.weight / at_pairs(total_GS, pairs)
 
 

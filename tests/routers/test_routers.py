@@ -108,6 +108,15 @@ class TestWeights:
         grad = jax.grad(lambda s: (weighed(Renormalized(drop="after"), s) * KEEP_GSK).sum())(SCORES_GSK)
         assert np.isfinite(grad).all()
 
+    @pytest.mark.parametrize("drop", ["before", "after"])
+    @pytest.mark.parametrize("logit", [0, -22, -40])
+    def test_small_scores_add_up_to_the_scale_as_well(self, drop, logit):
+        weight = Renormalized(drop=drop, scale=2.5)
+        total = lambda s: weighed(weight, Sigmoid()(s))[0, 0].sum()  # noqa: E731
+        logits = jnp.full_like(SCORES_GSK, logit)
+        np.testing.assert_allclose(total(logits), 2.5, rtol=1e-6)
+        np.testing.assert_allclose(jax.grad(total)(logits), 0, atol=1e-6)  # of all alike
+
     @pytest.mark.parametrize("weight", [Raw, Renormalized])
     def test_scale(self, weight):
         np.testing.assert_allclose(weighed(weight(scale=2.5)), 2.5 * weighed(weight()))
