@@ -232,7 +232,7 @@ def longcat() -> RouterConfig:
     return RouterConfig(
         selection=TopK(k=12),
         controller=LossFree(rate=0.001, rule="proportional"),
-        weight=Raw(),
+        weight=Raw(scale=6.0),
         balance=LoadBalance(coefficient=0.0001, scope="sequence"),
         z_loss=0.0,
     )

@@ -35,6 +35,11 @@ def test_they_differ():
     assert len(set(map(repr, made))) == len(made) and all(type(router) is RouterConfig for router in made)
 
 
+@pytest.mark.parametrize("name, scale", [("deepseek_v3", 2.5), ("deepseek_v4", 1.5), ("longcat", 6.0)])
+def test_weights_are_scaled_as_in_the_model(name, scale):
+    assert PRESETS[name]().weight.scale == scale
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_it_sets_nothing_that_has_no_effect(name):
     """A config file that takes it would be refused."""
