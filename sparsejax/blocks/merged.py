@@ -92,6 +92,10 @@ class MergedSpec(BlockSpec):
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
 
+    def check_cached(self) -> None:
+        lacks = "a network is merged for a whole row or segment, whose tokens generation lacks"
+        raise ConfigError("name", f"{lacks}; such a model can be trained and evaluated")
+
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
         assert report.moe is not None
         return moe_ratios(report.moe, self.num_experts)
@@ -110,8 +114,7 @@ class MergedLayer(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
         spec, length = self.spec, x_BTD.shape[1]
-        # Generation goes on token by token, without what came before: each decides for itself.
-        alone = spec.segment_length is None or (context.mode == "generate" and length == 1)
+        alone = spec.segment_length is None
         size = length if spec.segment_length is None else min(length, spec.segment_length)
         weights = tuple(gather_for_compute(weight) for weight in self.experts.weights())
         weight_specs = tuple(split_axes(weight) for weight in weights)

@@ -70,6 +70,10 @@ class SoftSpec(BlockSpec):
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
 
+    def check_cached(self) -> None:
+        lacks = "a slot mixes all tokens of the row, which generation lacks"
+        raise ConfigError("name", f"{lacks}; such a model can be trained and evaluated")
+
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
         assert report.moe is not None
         return moe_ratios(report.moe, self.num_experts)

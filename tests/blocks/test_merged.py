@@ -15,6 +15,7 @@ from sparsejax.blocks import presets
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.merged import MergedLayer, MergedSpec
 from sparsejax.model.config import ModelConfig
+from sparsejax.model.lm import init_caches
 
 from reference import merged as slow
 from reference.moe import feed_forward
@@ -140,11 +141,13 @@ def test_a_language_model_has_to_allow_the_leak(name):
         assert ModelConfig(**model, blocks={"merged": accepted}).num_layers == 2
 
 
-def test_a_generated_token_decides_for_itself():
-    x, arrays = tokens()[:, :1], host_batch(ROWS, 1, documents=1, padded=0)
-    alone, _ = run(KINDS["smear"], x, arrays)
-    assert_close(run(UNIFORM, x, arrays, mode="generate")[0], alone, 1e-6)
-    assert np.abs(run(UNIFORM, x, arrays)[0] - alone).max() > 1e-3
+@pytest.mark.parametrize("name", KINDS)
+def test_generation_is_refused_for_a_token_alone_would_have_another_network(name):
+    spec = dataclasses.replace(KINDS[name], allow_leak=True)
+    config = ModelConfig(d_model=WIDTH, num_heads=2, pattern=("merged",), blocks={"merged": spec})
+    with pytest.raises(ConfigError, match="generation lacks; such a model can be trained and evaluated") as error:
+        init_caches(config, 2, 6)
+    assert error.value.key == "model.blocks.merged.name"
 
 
 @functools.cache

@@ -107,9 +107,9 @@ def test_tokens_in_another_order_give_the_same():
 
 
 def test_one_token_is_its_own_mixture():
-    """Generation, token by token: every slot holds the token itself."""
+    """Every slot holds the token itself."""
     x, arrays = tokens()[:, :1], host_batch(ROWS, 1, documents=1, padded=0)
-    y, _ = run(x, arrays, mode="generate")
+    y, _ = run(x, arrays)
     experts = params()["experts"]
     logits = np.asarray(soft_logits(jnp.asarray(x), jnp.asarray(params()["phi"][...]), jnp.float32(6.0)))[:, 0]
     combine = np.exp(logits) / np.exp(logits).sum((1, 2), keepdims=True)
