@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from typing import Any
+from typing import Any, Optional
 
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.writers import json_values
@@ -66,5 +66,14 @@ def _print_table(title: str, layers: dict[str, dict[str, Any]]) -> None:
     print(f"\n{title}")
     print(" " * width + "".join(f"{name:>16}" for name in layers))
     for column in COLUMNS:
-        values = [layer[column] for layer in layers.values()]
-        print(f"{column:<{width}}" + "".join(f"{v:>16,}" if isinstance(v, int) else f"{v:>16.4f}" for v in values))
+        print(f"{column:<{width}}" + "".join(_cell(layer.get(column)) for layer in layers.values()))
+    for name, layer in layers.items():
+        if "refused" in layer:
+            print(f"{name}: {layer['refused']}")
+
+
+def _cell(value: Optional[float]) -> str:
+    """Empty for a layer that cannot answer."""
+    if value is None:
+        return f"{'–':>16}"
+    return f"{value:>16,}" if isinstance(value, int) else f"{value:>16.4f}"

@@ -31,42 +31,59 @@ class Question:
     devices: Optional[int] = None
     device_of_expert: Optional[tuple[int, ...]] = None
 
+    @property
+    def about_slots(self) -> bool:
+        """Whether other pairs may find a slot than did."""
+        return (self.capacity_factor, self.k, self.group_size, self.order) != (None, None, None, None)
+
 
 def what_if(trace: Trace, question: Question = Question()) -> dict[str, dict[str, Any]]:
-    """The ledger of every layer of the trace, and what its exchange would have moved.
+    """The ledger of every layer of the trace, and what its exchange would have moved; of a layer that cannot answer,
+    `{"refused": why}`.
 
     Raises:
-      RequestError: the question does not go with the trace.
+      RequestError: the question goes with no layer of the trace.
     """
     blocks = {layer.name: layer.block for layer in trace.config.model.layers}
-    answers = {}
+    answers, refused = {}, {}
     for name, decisions in trace.layers.items():
         spec = trace.config.model.blocks[blocks[name]]
         assert isinstance(spec, MoESpec)  # they alone decide
-        answers[name] = _layer(trace, decisions, spec, question)
+        try:
+            answers[name] = _layer(trace, decisions, spec, question)
+        except RequestError as error:
+            answers[name], refused[name] = {"refused": str(error)}, error
+    if refused and len(refused) == len(answers):
+        raise next(iter(refused.values()))
     return answers
 
 
-def kept_pairs(trace: Trace, decisions: Decisions, spec: MoESpec, question: Question) -> tuple[np.ndarray, int, int]:
-    """(which of the first k choices find a slot `[rows, T, K]`, slots of an expert for a whole group, group size)."""
-    length, choices = trace.mask.shape[1], decisions.experts.shape[-1]
-    k = spec.experts_per_token if question.k is None else question.k
-    columns = choices if question.k is None else question.k
-    if question.k is not None and (spec.router.selection.traits.fits or question.k > choices):
-        raise RequestError(f"--k={question.k}: the trace has {choices} choices of a token, or none in order")
+def capacities_of(trace: Trace, spec: MoESpec, question: Question) -> np.ndarray:
+    """Slots of an expert for a group with 0 … all of its tokens."""
+    length, k = trace.mask.shape[1], spec.experts_per_token if question.k is None else question.k
     size = question.group_size or spec.group_size or length
     tokens = trace.config.microbatch_size // trace.config.mesh.batch_shards * length
     if tokens % size:
         raise RequestError(
             f"--group-size={size} does not divide the {tokens} tokens that a device held of a microbatch"
         )
-    if spec.free.total or not isinstance(spec.router.overflow, Drop):
-        raise RequestError("a layer with experts that need no slots, or with overflow=next_best, cannot be asked")
     factor = spec.factor(trace.mode) if question.capacity_factor is None else question.capacity_factor
     by_training = spec.slots_of_training(trace.mode)
-    table = capacity_table(size, spec.num_experts, k, factor, spec.capacity_convention, by_training)
+    table = capacity_table(size, spec.scored_experts, k, factor, spec.capacity_convention, by_training)
     room_for_all = question.capacity_factor is None and spec.room_for_all(trace.mode)
-    capacities = jnp.arange(size + 1, dtype=jnp.int32) if room_for_all else jnp.asarray(table)
+    return np.arange(size + 1, dtype=np.int32) if room_for_all else np.asarray(table)
+
+
+def kept_pairs(trace: Trace, decisions: Decisions, spec: MoESpec, question: Question) -> np.ndarray:
+    """Which of the first k choices find a slot, or need none, `[rows, T, K]`."""
+    choices = decisions.experts.shape[-1]
+    columns = choices if question.k is None else question.k
+    if question.k is not None and (spec.router.selection.traits.fits or question.k > choices):
+        raise RequestError(f"--k={question.k}: the trace has {choices} choices of a token, or none in order")
+    if not isinstance(spec.router.overflow, Drop):
+        raise RequestError("overflow=next_best: where else a token would have gone is not in the trace")
+    capacities = capacities_of(trace, spec, question)
+    size = len(capacities) - 1
     order = spec.router.order if question.order is None else question.order
     if trace.mode == "train" and "noise" in order.traits.needs:
         raise RequestError("--order: this one drew who got the slots, and will not draw the same again; choose another")
@@ -74,21 +91,21 @@ def kept_pairs(trace: Trace, decisions: Decisions, spec: MoESpec, question: Ques
     mask, best = groups(trace.mask), groups(decisions.best)
     experts = groups(decisions.experts[..., :columns], columns)
     ranking = groups(decisions.ranking[..., :columns], columns)
-    each = max(1, CHUNK // (size * (spec.num_experts + 1)))
+    each = max(1, CHUNK // (size * (spec.scored_experts + 1)))
     kept = [
-        _kept(experts[at], ranking[at], best[at], mask[at], capacities, order, spec.num_experts)
+        _kept(experts[at], ranking[at], best[at], mask[at], jnp.asarray(capacities), order, spec)
         for at in (slice(first, first + each) for first in range(0, len(mask), each))
     ]
-    return np.concatenate(kept).reshape(*trace.mask.shape, columns), int(capacities[-1]), size
+    return np.concatenate(kept).reshape(*trace.mask.shape, columns)
 
 
-def _kept(experts_GSK, ranking_GSK, best_GS, mask_GS, capacities, order: Order, num_experts: int) -> np.ndarray:
+def _kept(experts_GSK, ranking_GSK, best_GS, mask_GS, capacities, order: Order, spec: MoESpec) -> np.ndarray:
     """Orders and fills as `routers.router.decide` does."""
     mask_GS, chosen_GSK = jnp.asarray(mask_GS), jnp.asarray(experts_GSK) >= 0
     limit_G = capacities[mask_GS.sum(-1, dtype=jnp.int32)]
     groups, size, _ = experts_GSK.shape
     # Orders see the ranking of chosen pairs and the best of all; the latter stands in a column of its own.
-    ranking_GSE = np.full((groups, size, num_experts + 1), -np.inf, np.float32)
+    ranking_GSE = np.full((groups, size, spec.scored_experts + 1), -np.inf, np.float32)
     ranking_GSE[..., -1] = best_GS
     group, token, choice = np.nonzero(np.asarray(chosen_GSK))
     ranking_GSE[group, token, experts_GSK[group, token, choice]] = ranking_GSK[group, token, choice]
@@ -107,14 +124,17 @@ def _kept(experts_GSK, ranking_GSK, best_GS, mask_GS, capacities, order: Order, 
     candidates = Candidates(logits=ranking, scores=ranking, ranking=ranking, inputs=inputs)
     pairs = choice_major_pairs(jnp.maximum(experts_GSK, 0), jnp.asarray(ranking_GSK), mask_GS, chosen_GSK)
     pairs = order(pairs, candidates)
-    slots = fill_slots(pairs, num_experts, inputs.num_slots, limit_G)
-    return np.asarray(by_token(slots.keep, pairs))
+    slots = fill_slots(pairs, spec.num_experts, inputs.num_slots, limit_G)
+    return np.asarray(by_token(slots.keep | (pairs.valid & (pairs.expert >= spec.num_experts)), pairs))
 
 
 def _layer(trace: Trace, decisions: Decisions, spec: MoESpec, question: Question) -> dict[str, Any]:
-    kept, num_slots, size = kept_pairs(trace, decisions, spec, question)
+    capacities = capacities_of(trace, spec, question)
+    num_slots, size = int(capacities[-1]), len(capacities) - 1
+    asked = question.about_slots
+    kept = kept_pairs(trace, decisions, spec, question) if asked else np.asarray(decisions.kept)
     experts = np.asarray(decisions.experts)[..., : kept.shape[-1]]
-    count = lambda pairs: np.bincount(experts[pairs], minlength=spec.num_experts)  # noqa: E731
+    count = lambda pairs: np.bincount(experts[pairs], minlength=spec.scored_experts)  # noqa: E731
     assigned, processed = count(experts >= 0), count(kept)
     tokens, slots = int(trace.mask.sum()), trace.mask.size // size * spec.num_experts * num_slots
     ledger = {
@@ -124,9 +144,10 @@ def _layer(trace: Trace, decisions: Decisions, spec: MoESpec, question: Question
         "drop_fraction": 1 - processed.sum() / max(assigned.sum(), 1),
         "unserved_fraction": 1 - kept.any(-1).sum() / max(tokens, 1),
         "load_max_over_mean": assigned.max() / max(assigned.mean(), 1e-9),
-        "slot_utilisation": processed.sum() / max(slots, 1),
+        "slot_utilisation": processed[: spec.num_experts].sum() / max(slots, 1),
     }
-    return ledger | _moved(trace, experts, kept, num_slots / size, spec, question)
+    moving = kept & (experts < spec.num_experts)  # a free expert is where the token is
+    return ledger | _moved(trace, experts, moving, num_slots / size, spec, question)
 
 
 def _moved(
@@ -149,7 +170,7 @@ def _moved(
             f"mesh.data={config.mesh.data} × {devices} devices"
         )
     home_N = np.arange(len(kept)) % config.microbatch_size // share % devices
-    device_NTK = np.where(kept, placed[np.maximum(experts, 0)], -1)
+    device_NTK = np.where(kept, placed[np.where(kept, experts, 0)], -1)
     holds_NTD = (device_NTK[..., None] == np.arange(devices)).any(-2)
     away_ND = home_N[:, None] != np.arange(devices)
     served = max(int(kept.any(-1).sum()), 1)

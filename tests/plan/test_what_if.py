@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from contracts.test_router_contract import routers
 
+from sparsejax.base.errors import RequestError
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.plan.what_if import Question, kept_pairs, what_if
-from sparsejax.routers.orders import ByScore, TokenMajor
+from sparsejax.routers.orders import ByScore, Random, TokenMajor
+from sparsejax.routers.overflow import NextBest
 from sparsejax.routers.replay import record
 from sparsejax.routers.router import RouterConfig, decide
 from sparsejax.routers.top_k import TopK
@@ -28,10 +30,15 @@ ROWS, LENGTH, EXPERTS = 4, 8, 8
 ROUTERS = {name: router for name, router in routers().items() if name.split("=")[0] in ("selection", "order", "limit")}
 
 
-def traced(router, size=None, factor=1.0, **fields):
+def traced(router, size=None, factor=1.0, free=0, mode="eval", **fields):
     """The trace of one layer that routed random logits, in evaluation, and the decision."""
     spec = MoESpec(
-        num_experts=EXPERTS, group_size=size, capacity_factor=factor, eval_capacity_factor=factor, router=router
+        num_experts=EXPERTS - free,
+        zero_experts=free,
+        group_size=size,
+        capacity_factor=factor,
+        eval_capacity_factor=factor,
+        router=router,
     )
     model = ModelConfig(d_model=8, num_heads=2, pattern=("moe",), repeats=1, blocks={"moe": spec}, **fields)
     config = ExperimentConfig(model=model, data=DataConfig(sequence_length=LENGTH, batch_size=ROWS))
@@ -41,18 +48,18 @@ def traced(router, size=None, factor=1.0, **fields):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(*mask.shape, EXPERTS)), jnp.float32)
     capacities = spec.capacities(size, "eval")
     inputs = known(mask, num_slots=int(capacities[-1]), training=False, tokens=jnp.asarray(mask).cumsum(-1))
-    inputs = dataclasses.replace(inputs, limit=jnp.asarray(capacities)[mask.sum(-1)])
+    inputs = dataclasses.replace(inputs, limit=jnp.asarray(capacities)[mask.sum(-1)], free=free)
     decision = decide(logits, inputs, router)
     layers = {"00_moe": jax.tree.map(np.asarray, record(decision, ROWS))}
     return Trace(
-        config=config, mode="eval", step=0, tokens=np.where(mask, 0, -1).reshape(ROWS, LENGTH), layers=layers
+        config=config, mode=mode, step=0, tokens=np.where(mask, 0, -1).reshape(ROWS, LENGTH), layers=layers
     ), decision
 
 
 def kept_under(trace, question):
     spec = trace.config.model.blocks["moe"]
     assert isinstance(spec, MoESpec)
-    return kept_pairs(trace, trace.layers["00_moe"], spec, question)[0]
+    return kept_pairs(trace, trace.layers["00_moe"], spec, question)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -84,6 +91,58 @@ def test_other_settings_drop_what_a_router_with_them_drops(question, router, siz
     assert np.array_equal(kept, record(wanted, ROWS).kept)
     assert not np.array_equal(kept, recorded.layers["00_moe"].kept[..., : kept.shape[-1]])
     assert what_if(recorded, question)["00_moe"]["processed"] == wanted.slots.processed.tolist()
+
+
+def test_what_was_drawn_is_told_as_recorded_and_asked_for_another_order():
+    drawn = RouterConfig(order=Random(), allow_leak=True)
+    trace, decision = traced(drawn, mode="train")
+    told = what_if(trace)["00_moe"]
+    assert told["processed"] == decision.slots.processed.tolist()
+    assert what_if(trace, Question(devices=2))["00_moe"]["processed"] == told["processed"]
+    other = Question(order=TokenMajor())
+    assert what_if(trace, other) == what_if(traced(RouterConfig(), mode="train")[0], other)
+    with pytest.raises(RequestError, match="will not draw the same again"):
+        what_if(trace, Question(capacity_factor=0.5))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_free_experts_need_no_slots(factor):
+    trace, _ = traced(RouterConfig(), free=2)
+    wanted, decision = traced(RouterConfig(), free=2, factor=factor)
+    told = what_if(trace, Question(capacity_factor=factor))["00_moe"]
+    layer = wanted.layers["00_moe"]
+    assert np.array_equal(kept_under(trace, Question(capacity_factor=factor)), layer.kept)
+    assert told["processed"] == np.bincount(layer.experts[layer.kept], minlength=EXPERTS).tolist()
+    assert told["dropped"][-2:] == [0, 0] and len(told["assigned"]) == EXPERTS and sum(told["dropped"]) > 0
+    assert told["slot_utilisation"] == decision.slots.processed.sum() / decision.slots.pair.size
+    pairs = (layer.experts < EXPERTS - 2) & layer.kept
+    devices = what_if(wanted, Question(devices=2))["00_moe"]
+    away = pairs & (layer.experts * 2 // (EXPERTS - 2) != (np.arange(ROWS) // 2)[:, None, None])
+    assert devices["bytes_by_pair"] == away.sum() * 8 * 4 * 2
+
+
+def test_a_layer_that_cannot_answer_says_so_beside_those_that_can(tmp_path):
+    """Where a token is sent on to depends on free slots of experts that the trace does not rank."""
+    one, sent = (
+        traced(RouterConfig())[0],
+        RouterConfig(selection=TopK(k=1), weight=Raw(), overflow=NextBest(), allow_leak=True),
+    )
+    other, _ = traced(sent)
+    model = one.config.model
+    spec = other.config.model.blocks["moe"]
+    blocks = {"moe": model.blocks["moe"], "next": spec}
+    model = dataclasses.replace(model, pattern=("moe", "next"), blocks=blocks)
+    both = {"00_moe": one.layers["00_moe"], "01_next": other.layers["00_moe"]}
+    trace = dataclasses.replace(one, config=dataclasses.replace(one.config, model=model), layers=both)
+    assert what_if(trace)["01_next"]["processed"] == np.bincount(both["01_next"].experts[both["01_next"].kept]).tolist()
+    told = what_if(trace, Question(capacity_factor=0.5))
+    assert told["00_moe"] == what_if(one, Question(capacity_factor=0.5))["00_moe"]
+    assert list(told["01_next"]) == ["refused"] and "overflow=next_best" in told["01_next"]["refused"]
+    trace.save(tmp_path / "both.npz")
+    table = here("trace", tmp_path / "both.npz", "--capacity-factor=0.5")
+    assert table.status == 0 and "01_next: overflow=next_best: where else" in table.out
+    with pytest.raises(RequestError, match="overflow=next_best"):
+        what_if(other, Question(capacity_factor=0.5))
 
 
 def test_movement_by_hand():
