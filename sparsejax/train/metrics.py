@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.base.reports import MoEReport, Report, add, over_layers, to_host
+from sparsejax.base.reports import Report, add, over_layers, to_host
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, forward_flops
@@ -97,13 +97,13 @@ def layer_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -
 
 
 def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
-    """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` and
-    `dropped`."""
+    """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` (one in a
+    part of it as `PART/FIELD`) and `dropped`."""
     arrays: Arrays = {}
     for name, report in moe_layers(config, reports).items():
         arrays[f"{name}/dropped"] = np.asarray(report.dropped)
-        fields = {field: getattr(report, field) for field in MoEReport.__dataclass_fields__}
-        arrays |= {f"{name}/{field}": np.asarray(value) for field, value in fields.items() if value is not None}
+        for path, value in jax.tree_util.tree_leaves_with_path(report):
+            arrays[f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(value)
     return arrays
 
 

@@ -99,6 +99,13 @@ def test_meshes_agree():
         assert 0 < row["max_gradient_difference"] <= 1e-5
 
 
+def test_meshes_agree_where_rows_are_exchanged():
+    """Dropless, and with room for all: what one device does not drop, several do not."""
+    words = arguments("eval", *PARITY, model__blocks__moe__dispatch="grouped", model__blocks__moe__buffer_factor="8.0")
+    result = here(*words).json
+    assert result["equal"] is True, result
+
+
 @pytest.fixture(scope="module")
 def first_steps():
     """What the first step gives on each mesh, once it has been asked for."""

@@ -89,6 +89,20 @@ def test_a_run_without_drops_says_how_it_multiplies(tmp_path):
     assert row["moe/drop_fraction"] == 0 and row["moe/block_fraction"] == 0
 
 
+def test_a_run_over_devices_without_drops_says_how_full_its_buffers_were(tmp_path):
+    words = arguments("train", f"--workdir={tmp_path}/run", "--mesh=2,4,1", train__steps=6)
+    done = here(*words, "--config.model.blocks.moe.dispatch=grouped", "--config.model.blocks.moe.buffer_factor=1.25")
+    assert done.status == 0, done.err
+    assert "grouped products by slots; rows exchanged by all_to_all" in done.out
+    row = rows(tmp_path / "run", "train")[6]
+    assert 0 < row["moe/buffer_occupancy"] <= 1 < row["moe/safe_buffer_factor"]
+    arrays = dict(np.load(tmp_path / "run" / "routing" / "6.npz", allow_pickle=False))
+    lost = {name: values for name, values in arrays.items() if name.endswith("/exchange/dropped")}
+    assert lost and sum(values.sum() for values in lost.values()) > 0
+    for name, values in lost.items():
+        assert np.array_equal(values, arrays[name.replace("/exchange", "")])
+
+
 def test_losses_are_related_as_they_should_be(finished_run):
     for row in [*rows(finished_run, "train").values(), *rows(finished_run, "eval").values()]:
         terms = row["loss/balance"] + row["loss/router_z"]
