@@ -260,7 +260,10 @@ class MoESpec(BlockSpec):
         cost = ragged_dot_cost() if kind == "ragged_dot" else 1.0
         if self.transport(platform) == "ragged_all_to_all" and platform == "cpu":
             raise ConfigError("exchange", "XLA has no 'ragged_all_to_all' for cpu; allowed here: auto, all_to_all")
-        dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
+        if cost is None:
+            dense = ", whose FLOPs this compiler does not tell"
+        else:
+            dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
         told = [f"grouped products by {kind}{dense}; rows exchanged by {self.transport(platform)}"]
         return told if self.grouped("train") else []
 

@@ -272,16 +272,24 @@ def grouped_matmul(
 
 
 @functools.cache
-def ragged_dot_cost() -> float:
-    """FLOPs of `ragged_dot` as this platform compiles it, over those of its rows: near 1, or near E = 8 if dense."""
+def ragged_dot_cost() -> Optional[float]:
+    """FLOPs of `ragged_dot`, forward and backward, as this platform compiles it, over those of its rows: near 1, or
+    near E = 8 if dense. None where the compiler does not tell."""
     rows, width, num_experts = 256, 64, 8
-    shapes = [
+    lhs, rhs, out, sizes = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
             ((rows, width), jnp.float32),
             ((num_experts, width, width), jnp.float32),
+            ((rows, width), jnp.float32),
             ((num_experts,), jnp.int32),
         )
-    ]
-    cost: Optional[dict] = jax.jit(jax.lax.ragged_dot).lower(*shapes).compile().cost_analysis()
-    return (cost or {}).get("flops", math.nan) / (2 * rows * width * width)
+    )
+
+    def with_gradients(lhs, rhs, dout, sizes):
+        found, pull = jax.vjp(lambda lhs, rhs: jax.lax.ragged_dot(lhs, rhs, sizes), lhs, rhs)
+        return found, pull(dout)
+
+    told: Optional[dict] = jax.jit(with_gradients).lower(lhs, rhs, out, sizes).compile().cost_analysis()
+    flops = (told or {}).get("flops", 0)
+    return flops / (3 * 2 * rows * width * width) if flops > 0 else None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.blocks.moe import MoESpec
 from sparsejax.ops.assignment import choice_major_pairs, fill_slots, one_group
 from sparsejax.ops.ffn import expert_ffn
 from sparsejax.ops.grouped import common_slots, grouped_experts, grouped_matmul, ragged_dot_cost
@@ -126,4 +127,15 @@ def test_the_kernel_multiplies_rows_with_the_matrix_of_their_expert(sizes):
 
 def test_here_ragged_dot_is_known_to_be_dense():
     """On CPU it is compiled to a product with every expert's matrix; E = 8 in the probe."""
-    assert ragged_dot_cost() > 7
+    cost = ragged_dot_cost()
+    assert cost is not None and cost > 7
+
+
+@pytest.mark.parametrize("told", [None, {}, {"flops": -1.0}])
+def test_a_compiler_that_tells_no_cost_is_not_taken_for_a_cheap_one(told, monkeypatch):
+    ragged_dot_cost.cache_clear()
+    monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda self: told)
+    spec = MoESpec(dispatch="grouped", grouped_matmul="ragged_dot")
+    (line,) = spec.decided_for("cpu")
+    assert line.startswith("grouped products by ragged_dot, whose FLOPs this compiler does not tell")
+    ragged_dot_cost.cache_clear()
