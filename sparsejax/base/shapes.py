@@ -1,5 +1,9 @@
 """The axis legend: one letter, one meaning, in every signature and every suffixed name (`x_BTD`, `experts_GSK`)."""
 
+from typing import Any
+
+import numpy as np
+
 LEGEND = {
     "A": "microbatches of one step (gradient accumulation)",
     "B": "rows of a batch",
@@ -18,3 +22,8 @@ LEGEND = {
     "P": "(token, expert) pairs of a group, in the order in which slots are filled",
     "R": "repeats of the layer pattern (the scanned axis)",
 }
+
+
+def form(array: Any) -> str:
+    """Type and shape of an array, or of what stands for one: 'float32[8, 64]'."""
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}"

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sparsejax.base.errors import RequestError
+from sparsejax.base.shapes import form
 from sparsejax.routers.candidates import Inputs
 from sparsejax.routers.lots import Lots
 from sparsejax.routers.router import RouterConfig, decide
@@ -22,13 +23,13 @@ HIDDEN_AXIS = {"w_in": 1, "w_gate": 1, "w_out": 0}
 
 def copied(fresh: Arrays, trained: Arrays) -> dict[str, Array]:
     """The arrays of `trained` under the names of `fresh`. Raises `RequestError` unless they are the same ones."""
-    problems = [f"it lacks {name} {_form(array)}" for name, array in fresh.items() if name not in trained]
+    problems = [f"it lacks {name} {form(array)}" for name, array in fresh.items() if name not in trained]
     problems += [
-        f"its {name} is {_form(trained[name])}, not {_form(array)}"
+        f"its {name} is {form(trained[name])}, not {form(array)}"
         for name, array in fresh.items()
         if name in trained and trained[name].shape != array.shape
     ]
-    problems += [f"its {name} {_form(array)} has no place" for name, array in trained.items() if name not in fresh]
+    problems += [f"its {name} {form(array)} has no place" for name, array in trained.items() if name not in fresh]
     if problems:
         raise RequestError(problems[0])
     return {name: trained[name] for name in fresh}
@@ -50,7 +51,7 @@ def mixture_of_copies(fresh: Arrays, trained: Arrays, router: RouterConfig, scor
     sources = {name: source for name, source in sources.items() if name in fresh}
     others = [name for name in trained if name.startswith("feed_forward/") and name not in sources.values()]
     if others:
-        raise RequestError(f"its {others[0]} {_form(trained[others[0]])} has no place")
+        raise RequestError(f"its {others[0]} {form(trained[others[0]])} has no place")
     shards = {name: _shards(name, fresh[name], source, trained) for name, source in sources.items()}
     m, num_experts = shards["feed_forward/experts/w_in"].shape[0], fresh["feed_forward/experts/w_in"].shape[0]
     experts = {name: jnp.tile(each, (num_experts // m, 1, 1)) for name, each in shards.items()}
@@ -87,7 +88,7 @@ def rescale(router: RouterConfig, num_experts: int, shards: int) -> float:
 def _shards(name: str, expert, source: str, trained: Arrays):
     """The dense matrix cut into m shards of the width of an expert, `[m, …]`."""
     if source not in trained:
-        raise RequestError(f"it lacks {source}, of which {name} {_form(expert)} would be made")
+        raise RequestError(f"it lacks {source}, of which {name} {form(expert)} would be made")
     dense, axis = trained[source], HIDDEN_AXIS[name.rpartition("/")[2]]
     num_experts, width = expert.shape[0], expert.shape[1 + axis]
     m = max(1, dense.shape[axis] // width)
@@ -95,7 +96,7 @@ def _shards(name: str, expert, source: str, trained: Arrays):
     whole[axis] = m * width
     if list(dense.shape) != whole or num_experts % m:
         raise RequestError(
-            f"its {source} {_form(dense)} does not make {name} {_form(expert)}: the width of an expert must be that of "
+            f"its {source} {form(dense)} does not make {name} {form(expert)}: the width of an expert must be that of "
             "the dense network, divided by a divisor of the number of experts"
         )
     return jnp.stack(jnp.split(dense, m, axis=axis))
@@ -108,7 +109,3 @@ def _virtual_groups(array, num_experts: int, scored_experts: int, m: int):
         return array
     with_network = jnp.repeat(array[..., : num_experts // m], m, axis=-1)
     return jnp.concatenate([with_network, array[..., num_experts:]], axis=-1)
-
-
-def _form(array) -> str:
-    return f"{np.dtype(array.dtype).name}{list(array.shape)}"

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sparsejax.base.errors import RequestError, RunError
+from sparsejax.base.shapes import form
 from sparsejax.train.checksums import find_damage, write_checksums
 
 State = TypeVar("State")
@@ -206,20 +207,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def _check_fit(step: int, saved: Mapping[str, Any], target: Mapping[str, Any], partial: bool) -> None:
     """Raises `RequestError` when the arrays of checkpoint `step` are not those of the model."""
-    problems = [f"it lacks {name} {_form(leaf)}" for name, leaf in target.items() if name not in saved]
+    problems = [f"it lacks {name} {form(leaf)}" for name, leaf in target.items() if name not in saved]
     problems += [
-        f"{name} is {_form(saved[name])}, not {_form(leaf)}"
+        f"{name} is {form(saved[name])}, not {form(leaf)}"
         for name, leaf in target.items()
-        if name in saved and _form(saved[name]) != _form(leaf)
+        if name in saved and form(saved[name]) != form(leaf)
     ]
     if not partial:
-        problems += [f"its {name} {_form(leaf)} has no place" for name, leaf in saved.items() if name not in target]
+        problems += [f"its {name} {form(leaf)} has no place" for name, leaf in saved.items() if name not in target]
     if problems:
         raise RequestError(f"checkpoint {step} is of another model: {_first(problems)}")
-
-
-def _form(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
 def _first(items: list, count: int = SHOWN) -> str:
