@@ -1,6 +1,7 @@
 """Selectors that look a token's experts up, whatever the network thinks of it."""
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -50,6 +51,13 @@ class Hash(ChoosesK):
         counted = _values(self.kind, self.path).shape[1] if self.kind == "distilled" else num_experts
         if counted != num_experts:
             raise ConfigError("path", f"{self.path!r} counts {counted} experts; the router has {num_experts}")
+
+    @property
+    def fingerprint(self) -> Optional[str]:
+        """The SHA-256 of the file that the table is made from, if it is."""
+        if self.kind not in AXES_OF_FILE or self.path is None:
+            return None
+        return hashlib.sha256(Path(self.path).expanduser().read_bytes()).hexdigest()
 
     def unused(self) -> dict[str, str]:
         return {} if self.kind in AXES_OF_FILE else {"path": f"kind={self.kind} is made from no file"}

@@ -12,9 +12,12 @@ import jax
 from sparsejax.base.config import Loaded, diff, load, to_json
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.writers import write_atomically
+from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.corpus import Corpus, CorpusInfo
 from sparsejax.data.loader import num_eval_batches
+from sparsejax.model.config import ModelConfig
 from sparsejax.ops.attention import SPLASH_BLOCK
+from sparsejax.routers.tables import Hash
 from sparsejax.train.config import ExperimentConfig
 
 FREE = (
@@ -33,8 +36,8 @@ FREE = (
 """Settings that may differ when a run resumes: they change where and what is written, not what is learned."""
 
 
-def environment(corpus: CorpusInfo) -> dict[str, Any]:
-    """What a run depends on beside its config: corpus, versions, devices."""
+def environment(config: ExperimentConfig, corpus: CorpusInfo) -> dict[str, Any]:
+    """What a run depends on beside its config: corpus, tables, versions, devices."""
     packages = (
         "sparsejax",
         "jax",
@@ -48,6 +51,7 @@ def environment(corpus: CorpusInfo) -> dict[str, Any]:
     )
     return {
         "corpus": asdict(corpus),
+        "tables": tables(config.model),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "platform": jax.default_backend(),
@@ -55,6 +59,17 @@ def environment(corpus: CorpusInfo) -> dict[str, Any]:
         "processes": jax.process_count(),
         "command": sys.argv,
     }
+
+
+def tables(model: ModelConfig) -> dict[str, str]:
+    """By the key of its path, the fingerprint of every file that says where tokens go. No checkpoint has it."""
+    found = {}
+    for name in sorted(set(model.positions.values())):
+        spec = model.blocks[name]
+        selection = spec.router.selection if isinstance(spec, MoESpec) else None
+        if isinstance(selection, Hash) and selection.fingerprint is not None:
+            found[f"model.blocks.{name}.router.selection.path"] = selection.fingerprint
+    return found
 
 
 def _version(package: str) -> str:
@@ -120,7 +135,9 @@ def changes_since(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: Corpu
 
 def write_config(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -> None:
     """Writes `config.json`. Raises `RunError` when the disk refuses it."""
-    write_atomically(workdir / "config.json", to_json(loaded.config, loaded.provenance, environment(corpus)).encode())
+    write_atomically(
+        workdir / "config.json", to_json(loaded.config, loaded.provenance, environment(loaded.config, corpus)).encode()
+    )
 
 
 def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:
@@ -157,4 +174,10 @@ def _changes(path: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -
     binding = [line for key, line in text.items() if not key.startswith(FREE)]
     flagged = other_corpus(path.parent, corpus)
     more = [] if flagged is None else [flagged]
+    recorded, now = before.environment.get("tables", {}), tables(loaded.config.model)
+    more += [
+        f"the file of config.{key} is another one: it was {recorded[key][:12]}, is {now[key][:12]}"
+        for key in recorded
+        if key in now and recorded[key] != now[key]
+    ]
     return [*text.values(), *more], [*binding, *more]

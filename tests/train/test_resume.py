@@ -61,6 +61,22 @@ def forget(run, after):
             shutil.rmtree(folder)
 
 
+def test_another_table_of_experts_is_no_resumption(tmp_path):
+    """It lies in a file beside the run, which no checkpoint has."""
+    router, path, run = "model__blocks__moe__router__", tmp_path / "counts.npy", tmp_path / "run"
+    hashed = {"selection": "hash", "weight": "raw", "selection.kind": "balanced", "selection.path": path}
+    settings = {router + key: value for key, value in hashed.items()} | {
+        "train__steps": 3,
+        "optimizer__schedule__warmup_steps": 1,
+    }
+    np.save(path, np.arange(256))
+    assert here(*arguments("train", f"--workdir={run}", **settings)).status == 0
+    np.save(path, np.arange(256)[::-1])
+    words = arguments("train", f"--workdir={run}", **settings)
+    assert "the file of config.model.blocks.moe.router.selection.path is another one: it was " in here(*words).error
+    assert here(*words, "--allow-config-change").status == 0
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path):
     """`kill -9` at a random moment, twice; then it may finish. Losses are the same bits, and no step stands twice."""
     workdir = tmp_path / "run"
