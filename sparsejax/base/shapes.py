@@ -20,6 +20,8 @@ LEGEND = {
     "C": "slots of an expert for one group (capacity)",
     "K": "experts selected per token",
     "P": "(token, expert) pairs of a group, in the order in which slots are filled",
+    "X": "devices along the mesh axis that splits experts",
+    "Q": "rows that a device has room for in an exchange",
     "R": "repeats of the layer pattern (the scanned axis)",
 }
 

@@ -70,28 +70,28 @@ def exchanged_experts(
 ) -> tuple[Float[Array, "T D"], Int[Array, ""], Int[Array, ""]]:
     """`grouped_experts` for pairs whose experts are on any device of the axis `expert`: what is received is routed once
     more, each row to one expert. `even` is a device's share of rows when all have the same load."""
-    room, rows = exchange.expert_R.size, exchange.index.pair_N.size
+    room, rows = exchange.expert_Q.size, exchange.index.pair_N.size
     legs = exchange.outward, exchange.homeward
     with jax.named_scope("exchange"):
         z_ND = dispatch_rows(x_TD, exchange.index)
         scale_N1 = weight_rows(vary_like(pairs.weight[0], x_TD), exchange.index)[:, None]
-        z_RD, scale_R1 = (exchange_rows(transport, "expert", room, part, *legs) for part in (z_ND, scale_N1))
-    row_R = jnp.arange(room, dtype=jnp.int32)
+        z_QD, scale_Q1 = (exchange_rows(transport, "expert", room, part, *legs) for part in (z_ND, scale_N1))
+    row_Q = jnp.arange(room, dtype=jnp.int32)
     received = Pairs(
-        token=row_R[None],
-        expert=exchange.expert_R[None],
-        weight=jnp.asarray(scale_R1).T,
-        valid=row_R[None] < exchange.received,
-        of_token=row_R[None, :, None],
+        token=row_Q[None],
+        expert=exchange.expert_Q[None],
+        weight=jnp.asarray(scale_Q1).T,
+        valid=row_Q[None] < exchange.received,
+        of_token=row_Q[None, :, None],
     )
     here = len(weights[0])
     with jax.named_scope("experts"):
         slots = fill_slots(received, here, common_slots(even, here), None)
-        y_RD, computed, in_blocks = grouped_experts(
-            jnp.asarray(z_RD), weights, received, slots, activation, implementation
+        y_QD, computed, in_blocks = grouped_experts(
+            jnp.asarray(z_QD), weights, received, slots, activation, implementation
         )
     with jax.named_scope("exchange"):
-        out_ND = exchange_rows(transport, "expert", rows, y_RD, *reversed(legs))
+        out_ND = exchange_rows(transport, "expert", rows, y_QD, *reversed(legs))
         return jnp.asarray(combine_rows(out_ND, exchange.index)), computed, in_blocks
 
 

@@ -35,13 +35,13 @@ class Leg:
 
 @struct
 class Exchange:
-    """Who sends what, R being the receivers' room."""
+    """Who sends what, Q being the receivers' room."""
 
     index: Index  # of this device's rows that go, sorted by expert, in the place of slots
     lost_P: Bool[Array, " P"]  # pairs that do not fit the receiver's buffer
     outward: Leg
     homeward: Leg
-    expert_R: Int[Array, " R"]  # of this device's experts, the one of each row it receives
+    expert_Q: Int[Array, " Q"]  # of this device's experts, the one of each row it receives
     received: Int[Array, ""]  # rows
     wanted: Int[Array, ""]  # rows that would have come, had there been room
 
@@ -63,7 +63,7 @@ def plan_exchange(pairs: Pairs, slots: Slots, num_experts: int, room: int, axis:
     at_source_XX, at_receiver_XX = before(sent_XX, 1), before(sent_XX, 0)
     mine_Xe = jax.lax.dynamic_slice_in_dim(kept_XE, me * each, each, axis=1)
     ends = jnp.cumsum(mine_Xe.reshape(-1), dtype=jnp.int32)
-    row_R = jnp.arange(room, dtype=jnp.int32)
+    row_Q = jnp.arange(room, dtype=jnp.int32)
     return Exchange(
         index=index,
         lost_P=slots.keep[0] & (index.slot_P == index.pair_N.size),
@@ -81,7 +81,7 @@ def plan_exchange(pairs: Pairs, slots: Slots, num_experts: int, room: int, axis:
             in_first_X=at_source_XX[me],
             in_size_X=sent_XX[me],
         ),
-        expert_R=jnp.searchsorted(ends, row_R, side="right").astype(jnp.int32) % each,
+        expert_Q=jnp.searchsorted(ends, row_Q, side="right").astype(jnp.int32) % each,
         received=ends[-1],
         wanted=by_receiver[me].sum(dtype=jnp.int32),
     )
@@ -102,29 +102,29 @@ def common_level(counts_M: Int[Array, " M"], room: int) -> Int[Array, ""]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def exchange_rows(
     transport: Transport, axis: str, room: int, rows_ND: Float[Array, "N D"], leg: Leg, back: Leg
-) -> Float[Array, "R D"]:
+) -> Float[Array, "Q D"]:
     """The rows that a leg brings here. Its transpose is the way back."""
     if transport == "ragged_all_to_all":
-        nothing_RD = jnp.zeros_like(rows_ND, shape=(room, rows_ND.shape[1]))
+        nothing_QD = jnp.zeros_like(rows_ND, shape=(room, rows_ND.shape[1]))
         offsets = leg.out_first_X, leg.out_size_X, leg.there_first_X, leg.in_size_X
-        return jax.lax.ragged_all_to_all(rows_ND, nothing_RD, *offsets, axis_name=axis)
+        return jax.lax.ragged_all_to_all(rows_ND, nothing_QD, *offsets, axis_name=axis)
     slots = min(len(rows_ND), room)
     slot_M = jnp.arange(slots, dtype=jnp.int32)
     out_XMD = near(rows_ND, leg.out_first_X[:, None] + slot_M)
     in_XMD = jax.lax.all_to_all(out_XMD, axis, split_axis=0, concat_axis=0, tiled=True)
-    row_R = jnp.arange(room, dtype=jnp.int32)
-    source_R = jnp.searchsorted(leg.in_first_X + leg.in_size_X, row_R, side="right").astype(jnp.int32)
-    place_R = source_R * slots + row_R - at(leg.in_first_X, source_R)
-    return near(in_XMD.reshape(-1, rows_ND.shape[1]), place_R)
+    row_Q = jnp.arange(room, dtype=jnp.int32)
+    source_Q = jnp.searchsorted(leg.in_first_X + leg.in_size_X, row_Q, side="right").astype(jnp.int32)
+    place_Q = source_Q * slots + row_Q - at(leg.in_first_X, source_Q)
+    return near(in_XMD.reshape(-1, rows_ND.shape[1]), place_Q)
 
 
 def _exchange_fwd(transport: Transport, axis: str, room: int, rows_ND, leg: Leg, back: Leg):
     return exchange_rows(transport, axis, room, rows_ND, leg, back), (leg, back, len(rows_ND))
 
 
-def _exchange_bwd(transport: Transport, axis: str, room: int, residuals, dout_RD):
+def _exchange_bwd(transport: Transport, axis: str, room: int, residuals, dout_QD):
     leg, back, rows = residuals
-    return exchange_rows(transport, axis, rows, dout_RD, back, leg), None, None
+    return exchange_rows(transport, axis, rows, dout_QD, back, leg), None, None
 
 
 exchange_rows.defvjp(_exchange_fwd, _exchange_bwd)

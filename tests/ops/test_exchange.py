@@ -34,15 +34,15 @@ def moved(room: int):
     """`call(x, experts, mask, ct)` on all devices: plan, rows received, rows come home, and what a cotangent of the
     received becomes at home."""
 
-    def local(x_1TD, experts_1TK, mask_1T, ct_1RD):
+    def local(x_1TD, experts_1TK, mask_1T, ct_1QD):
         pairs = choice_major_pairs(experts_1TK, jnp.ones(experts_1TK.shape), mask_1T)
         slots = fill_slots(pairs, EXPERTS, 1, None)
         plan = plan_exchange(pairs, slots, EXPERTS, room, "expert")
         out = functools.partial(exchange_rows, "all_to_all", "expert", room, leg=plan.outward, back=plan.homeward)
         sent_ND = dispatch_rows(x_1TD[0], plan.index)
-        received_RD, pull = jax.vjp(lambda rows: out(rows), sent_ND)
-        home_ND = exchange_rows("all_to_all", "expert", PAIRS, received_RD, plan.homeward, plan.outward)
-        results = (plan, received_RD, home_ND, pull(ct_1RD[0])[0])
+        received_QD, pull = jax.vjp(lambda rows: out(rows), sent_ND)
+        home_ND = exchange_rows("all_to_all", "expert", PAIRS, received_QD, plan.homeward, plan.outward)
+        results = (plan, received_QD, home_ND, pull(ct_1QD[0])[0])
         return jax.tree.map(lambda value: value[None], results)
 
     by_device = P("expert")
@@ -82,13 +82,13 @@ def simulated(experts, mask, room):
 @pytest.mark.parametrize("load", ["even", "uneven"])
 class TestRows:
     def test_every_device_receives_the_rows_that_fit_in_order_of_source_and_expert(self, load, room):
-        x, experts, mask, _, (plan, received_XRD, _, _) = results(load, room)
+        x, experts, mask, _, (plan, received_XQD, _, _) = results(load, room)
         for device, rows in enumerate(simulated(experts, mask, ROOMS[room])):
             assert plan.received[device] == len(rows)
             expected = [x[source, pair % TOKENS] for source, pair in rows]
-            np.testing.assert_array_equal(received_XRD[device, : len(rows)], np.reshape(expected, (-1, WIDTH)))
+            np.testing.assert_array_equal(received_XQD[device, : len(rows)], np.reshape(expected, (-1, WIDTH)))
             of_expert = [experts[source, pair % TOKENS, pair // TOKENS] - device * EACH for source, pair in rows]
-            np.testing.assert_array_equal(plan.expert_R[device, : len(rows)], of_expert)
+            np.testing.assert_array_equal(plan.expert_Q[device, : len(rows)], of_expert)
 
     def test_what_does_not_fit_is_told_and_counted(self, load, room):
         _, experts, mask, _, (plan, *_) = results(load, room)
