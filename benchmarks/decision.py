@@ -18,11 +18,12 @@ from scipy.optimize import linear_sum_assignment
 
 from sparsejax.ops.ffn import expert_ffn
 from sparsejax.routers.candidates import Inputs, Noise
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.lots import Lots
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.policy import Policy, Random
-from sparsejax.routers.router import RouterConfig, route
+from sparsejax.routers.router import route
 from sparsejax.routers.scores import Relu
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP

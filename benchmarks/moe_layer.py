@@ -26,7 +26,7 @@ from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.ffn import expert_ffn
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
 

@@ -20,8 +20,8 @@ from sparsejax.blocks.spec import BlockSpec
 from sparsejax.nn.backbone import Backbone
 from sparsejax.routers import presets
 from sparsejax.routers.candidates import Candidates, Inputs
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.lots import Lots
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.state import variable_specs

@@ -16,7 +16,7 @@ from sparsejax.base.shapes import LEGEND
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.balance import NoBalance
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.train.config import ExperimentConfig
 
 from runs import environment, here

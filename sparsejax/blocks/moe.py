@@ -27,10 +27,10 @@ from sparsejax.ops.ffn import Activation
 from sparsejax.ops.grouped import Implementation, ragged_dot_cost
 from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import LoadBalance, balance_loss, with_whole_balance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, Quantile
 from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.overflow import Drop
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.weights import Renormalized
 
 

@@ -11,8 +11,9 @@ from jaxtyping import Array
 from sparsejax.base.errors import RequestError
 from sparsejax.base.shapes import form
 from sparsejax.routers.candidates import Inputs
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.lots import Lots
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import decide
 
 Arrays = Mapping[str, Array]
 """A block's parameters by path, such as `feed_forward/experts/w_in`."""

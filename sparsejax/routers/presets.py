@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 from sparsejax.routers.annealing import Annealing
 from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.document_logits import DomainLogits
 from sparsejax.routers.entropy import SelectorEntropy
@@ -23,7 +24,6 @@ from sparsejax.routers.orders import Priority
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
 from sparsejax.routers.policy import Policy, Random
 from sparsejax.routers.projections import Cosine, Linear
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import Relu, Sigmoid, SqrtSoftplus
 from sparsejax.routers.smooth_step import DSelectK
 from sparsejax.routers.sparsity import Sparsity

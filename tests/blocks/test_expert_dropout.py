@@ -13,7 +13,7 @@ from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.dropout import Dropout, drop_units
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.top_k import TopK
 
 from reference import dropout as slow_dropout

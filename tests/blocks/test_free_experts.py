@@ -9,8 +9,8 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import Report
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import LossFree
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
 

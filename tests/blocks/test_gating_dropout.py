@@ -12,8 +12,8 @@ from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import LossFree
-from sparsejax.routers.router import RouterConfig
 
 from support import (
     ONE_DEVICE,

@@ -15,7 +15,7 @@ from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import LoadBalance, NoBalance
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.scores import Sigmoid, Softmax
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw, Renormalized

@@ -18,13 +18,13 @@ from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.dispatch import MOVEMENTS
 from sparsejax.routers.balance import BALANCES, LoadBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import CONTROLLERS, ExpertThreshold
 from sparsejax.routers.limits import LIMITS
 from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.noise import NOISES, Gaussian, Learned
 from sparsejax.routers.orders import ORDERS
 from sparsejax.routers.overflow import OVERFLOWS
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.scores import SCORES, Relu
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.smooth_step import DSelectK

@@ -13,7 +13,7 @@ from sparsejax.base.structs import Batch
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import Hash, TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.state import Variables, abstract_model, variable_specs

@@ -18,7 +18,7 @@ from sparsejax.blocks.soft import SoftSpec
 from sparsejax.blocks.spec import Cost
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import COMPONENTS, component_costs, forward_flops, total
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.train.state import abstract_model
 

@@ -15,7 +15,7 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel, auxiliary_losses, moe_layers
 from sparsejax.ops.losses import cross_entropy_sum
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
 

@@ -15,8 +15,8 @@ from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel
 from sparsejax.routers.balance import LoadBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.policy import Policy
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.weights import Raw
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.step import make_grads_of_step

@@ -7,7 +7,7 @@ import pytest
 
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, capacity, capacity_table
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import ExpertChoice, TopK
 from sparsejax.routers.weights import Raw
 

@@ -20,7 +20,7 @@ from sparsejax.model.cost import component_costs
 from sparsejax.plan.abstract import abstract_batch
 from sparsejax.plan.hlo import read_dots
 from sparsejax.plan.work import work
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.config import ExperimentConfig

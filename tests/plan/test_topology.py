@@ -25,7 +25,7 @@ from sparsejax.blocks.context import Context
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.plan.topology import described_mesh
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.top_k import TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.state import variable_specs

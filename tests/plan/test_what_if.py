@@ -14,10 +14,11 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.plan.what_if import Question, kept_pairs, what_if
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.orders import ByScore, Random, TokenMajor
 from sparsejax.routers.overflow import NextBest
 from sparsejax.routers.replay import record
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import decide
 from sparsejax.routers.top_k import TopK
 from sparsejax.routers.weights import Raw
 from sparsejax.train.config import ExperimentConfig

@@ -13,8 +13,9 @@ from sparsejax.base.reports import MoEReport
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.ops.assignment import choice_major_pairs
 from sparsejax.routers.balance import BALANCES, LoadBalance, balance_loss, with_local_balance, with_whole_balance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.entropy import SelectorEntropy
-from sparsejax.routers.router import RouterConfig, decide, report, route
+from sparsejax.routers.router import decide, report, route
 from sparsejax.routers.scores import Relu
 from sparsejax.routers.smooth_step import DSelectK
 from sparsejax.routers.top_k import Positive, TopK

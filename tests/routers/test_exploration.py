@@ -13,10 +13,11 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.assignment import by_token
 from sparsejax.routers.candidates import Noise
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.exploration import drop_inputs, explore, jitter, mask_outputs
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.plans import Sinkhorn
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import decide
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import TopK
 from sparsejax.routers.weights import Raw

@@ -12,10 +12,10 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel, init_caches
 from sparsejax.ops.product_key import product_key_top_k
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.document_logits import SequenceLogits
 from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.projections import Cosine, Linear, ProductKey, grid
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.smooth_step import DSelectK, smooth_step
 
 from reference import logits as slow

@@ -10,11 +10,12 @@ import pytest
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, NoController
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.orders import ByScore
 from sparsejax.routers.overflow import Drop, NextBest
-from sparsejax.routers.router import RouterConfig, decide, report
+from sparsejax.routers.router import decide, report
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.top_k import Positive, Threshold, TopK
 from sparsejax.routers.weights import Constant, Raw

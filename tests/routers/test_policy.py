@@ -14,11 +14,12 @@ from sparsejax.ops.assignment import by_token
 from sparsejax.ops.losses import reinforce_sums
 from sparsejax.routers.balance import NoBalance
 from sparsejax.routers.candidates import Noise
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.policy import Policy
 from sparsejax.routers.presets import rl_r, routing_network
 from sparsejax.routers.reinforce import Reinforce
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import decide
 from sparsejax.routers.top_k import TopK
 from sparsejax.routers.weights import Constant
 

@@ -8,8 +8,8 @@ from sparsejax.base.config import unused
 from sparsejax.base.config_view import walk
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.presets import PRESETS
-from sparsejax.routers.router import RouterConfig
 
 from support import ONE_DEVICE, host_batch, moe_layer_params, moe_layer_runner
 

@@ -13,8 +13,9 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.ops.assignment import by_token, choice_major_pairs
 from sparsejax.ops.capacity import capacity_table
 from sparsejax.routers.balance import LoadBalance, NoBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, Quantile
-from sparsejax.routers.router import RouterConfig, count_experts, decide, report
+from sparsejax.routers.router import count_experts, decide, report
 from sparsejax.routers.scores import SCORES, Sigmoid, Softmax, as_probabilities
 from sparsejax.routers.selectors import SELECTORS, TopK
 from sparsejax.routers.weights import Raw, Renormalized

@@ -11,13 +11,14 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choices, fill_slots
 from sparsejax.ops.matching import auction, sinkhorn, take_free, token_prices
 from sparsejax.routers.candidates import Noise
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.noise import Gaussian, Gumbel, Learned
 from sparsejax.routers.orders import ORDERS, Random
 from sparsejax.routers.plans import BalancedAssignment
-from sparsejax.routers.router import RouterConfig, decide, route
+from sparsejax.routers.router import decide, route
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, Threshold, TopK, TopP

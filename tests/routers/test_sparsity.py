@@ -13,9 +13,10 @@ from sparsejax.blocks.context import Totals
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.routers.balance import NoBalance
 from sparsejax.routers.candidates import Noise
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import LossFree, NoController
 from sparsejax.routers.limits import GroupLimit, NoLimit
-from sparsejax.routers.router import RouterConfig, decide, report
+from sparsejax.routers.router import decide, report
 from sparsejax.routers.scores import Relu
 from sparsejax.routers.sparsity import Sparsity
 from sparsejax.routers.top_k import Positive, TopK

@@ -10,7 +10,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.data.corpus import open_corpus, token_counts
 from sparsejax.ops.assignment import by_token
 from sparsejax.ops.hashing import balanced_table, clustered_table
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.tables import Hash, counts_by_expert
 from sparsejax.routers.weights import Raw
 

@@ -10,10 +10,11 @@ import pytest
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.losses import smooth_load, squared_variation
 from sparsejax.routers.balance import LoadBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.entropy import Entropy
 from sparsejax.routers.expert_choice import ExpertChoice
 from sparsejax.routers.noise import Gaussian, Gumbel
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import decide
 from sparsejax.routers.top_k import SecondExpert, TopK
 from sparsejax.routers.variation import ImportanceLoad
 from sparsejax.routers.weights import Raw

@@ -16,8 +16,8 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel
 from sparsejax.ops.losses import cross_entropies
 from sparsejax.routers.balance import LoadBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.policy import Policy
-from sparsejax.routers.router import RouterConfig
 from sparsejax.routers.weights import Constant
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.state import abstract_model

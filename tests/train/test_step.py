@@ -17,8 +17,8 @@ from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import moe_layers
 from sparsejax.routers.balance import LoadBalance
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import LossFree, NoController, Quantile
-from sparsejax.routers.router import RouterConfig
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import AdamW
 from sparsejax.train.state import init_state, make_optimizer, state_specs

@@ -9,8 +9,9 @@ import pytest
 from contracts.test_router_contract import routers
 
 from sparsejax.ops.assignment import by_token
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.replay import record
-from sparsejax.routers.router import RouterConfig, decide
+from sparsejax.routers.router import decide
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.weights import Constant, Raw, Renormalized
 from sparsejax.train.trace import load_trace

@@ -16,7 +16,7 @@ from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.upcycling import mixture_of_copies, rescale
 from sparsejax.data.corpus import open_corpus
 from sparsejax.routers import presets
-from sparsejax.routers.router import RouterConfig
+from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw, Renormalized
 from sparsejax.train.config import ExperimentConfig
