@@ -10,7 +10,7 @@ multiply and reduce; on TPU a matmul into a convolution) are not seen.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Optional
 
@@ -33,14 +33,20 @@ class Dot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Instruction:
+class Instruction:
     name: str
     opcode: str
-    shape: Optional[Shape]  # None: a tuple
+    result: str  # types and layouts of what it gives
     text: str  # from the operands on
 
+    @property
+    def shape(self) -> Optional[Shape]:
+        """None: a tuple."""
+        found = _SHAPE.match(self.result)
+        return _ints(found[1]) if found else None
 
-_Computations = dict[str, list[_Instruction]]
+
+Computations = dict[str, list[Instruction]]
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -50,6 +56,7 @@ _SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
 _OPERAND = re.compile(r"(?:\w+\[([\d,]*)\](?:\{[^}]*\})? )?%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:true_computation|false_computation)=%([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _BODY = re.compile(r"body=%([\w.\-]+)")
 # Written {"known_trip_count":{"n":"4"}}, with or without escaped quotes, or known_trip_count={n=4}.
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
@@ -63,8 +70,17 @@ def read_dots(hlo_text: str) -> list[Dot]:
     Raises:
       ValueError: the text is no HLO module, or the shape of an operand cannot be found in it.
     """
-    computations, entry = _parse(hlo_text)
-    return list(_walk(computations, entry, times=1, unknown=False))
+    computations, entry = parse(hlo_text)
+    return [
+        Dot(
+            name=found.instruction.name,
+            scope=scope_of(found.instruction),
+            once=found.once,
+            times=found.times,
+            loop_unknown=found.loop_unknown,
+        )
+        for found in executions(computations, entry, _flops)
+    ]
 
 
 def dot_flops(hlo_text: str) -> int:
@@ -72,8 +88,10 @@ def dot_flops(hlo_text: str) -> int:
     return sum(dot.flops for dot in read_dots(hlo_text))
 
 
-def _parse(text: str) -> tuple[_Computations, str]:
-    computations: _Computations = {}
+def parse(text: str) -> tuple[Computations, str]:
+    """(the instructions of every computation, the name of the one that is run). Raises `ValueError` when there is
+    none."""
+    computations: Computations = {}
     entry, current = None, None
     for line in text.splitlines():
         header = _HEADER.match(line)
@@ -85,45 +103,76 @@ def _parse(text: str) -> tuple[_Computations, str]:
         opcode = _OPCODE.search(found[2]) if found else None
         if current is None or found is None or opcode is None:
             continue
-        shape = _SHAPE.match(found[2])
-        instruction = _Instruction(
-            name=found[1], opcode=opcode[1], shape=_ints(shape[1]) if shape else None, text=found[2][opcode.end() :]
-        )
-        current.append(instruction)
+        result, text = found[2][: opcode.start()], found[2][opcode.end() :]
+        current.append(Instruction(name=found[1], opcode=opcode[1], result=result, text=text))
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
     return computations, entry
 
 
-def _walk(computations: _Computations, name: str, times: int, unknown: bool) -> Iterator[Dot]:
+Shapes = dict[str, Optional[Shape]]
+Measure = Callable[[Instruction, Shapes], Optional[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """An instruction that was measured. `body` is the computation around it, of loop, branch or program."""
+
+    instruction: Instruction
+    body: str
+    once: int
+    times: int
+    loop_unknown: bool
+
+
+def executions(
+    computations: Computations, name: str, measure: Measure, body: Optional[str] = None, times: int = 1, unknown=False
+) -> Iterator[Execution]:
+    """What a computation does that `measure` has a number for, loops multiplied out. Of branches that one counts which
+    has most of it: which one runs is not known."""
+    body = name if body is None else body
     shapes = {instruction.name: instruction.shape for instruction in computations[name]}
     for instruction in computations[name]:
-        once = _flops(instruction, shapes)
+        once = measure(instruction, shapes)
         if once is not None:
-            scope = _SCOPE.search(instruction.text)
-            place = scope[1] if scope else ""
-            yield Dot(name=instruction.name, scope=place, once=once, times=times, loop_unknown=unknown)
+            yield Execution(instruction=instruction, body=body, once=once, times=times, loop_unknown=unknown)
         elif instruction.opcode == "while":
-            trips, body = _TRIPS.search(instruction.text), _BODY.search(instruction.text)
-            assert body is not None
-            count = int(trips[1]) if trips else 1
-            yield from _walk(computations, body[1], times * count, unknown or trips is None)
+            trips, inner = _trips(instruction, computations), _BODY.search(instruction.text)
+            assert inner is not None
+            count = 1 if trips is None else trips
+            yield from executions(computations, inner[1], measure, None, times * count, unknown or trips is None)
         elif instruction.opcode == "conditional":
-            yield from _costliest(computations, instruction, times, unknown)
+            names = [one or several for one, several in _BRANCHES.findall(instruction.text)]
+            branches = [name.strip().lstrip("%") for several in names for name in several.split(",")]
+            found = [list(executions(computations, branch, measure, None, times, unknown)) for branch in branches]
+            yield from max(found, key=lambda each: sum(e.once * e.times for e in each), default=[])
         else:
             for called in _CALLED.findall(instruction.text):
-                yield from _walk(computations, called, times, unknown)
+                yield from executions(computations, called, measure, body, times, unknown)
 
 
-def _costliest(computations: _Computations, instruction: _Instruction, times: int, unknown: bool) -> list[Dot]:
-    """The dots of the branch that has most of them to do: which one runs is not known."""
-    names = [one or several for one, several in _BRANCHES.findall(instruction.text)]
-    branches = [name.strip().lstrip("%") for several in names for name in several.split(",")]
-    dots = [list(_walk(computations, branch, times, unknown)) for branch in branches]
-    return max(dots, key=lambda found: sum(dot.flops for dot in found), default=[])
+def _trips(loop: Instruction, computations: Computations) -> Optional[int]:
+    """How often a loop runs: as it says, or, where its condition is 'counter < constant', that constant, for JAX counts
+    from 0 by 1. None when neither is in the text."""
+    if said := _TRIPS.search(loop.text):
+        return int(said[1])
+    condition = _CONDITION.search(loop.text)
+    instructions = {each.name: each for each in computations.get(condition[1], [])} if condition else {}
+    for each in instructions.values():
+        if each.opcode == "compare" and "direction=LT" in each.text:
+            counter, bound = (instructions.get(name) for _, name in _OPERAND.findall(each.text)[:2])
+            if counter and bound and (counter.opcode, bound.opcode) == ("get-tuple-element", "constant"):
+                return int(bound.text.split(")")[0])
+    return None
 
 
-def _flops(instruction: _Instruction, shapes: dict[str, Optional[Shape]]) -> Optional[int]:
+def scope_of(instruction: Instruction) -> str:
+    """Its op_name: the named scopes of the program around it."""
+    found = _SCOPE.search(instruction.text)
+    return found[1] if found else ""
+
+
+def _flops(instruction: Instruction, shapes: Shapes) -> Optional[int]:
     """FLOPs of one execution; None for what is no matrix product."""
     if instruction.opcode == "dot":
         contracting = _CONTRACTING.search(instruction.text)
@@ -144,7 +193,7 @@ def _flops(instruction: _Instruction, shapes: dict[str, Optional[Shape]]) -> Opt
     return None
 
 
-def _operands(instruction: _Instruction, shapes: dict[str, Optional[Shape]]) -> tuple[Shape, Shape]:
+def _operands(instruction: Instruction, shapes: Shapes) -> tuple[Shape, Shape]:
     """Shapes of the first two operands: written with them, or where they are defined."""
     found = []
     for inline, name in _OPERAND.findall(instruction.text)[:2]:
