@@ -234,6 +234,7 @@ def _generate_flags(add: Callable[..., Any]) -> None:
 
 
 def _plan_flags(add: Callable[..., Any]) -> None:
+    add("--topology", metavar="TPU", help="compile the step for such a slice, as v5e:4x4, by the TPU compiler (libtpu)")
     add("--format", choices=("table", "json"), default="table", help="(default: table)")
 
 

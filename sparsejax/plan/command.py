@@ -3,11 +3,13 @@
 import argparse
 import json
 import sys
+from typing import Optional
 
 import jax
 
 from sparsejax.base.config import Loaded
-from sparsejax.plan.estimate import plan
+from sparsejax.plan.estimate import on_meshes, plan
+from sparsejax.plan.pod import compile_step
 from sparsejax.plan.tables import print_plan
 from sparsejax.train.config import ExperimentConfig
 
@@ -17,8 +19,11 @@ def plan_command(loaded: Loaded[ExperimentConfig], args: argparse.Namespace) -> 
     # Nothing is computed; where there is an accelerator, a dry run must not take it from the run that uses it.
     jax.config.update("jax_platforms", "cpu")
     result = plan(loaded.config, args.mesh)
+    topology: Optional[str] = args.topology
+    compiled = [compile_step(each, topology) for each in on_meshes(loaded.config, args.mesh)] if topology else []
     if args.format == "json":
-        print(json.dumps(result.to_dict()))
+        more = {"compiled": [step.to_dict() for step in compiled]} if compiled else {}
+        print(json.dumps(result.to_dict() | more))
     else:
-        print_plan(result, sys.stdout)
+        print_plan(result, compiled, sys.stdout)
     return 0

@@ -38,17 +38,21 @@ def plan(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]] = ()) 
     Raises:
       ConfigError: the config does not fit on one of the meshes.
     """
-    configs = [_on_mesh(config, mesh) for mesh in meshes or (config.mesh.shape,)]
     per_token = work(config.model, config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
     return Plan(
         work=per_token,
         tokens_per_step=tokens,
         flops_per_step=tokens * config.train.passes * per_token.flops_per_token["training"],
-        layouts=tuple(layout(each) for each in configs),
+        layouts=tuple(layout(each) for each in on_meshes(config, meshes)),
         unused=unused(config),
         notes=what_is_left_out(config),
     )
+
+
+def on_meshes(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]]) -> list[ExperimentConfig]:
+    """`config` on each mesh; none: on its own."""
+    return [_on_mesh(config, mesh) for mesh in meshes or (config.mesh.shape,)]
 
 
 def _on_mesh(config: ExperimentConfig, shape: tuple[int, int, int]) -> ExperimentConfig:

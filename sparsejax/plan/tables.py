@@ -10,16 +10,17 @@ from rich.text import Text
 
 from sparsejax.plan.estimate import Plan
 from sparsejax.plan.layout import Layout
+from sparsejax.plan.pod import CompiledStep
 from sparsejax.plan.work import Work
 
 UNWRAPPED = 10_000
 """Columns of an output that is no terminal."""
 
 
-def print_plan(plan: Plan, file: TextIO) -> None:
-    """Writes every table of `plan` to `file`."""
+def print_plan(plan: Plan, compiled: Sequence[CompiledStep], file: TextIO) -> None:
+    """Writes every table of `plan`, and of what was compiled, to `file`."""
     console = Console(file=file, width=None if file.isatty() else UNWRAPPED, highlight=False, soft_wrap=False)
-    for title, table in _tables(plan):
+    for title, table in (*_tables(plan), *_compiled(compiled)):
         if table.row_count:
             console.print(Text(title, style="bold"))
             console.print(table)
@@ -36,6 +37,26 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
     yield "Routers", _routers(plan.work)
     yield "Unused settings", _rows(("setting", "why"), [], plan.unused.items())
     yield "Tensors: logical axes, the mesh axes that split them, and bytes per device", _tensors(plan.layouts)
+
+
+def _compiled(steps: Sequence[CompiledStep]) -> Iterator[tuple[str, Table]]:
+    for step in steps:
+        name = f"{step.topology}, {mesh_name(step)}"
+        sizes = [(kind, bytes_(getattr(step, kind))) for kind in ("arguments", "temporaries", "others", "total")]
+        if step.memory is not None:
+            left = step.memory - step.total
+            sizes.append(("memory of a device", bytes_(step.memory)))
+            sizes.append(("left", bytes_(left) if left >= 0 else f"{bytes_(-left)} TOO LITTLE"))
+        yield f"Compiled for {name} in {step.seconds:.0f} s: bytes per device", _rows(("class",), ("bytes",), sizes)
+        rows = [
+            (each.kind, "+".join(each.axes) or "-", str(each.count), bytes_(each.bytes), "; ".join(each.scopes))
+            for each in step.traffic
+        ]
+        note = "; loops of unknown length count once" if step.loop_unknown else ""
+        yield (
+            f"What a device sends in a step on {name}{note}",
+            _rows(("collective", "mesh axes", "count", "bytes", "most of it from"), (), rows),
+        )
 
 
 def _components(work: Work) -> Table:
@@ -103,7 +124,7 @@ def _rows(texts: Sequence[str], numbers: Sequence[str], rows: Any) -> Table:
     return table
 
 
-def mesh_name(layout: Layout) -> str:
+def mesh_name(layout: Layout | CompiledStep) -> str:
     return "×".join(map(str, layout.mesh))
 
 

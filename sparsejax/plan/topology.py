@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any, Optional
 
 import jax
 import numpy as np
@@ -37,3 +38,17 @@ def described_mesh(topology: str, config: MeshConfig) -> Iterator[Mesh]:
     mesh = Mesh(np.array(devices[:needed]).reshape(config.shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield mesh
+
+
+def device_memory(device: Any) -> Optional[int]:
+    """Bytes of HBM of a TPU device, which may be a chip of two cores, by JAX's own table; None for what is not in
+    it."""
+    from jax.experimental.pallas import tpu
+
+    kind = device.device_kind
+    versions = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+    version = versions.get(kind, kind.removeprefix("TPU ").removeprefix("TPU"))
+    try:
+        return tpu.get_tpu_info_for_chip(tpu.ChipVersion(version), getattr(device, "num_cores", 1)).hbm_capacity_bytes
+    except (ValueError, NotImplementedError):
+        return None

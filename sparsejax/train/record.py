@@ -92,6 +92,11 @@ def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[st
     model and trainer need."""
     if jax.process_count() > 1:
         raise RequestError(f"there are {jax.process_count()} processes; a run is driven by one process so far")
+    return check_devices(config, mesh)
+
+
+def check_devices(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[str]:
+    """`check_platform` for devices that may only be described."""
     _check_attention(config, mesh)
     decided = []
     for name in sorted(set(config.model.positions.values())):

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.plan.collectives import read_collectives
+from sparsejax.plan.pod import module_of
 
 from support import on_mesh
 
@@ -129,3 +130,18 @@ def test_a_loop_says_its_length_by_its_condition():
     )
     (each,) = read_collectives(text, MESH)
     assert (each.times, each.loop_unknown) == (6, False)
+
+
+@pytest.mark.parametrize(
+    ("scope", "module"),
+    [
+        (
+            "jit(train_step)/jvp()/while/body/closed_call/feed_forward/shard_map/exchange/all_to_all",
+            "feed_forward/exchange",
+        ),
+        ("jit(train_step)/transpose(jvp())/while/body/closed_call/attention/dot_general", "attention, backward"),
+        ("jit(train_step)/reduce_sum", "step"),
+    ],
+)
+def test_the_module_of_a_scope(scope, module):
+    assert module_of(scope) == module

@@ -207,7 +207,7 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 
 def rendered(result):
     stream = io.StringIO()
-    print_plan(result, stream)
+    print_plan(result, [], stream)
     return stream.getvalue()
 
 
@@ -234,7 +234,7 @@ def test_tables_fit_a_narrow_terminal(small, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    print_plan(small, stream)
+    print_plan(small, [], stream)
     text = re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue())
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100
@@ -243,7 +243,7 @@ def test_tables_fit_a_narrow_terminal(small, monkeypatch):
 def test_json_is_one_object_on_one_line(small, capsys, monkeypatch):
     plans = {(SMALL, ((1, 1, 1), (2, 2, 2))): small}
     monkeypatch.setattr(command, "plan", lambda config, meshes: plans[config, tuple(meshes)])
-    args = argparse.Namespace(mesh=[(1, 1, 1), (2, 2, 2)], format="json")
+    args = argparse.Namespace(mesh=[(1, 1, 1), (2, 2, 2)], format="json", topology=None)
     assert command.plan_command(Loaded(config=SMALL, provenance={}), args) == 0
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import MeshConfig
 from sparsejax.plan.topology import described_mesh
 
+ROOT = Path(__file__).parents[2]
 WITHOUT = importlib.util.find_spec("libtpu") is None
 
 PROGRAM = """
@@ -94,3 +96,30 @@ def test_without_the_compiler_one_is_told_what_to_install():
 def test_an_impossible_topology_is_named(topology, mesh, words):
     with pytest.raises(RequestError, match=words), described_mesh(topology, MeshConfig(data=mesh)):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT, reason="needs the TPU compiler")
+def test_a_step_is_planned_for_a_pod():
+    """The command: what fits, and what its two MoE layers exchange against the least that they can."""
+    settings = {"data.batch_size": 8, "model.repeats": 2, "model.dtype": "bfloat16", "model.d_model": 256}
+    words = ["--config=configs/tiny.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsejax", "plan", *words, "--topology=v5e:2x4", "--mesh=2,4,1", "--format=json"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(done.stdout.splitlines()[-1])
+    (compiled,), (layout,) = plan["compiled"], plan["layouts"]
+    state = layout["bytes_per_device"]["total"] - layout["bytes_per_device"]["gradients"]
+    assert state <= compiled["arguments"] <= 1.5 * state, "small arrays are padded to tiles"
+    assert compiled["arguments"] < compiled["total"] < compiled["memory"] and not compiled["loop_unknown"]
+    (exchange,) = (each for each in compiled["traffic"] if each["kind"] == "all-to-all")
+    slots = next(each for each in plan["slots"] if each["mode"] == "train")
+    rows = slots["num_experts"] * slots["slots_per_expert"]  # a device has one group
+    least = 2 * 4 * rows * 256 * 2 * 3 // 4  # layers × ways, there and back twice; three in four leave the device
+    assert exchange["axes"] == ["expert"] and least <= exchange["bytes"] <= 1.05 * least
