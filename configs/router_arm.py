@@ -10,7 +10,7 @@ Expect:  2.98 to 3.08 bits per byte after 150 steps, by arm (experiments/routers
 from sparsejax import default_config
 from sparsejax.routers import presets
 
-ONE = ("switch", "base", "s_base", "hash_layer")
+ONE = ("switch", "base", "s_base", "hash")
 TWO = ("gshard", "mixtral", "vmoe_bpr", "expert_choice", "remoe", "deepseek_v3", "quantile_balanced")
 
 

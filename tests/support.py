@@ -142,7 +142,7 @@ def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.St
     traits = spec.router.selection.traits
     asked = traits.sparse or traits.thresholds or traits.reinforce  # a controller may ask for it, or it learns itself
     one = RouterConfig(selection=spec.router.selection if asked else TopK(k=1), weight=Raw(), allow_leak=True, **keeps)
-    one = one if spec.router.learned else presets.hash_layer()
+    one = one if spec.router.learned else presets.hash()
     shaped = MoESpec(**{name: getattr(spec, name) for name in SHAPES}, router=one)
     if spec != shaped:
         return moe_layer_params(shaped, backbone, seed)

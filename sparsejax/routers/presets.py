@@ -114,7 +114,7 @@ def s_base() -> RouterConfig:
     )
 
 
-def hash_layer() -> RouterConfig:
+def hash() -> RouterConfig:
     """A random expert for every vocabulary id (arXiv:2106.04426)."""
     return RouterConfig(selection=Hash(k=1), weight=Constant())
 
@@ -300,7 +300,7 @@ PRESETS: Mapping[str, Callable[[], RouterConfig]] = {
         expert_choice_capped,
         base,
         s_base,
-        hash_layer,
+        hash,
         stable_moe,
         rl_r,
         routing_network,

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.routers import presets
 from sparsejax.routers.annealing import Annealing
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.noise import Gumbel
-from sparsejax.routers.presets import dts_gate, hash_layer
+from sparsejax.routers.presets import dts_gate
 from sparsejax.routers.router import decide
 
 from reference import routing as slow
@@ -70,5 +71,5 @@ def test_wrong_settings(fields, key):
 
 
 def test_where_there_is_no_router_nothing_cools():
-    assert "controller" in hash_layer().unused() and "controller" not in dts_gate().unused()
-    assert "controller" in type(dts_gate())(**(vars(hash_layer()) | {"controller": COOLING})).unused()
+    assert "controller" in presets.hash().unused() and "controller" not in dts_gate().unused()
+    assert "controller" in type(dts_gate())(**(vars(presets.hash()) | {"controller": COOLING})).unused()

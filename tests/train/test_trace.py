@@ -79,7 +79,7 @@ def get_config():
     config.data.name = "synthetic"
     config.data.batch_size, config.model.repeats = 8, 1
     config.model.blocks.hash = "moe"
-    config.model.blocks.hash.router = presets.hash_layer()
+    config.model.blocks.hash.router = presets.hash()
     config.model.pattern = ("moe", "hash")
     return config
 """

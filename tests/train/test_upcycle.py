@@ -159,7 +159,7 @@ def test_shards_are_whole_copies_within_a_virtual_group():
         (RouterConfig(selection=TopK(k=1), weight=Raw()), 1, 8.0),
         (RouterConfig(selection=TopK(k=4), weight=Raw()), 2, 4.0),
         (presets.expert_choice(), 1, 4.0),
-        (presets.hash_layer(), 2, 2.0),
+        (presets.hash(), 2, 2.0),
     ],
 )
 def test_rescale_is_that_of_equal_logits(router, shards, factor):
