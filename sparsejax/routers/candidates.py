@@ -73,8 +73,7 @@ class Traits:
     """What logits, a selector, or an order of slots declare; the contract tests prove each claim both ways."""
 
     causal: bool = True  # a token's pairs do not depend on later tokens (but see `orders.ChoiceMajor` with k > 1)
-    variable_k: bool = False  # tokens may have different numbers of pairs
-    beyond_k: bool = False  # … and more than experts_per_token
+    beyond_k: bool = False  # tokens may have more pairs than experts_per_token
     train_only: bool = False  # evaluation and generation take the k best by score instead
     needs: frozenset[str] = frozenset()  # of: noise, tokens, domains, lots
     fits: bool = False  # slots are its selection: no pair is dropped; generation takes the k best by score instead

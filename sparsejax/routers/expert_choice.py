@@ -30,7 +30,7 @@ class ExpertChoice(ChoosesK):
     iterations: int = 100
     temperature: float = 0.02
 
-    traits = Traits(causal=False, variable_k=True, fits=True)
+    traits = Traits(causal=False, beyond_k=True, fits=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -58,7 +58,6 @@ class SecondExpert:
     def traits(self) -> Traits:
         draws = self.policy in ("random", "sampling")
         return Traits(
-            variable_k=self.policy != "all",
             needs=frozenset({"noise"} if draws else ()),
             own_scores=self.policy not in ("all", "sampling"),  # the second score counts whether it is taken or not
         )
@@ -120,7 +119,7 @@ class TopP(ChoosesK):
     p: float = 0.6
     k: int = 4
 
-    traits = Traits(variable_k=True)
+    traits = Traits()
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,7 +148,7 @@ class Positive(ChoosesK):
 
     @property
     def traits(self) -> Traits:
-        return Traits(variable_k=True, beyond_k=self.most != self.k, sparse=True)
+        return Traits(beyond_k=self.most != self.k, sparse=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -180,7 +179,7 @@ class Threshold(ChoosesK):
 
     @property
     def traits(self) -> Traits:
-        return Traits(variable_k=True, beyond_k=self.most != self.k, thresholds=True)
+        return Traits(beyond_k=self.most != self.k, thresholds=True)
 
     def __post_init__(self):
         super().__post_init__()
