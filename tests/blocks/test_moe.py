@@ -325,11 +325,6 @@ class TestRouterGradient:
         scale = np.abs(grads["experts"]["w_out"][...]).max()
         assert np.abs(grads["router"]["weight"][...]).max() > 1e-3 * scale
 
-    def test_one_renormalized_expert_is_refused_with_the_reason(self):
-        with pytest.raises(ConfigError, match="no gradient") as error:
-            RouterConfig(selection=TopK(k=1), weight=Renormalized())
-        assert error.value.key == "weight"
-
     @pytest.mark.parametrize("scope", ["sequence", "device", "microbatch", "global"])
     def test_the_balance_loss_moves_the_router_and_nothing_else(self, scope):
         layer_spec = spec(RouterConfig(balance=LoadBalance(scope=scope), z_loss=0.0))

@@ -150,3 +150,17 @@ def test_bfloat16_rows_keep_their_dtype_and_weights_get_float32_gradients():
         assert (z.dtype, y.dtype, scale.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
         dx, dweights = gradients(movement, x, pairs, slots, jnp.ones_like(y))
         assert (dx.dtype, dweights.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("movement", MOVEMENTS)
+def test_bfloat16_rows_of_four_pairs_are_rounded_once(movement):
+    rng = np.random.default_rng(4)
+    experts = jnp.asarray(np.tile(np.arange(EXPERTS), (GROUPS, 64, 1)))
+    pairs = choice_major_pairs(experts, jnp.ones(experts.shape), jnp.ones((GROUPS, 64), bool))
+    slots = fill_slots(pairs, EXPERTS, 64, jnp.full(GROUPS, 64, jnp.int32))
+    out = jnp.asarray(rng.normal(size=(EXPERTS, GROUPS, 64, 16)), jnp.bfloat16)
+    exact = MOVEMENTS[movement].combine(out.astype(jnp.float32), pairs, slots)
+    y = MOVEMENTS[movement].combine(out, pairs, slots)
+    assert y.dtype == jnp.bfloat16
+    wrong = np.abs(np.asarray(y, np.float32) - np.asarray(exact))
+    assert (wrong <= 2**-8 * np.abs(np.asarray(exact))).all()  # half a step of the last of its bits
