@@ -120,9 +120,8 @@ def add(left: Any, right: Any) -> Any:
 
 def to_host(reports: Any) -> Any:
     """Device reports as NumPy, integers widened to int64 so that a window of many steps cannot overflow."""
-    return jax.tree.map(
-        lambda a: np.asarray(a).astype(np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64), reports
-    )
+    wide = {"i": np.int64, "u": np.int64, "f": np.float64, "V": np.float64}  # V: bfloat16
+    return jax.tree.map(lambda a: np.asarray(a).astype(wide.get(a.dtype.kind, a.dtype)), reports)
 
 
 def over_layers(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

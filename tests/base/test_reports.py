@@ -2,10 +2,11 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.base.reports import MoEReport, balance_floor, moe_ratios, over_layers
+from sparsejax.base.reports import MoEReport, balance_floor, moe_ratios, over_layers, to_host
 
 
 def report(**fields):
@@ -89,3 +90,9 @@ def test_balance_floor_is_the_mean_maximum_of_random_routing(tokens, experts, k)
 
 def test_balance_floor_where_nothing_can_be_uneven():
     assert balance_floor(0, 8, 2) == balance_floor(10, 4, 4) == 1.0
+
+
+def test_what_is_recorded_keeps_its_kind_on_the_host():
+    dtypes = {"int32": "int64", "float32": "float64", "bfloat16": "float64", "bool": "bool"}
+    arrays = {name: jnp.ones(3, name) for name in dtypes}
+    assert {name: array.dtype.name for name, array in to_host(arrays).items()} == dtypes

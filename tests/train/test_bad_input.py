@@ -63,8 +63,8 @@ def refused(workdir, *flags, **overrides):
             [f"{MOE}.grouped_matmul: 'megablox' is a kernel for TPU and this is a cpu", "auto, slots, ragged_dot"],
         ),
         (
-            {"model__blocks__moe__dispatch": "grouped", "mesh__data": 1, "mesh__expert": 2},
-            [f"{MOE}.dispatch: grouped needs all experts on each device, and mesh.expert=2", "dispatch=gather"],
+            {"model__blocks__moe__dispatch": "grouped", "model__blocks__moe__exchange": "ragged_all_to_all"},
+            [f"{MOE}.exchange: XLA has no 'ragged_all_to_all' for cpu", "auto, all_to_all"],
         ),
         ({"train__profile": "(5, 3)"}, ["config.train.profile: (5, 3)", "train.steps=12"]),
         # settings that contradict each other
