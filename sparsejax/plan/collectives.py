@@ -16,10 +16,9 @@ from typing import Optional
 import numpy as np
 
 from sparsejax.base.sharding import AXES
-from sparsejax.plan.hlo import Instruction, Shapes, executions, parse, scope_of
+from sparsejax.plan.hlo import Instruction, Shapes, executions, ints, parse, scope_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_SIZES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -61,27 +60,25 @@ def read_collectives(hlo_text: str, mesh: tuple[int, ...]) -> list[Collective]:
         if chain is not None and key in seen:
             continue
         seen.add(key)
-        kind, axes = _kind(each.instruction), mesh_axes(_group(each.instruction, mesh), mesh)
-        place = scope_of(each.instruction)
-        fields = {"once": each.once, "times": each.times, "loop_unknown": each.loop_unknown}
-        found.append(Collective(kind=kind or "", axes=axes, scope=place, **fields))
+        found.append(
+            Collective(
+                kind=each.instruction.opcode.removesuffix("-start"),
+                axes=mesh_axes(_group(each.instruction, mesh), mesh),
+                scope=scope_of(each.instruction),
+                once=each.once,
+                times=each.times,
+                loop_unknown=each.loop_unknown,
+            )
+        )
     return found
-
-
-def _kind(instruction: Instruction) -> Optional[str]:
-    kind = instruction.opcode.removesuffix("-start")
-    return kind if kind in KINDS else None
 
 
 def _sent(instruction: Instruction, shapes: Shapes, mesh: tuple[int, ...]) -> Optional[int]:
     """Bytes; None for what is no collective."""
-    kind = _kind(instruction)
-    if kind is None:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
         return None
-    arrays = [
-        math.prod(map(int, filter(None, dims.split(",")))) * _SIZES.get(dtype, _bits(dtype))
-        for dtype, dims in _ARRAY.findall(instruction.result)
-    ]
+    arrays = [math.prod(ints(dims)) * _bytes(dtype) for dtype, dims in _ARRAY.findall(instruction.result)]
     if instruction.opcode == "all-gather-start":  # (operands, results)
         arrays = arrays[len(arrays) // 2 :]
     if kind == "collective-permute":
@@ -92,10 +89,10 @@ def _sent(instruction: Instruction, shapes: Shapes, mesh: tuple[int, ...]) -> Op
     return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n
 
 
-def _bits(dtype: str) -> int:
-    """Bytes of a type that carries them in its name: 4 of f32, 1 of f8e4m3fn."""
-    found = re.search(r"\d+", dtype)
-    return 0 if found is None else max(1, int(found[0]) // 8)
+def _bytes(dtype: str) -> int:
+    """Of one number; a type has its bits in its name, as f32 and f8e4m3fn. A token has none."""
+    bits = re.search(r"\d+", dtype)
+    return int(dtype == "pred") if bits is None else max(1, int(bits[0]) // 8)
 
 
 def _group(instruction: Instruction, mesh: tuple[int, ...]) -> np.ndarray:
@@ -104,11 +101,11 @@ def _group(instruction: Instruction, mesh: tuple[int, ...]) -> np.ndarray:
     if pair := _PAIRS.search(text):
         return np.array([int(pair[1]), int(pair[2])])
     if listed := _LISTED.search(text):
-        return np.array(_ints(listed[1]))
+        return np.array(ints(listed[1]))
     if iota := _IOTA.search(text):
-        numbers = np.arange(math.prod(_ints(iota[2]))).reshape(_ints(iota[2]))
-        numbers = numbers.transpose(_ints(iota[3])) if iota[3] else numbers
-        return numbers.reshape(_ints(iota[1]))[0]
+        numbers = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
+        numbers = numbers.transpose(ints(iota[3])) if iota[3] else numbers
+        return numbers.reshape(ints(iota[1]))[0]
     if over := _MESH.search(text):
         names, sizes = zip(*(part.split("=") for part in over[1].split(",")), strict=True)
         grid = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
@@ -126,7 +123,3 @@ def mesh_axes(group: np.ndarray, mesh: tuple[int, ...]) -> Optional[tuple[str, .
     varying = [axis for axis in range(len(mesh)) if len(set(places[axis])) > 1]
     whole = math.prod(mesh[axis] for axis in varying) == len(group)
     return tuple(AXES[axis] for axis in varying) if whole else None
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)

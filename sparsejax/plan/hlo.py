@@ -43,7 +43,7 @@ class Instruction:
     def shape(self) -> Optional[Shape]:
         """None: a tuple."""
         found = _SHAPE.match(self.result)
-        return _ints(found[1]) if found else None
+        return ints(found[1]) if found else None
 
 
 Computations = dict[str, list[Instruction]]
@@ -178,7 +178,7 @@ def _flops(instruction: Instruction, shapes: Shapes) -> Optional[int]:
         contracting = _CONTRACTING.search(instruction.text)
         lhs, _ = _operands(instruction, shapes)
         assert instruction.shape is not None
-        summed = _ints(contracting[1]) if contracting else ()
+        summed = ints(contracting[1]) if contracting else ()
         return 2 * math.prod(instruction.shape) * math.prod(lhs[d] for d in summed)
     if instruction.opcode == "custom-call" and '"__onednn$matmul"' in instruction.text:
         # The output may come in a tuple with scratch memory and either side may be transposed: go by sizes alone.
@@ -197,12 +197,13 @@ def _operands(instruction: Instruction, shapes: Shapes) -> tuple[Shape, Shape]:
     """Shapes of the first two operands: written with them, or where they are defined."""
     found = []
     for inline, name in _OPERAND.findall(instruction.text)[:2]:
-        shape = _ints(inline) if inline else shapes.get(name)
+        shape = ints(inline) if inline else shapes.get(name)
         if shape is None:
             raise ValueError(f"{instruction.name}: the shape of its operand {name} is not in the text")
         found.append(shape)
     return found[0], found[1]
 
 
-def _ints(text: str) -> Shape:
+def ints(text: str) -> Shape:
+    """Numbers between commas: '4,8' is (4, 8), and nothing is ()."""
     return tuple(int(part) for part in text.split(",") if part)

@@ -60,19 +60,25 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(WITHOUT, reason="needs the TPU compiler: pip install -e '.[plan]' (no TPU)")
-def test_a_layer_does_no_more_than_its_ideal_flops():
-    """Forward and backward, capacity factor 1.0 and dropless; a dense fallback would cost 16 times as much."""
+def told_by(*words):
+    """The JSON on the last line of a Python process of its own, which compiles for TPU as users do."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, *words],
+        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT, reason="needs the TPU compiler: pip install -e '.[plan]' (no TPU)")
+def test_a_layer_does_no_more_than_its_ideal_flops():
+    """Forward and backward, capacity factor 1.0 and dropless; a dense fallback would cost 16 times as much."""
+    found = told_by("-c", PROGRAM)
     assert 0.99 < found["gather"]["flops"] <= 1.03 and 0.99 < found["grouped"]["flops"] <= 1.02
     assert found["gather"]["kernels"] == 0 and found["grouped"]["kernels"] == 6, (
         "two products, and two for each backward"
@@ -106,16 +112,8 @@ def test_a_step_is_planned_for_a_pod(dispatch, kind):
     settings = {"data.batch_size": 8, "model.repeats": 2, "model.dtype": "bfloat16", "model.d_model": 256}
     settings |= {"model.blocks.moe.dispatch": dispatch}
     words = ["--config=configs/tiny.py", *(f"--config.{name}={value}" for name, value in settings.items())]
-    done = subprocess.run(
-        [sys.executable, "-m", "sparsejax", "plan", *words, "--topology=v5e:2x4", "--mesh=2,4,1", "--format=json"],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan = json.loads(done.stdout.splitlines()[-1])
+    words += ["--topology=v5e:2x4", "--mesh=2,4,1", "--format=json"]
+    plan = told_by("-m", "sparsejax", "plan", *words)
     (compiled,), (layout,) = plan["compiled"], plan["layouts"]
     state = layout["bytes_per_device"]["total"] - layout["bytes_per_device"]["gradients"]
     assert state <= compiled["arguments"] <= 1.5 * state, "small arrays are padded to tiles"
