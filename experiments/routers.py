@@ -17,7 +17,7 @@ from sparsejax.cli import main as sparsejax
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "router_arm.py"
-SHOWN = ("bits_per_byte", "moe/load_max_over_mean", "moe/drop_fraction", "moe/dead_experts", "tokens_per_second")
+SHOWN = ("bits_per_byte", "moe/load_max_over_mean", "moe/drop_fraction", "moe/dead_experts", "moe/experts_per_token")
 SEES_FUTURE = ("vmoe_bpr", "expert_choice", "base", "s_base")
 """In training. The first two in evaluation, too, so their loss is not one of a language model."""
 
@@ -41,20 +41,39 @@ def page(results: dict[str, list[dict[str, float]]], command: str) -> str:
         "# Routers at equal active FLOPs and equal data",
         "",
         f"`{command}` made this page;",
-        f"`configs/router_arm.py` is the experiment. Means over {seeds} seeds, ± their deviation; bits per byte",
-        "on 64 batches spread over the validation split, loads of the last 50 steps of training.",
+        f"`configs/router_arm.py` is the experiment. Means over {seeds} seeds, ± the deviation of one run; bits per",
+        "byte on 64 batches spread over the validation split, loads of the last 50 steps of training. Experts met is",
+        "what a token was processed by, in experts of width 256: 1 is the FLOPs of `dense`.",
         "",
-        "| arm | bits per byte | largest load / mean | dropped | dead experts |",
-        "|---|---|---|---|---|",
+        "| arm | bits per byte | experts met | largest load / mean | dropped | dead experts |",
+        "|---|---|---|---|---|---|",
     ]
     for arm in sorted(results, key=lambda arm: np.mean([row["bits_per_byte"] for row in results[arm]])):
         value = lambda name: np.array([row.get(name, np.nan) for row in results[arm]])  # noqa: E731
-        bits, load, drop, dead = (value(name) for name in SHOWN[:4])
+        bits, load, drop, dead, met = (value(name) for name in SHOWN)
         mark = "*" if arm in SEES_FUTURE else ""
-        sparse = f"{load.mean():.2f} | {drop.mean():.1%} | {dead.mean():.1f}" if arm != "dense" else "| |"
-        lines.append(f"| `{arm}`{mark} | {bits.mean():.3f} ± {bits.std():.3f} | {sparse} |")
-    lines += ["", "\\* chooses by what comes later, in training; `expert_choice` and `vmoe_bpr` in evaluation as well."]
+        width = 1 if arm in runpy.run_path(str(CONFIG))["ONE"] else 2
+        sparse = f"{met.mean() / width:.2f} | {load.mean():.2f} | {drop.mean():.1%} | {dead.mean():.1f}"
+        sparse = sparse if arm != "dense" else "1.00 | | |"
+        lines.append(f"| `{arm}`{mark} | {bits.mean():.3f} ± {_deviation(bits):.3f} | {sparse} |")
+    if seeds > 1:
+        spread = np.mean([_deviation([row["bits_per_byte"] for row in rows]) ** 2 for rows in results.values()]) ** 0.5
+        noise = 2 * spread * (2 / seeds) ** 0.5
+        lines += [
+            "",
+            f"Two arms less than {noise:.3f} apart are not told apart: that is twice the standard error of a",
+            f"difference of means, where one run of an arm deviates by {spread:.3f}.",
+        ]
+    lines += [
+        "",
+        "\\* chooses by what comes later, in training; `expert_choice` and `vmoe_bpr` in evaluation as well.",
+    ]
     return "\n".join(lines) + "\n\n![loss and balance of every arm](routers.svg)\n"
+
+
+def _deviation(values: list[float] | np.ndarray) -> float:
+    """Of one run, estimated from several; 0 where there is only one."""
+    return float(np.std(values, ddof=1)) if np.size(values) > 1 else 0.0
 
 
 def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
