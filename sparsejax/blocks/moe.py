@@ -323,10 +323,6 @@ class MoESpec(BlockSpec):
     def check_replay(self, expert: int) -> None:
         if expert >= self.scored_experts:
             raise ConfigError("num_experts", f"{self.scored_experts}, but a recorded token went to expert {expert}")
-        if self.router.selection.traits.own_scores:
-            raise ConfigError(
-                "router.selection", "its weights know more than who was chosen, so that decisions cannot be taken again"
-            )
 
     def settle(self, report: Report) -> Report:
         """A global balance is that of the summed loads."""

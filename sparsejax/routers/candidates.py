@@ -1,5 +1,6 @@
 """What a selector chooses from, and what it declares about itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional, Protocol
 
@@ -68,6 +69,15 @@ class Candidates:
     inputs: Inputs
 
 
+def chosen_scores(candidates: Candidates, experts_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+    """The scores of these experts; of none, which is −1, it is 0."""
+    scores_GSK = jnp.take_along_axis(candidates.scores, jnp.maximum(experts_GSK, 0), axis=-1)
+    return jnp.where(experts_GSK >= 0, scores_GSK, 0)
+
+
+ScoresOf = Callable[[Candidates, Int[Array, "G S K"]], Float[Array, "G S K"]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """What logits, a selector, or an order of slots declare; the contract tests prove each claim both ways."""
@@ -78,13 +88,13 @@ class Traits:
     needs: frozenset[str] = frozenset()  # of: noise, tokens, domains, lots
     fits: bool = False  # slots are its selection: no pair is dropped; generation takes the k best by score instead
     sparse: bool = False  # an expert whose score is 0 is not chosen
-    own_scores: bool = False  # weights know more than the scores of chosen experts: decisions cannot be replayed
     fixed: bool = False  # the choice does not look at the scores, so that weights may be constant
     thresholds: bool = False  # takes what ranks above 0, which a controller makes the share of k/E
     blind: bool = False  # of logits: they do not look at the token's vector
     whole: bool = False  # of logits: they look at the vectors of the whole document, which a cache lacks
     together: bool = False  # sends whole groups to the same experts: every expert has a slot for everyone
     reinforce: Optional[Reinforce] = None  # how it learns from what it chose, if it does: weights may be constant then
+    scores_of: ScoresOf = chosen_scores  # of pairs with experts that were chosen before, −1 for none
 
 
 class Selector(Protocol):

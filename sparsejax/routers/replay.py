@@ -1,6 +1,7 @@
 """Decisions kept, and taken again: a replayed token goes to the experts it once went to, with weights of its scores now
 (router replay, arXiv:2510.11370)."""
 
+import dataclasses
 from typing import Protocol
 
 import jax
@@ -9,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.reports import Decisions
 from sparsejax.ops.assignment import Pairs, Slots, by_token, choice_major_pairs
-from sparsejax.routers.candidates import Candidates
+from sparsejax.routers.candidates import Candidates, Traits
+from sparsejax.routers.policy import policy
 
 
 class Decided(Protocol):
@@ -49,9 +51,9 @@ def record(decision: Decided, rows: int) -> Decisions:
     return jax.lax.stop_gradient(decisions)
 
 
-def replay(candidates: Candidates, experts_GSK: Int[Array, "G S K"]) -> Pairs:
-    """The pairs of recorded experts, −1 for none, with the scores that they have now."""
-    chosen_GSK, experts_GSK = experts_GSK >= 0, jnp.maximum(experts_GSK, 0)
-    scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1)
-    scores_GSK = jnp.where(chosen_GSK, scores_GSK, 0)
-    return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask, chosen_GSK)
+def replay(candidates: Candidates, experts_GSK: Int[Array, "G S K"], traits: Traits) -> Pairs:
+    """The pairs of recorded experts, −1 for none, with the scores that a selection of these traits gives them now."""
+    if traits.reinforce:
+        candidates = dataclasses.replace(candidates, scores=policy(candidates))
+    scores_GSK = traits.scores_of(candidates, experts_GSK)
+    return choice_major_pairs(jnp.maximum(experts_GSK, 0), scores_GSK, candidates.inputs.mask, experts_GSK >= 0)

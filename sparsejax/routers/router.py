@@ -19,7 +19,6 @@ from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.exploration import drop_inputs, explore, jitter
 from sparsejax.routers.logits import Parameters
 from sparsejax.routers.observed import Observed
-from sparsejax.routers.policy import policy
 from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import as_probabilities
 from sparsejax.routers.smooth_step import DSelectK
@@ -114,8 +113,7 @@ def decide(
     selection = config.selection
     traits = selection.traits
     if inputs.experts is not None:
-        weighed = dataclasses.replace(candidates, scores=policy(candidates)) if traits.reinforce else candidates
-        pairs = replay(weighed, inputs.experts)
+        pairs = replay(candidates, inputs.experts, traits)
     elif (traits.train_only and not inputs.training) or (traits.fits and inputs.generating):
         by_score = dataclasses.replace(candidates, ranking=config.limit(jax.lax.stop_gradient(scores_GSE)))
         pairs = TopK(k=k)(by_score)

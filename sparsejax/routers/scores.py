@@ -48,7 +48,8 @@ class SqrtSoftplus:
 
 @dataclass(frozen=True, kw_only=True)
 class Relu:
-    """max(logit, 0): a score that can be exactly 0 (ReMoE, arXiv:2412.14711). Goes with selection=positive."""
+    """max(logit, 0): a score that can be exactly 0 (ReMoE, arXiv:2412.14711). selection=positive leaves such experts
+    out; with the others they are chosen for want of better, with a weight of 0."""
 
     def __call__(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
         return jax.nn.relu(logits_GSE)

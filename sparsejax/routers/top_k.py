@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs, choice_major_pairs
-from sparsejax.routers.candidates import Candidates, ChoosesK, Traits
+from sparsejax.routers.candidates import Candidates, ChoosesK, Traits, chosen_scores
 
 
 def take_best(candidates: Candidates, k: int) -> tuple[Int[Array, "G S K"], Float[Array, "G S K"]]:
@@ -57,10 +57,7 @@ class SecondExpert:
     @property
     def traits(self) -> Traits:
         draws = self.policy in ("random", "sampling")
-        return Traits(
-            needs=frozenset({"noise"} if draws else ()),
-            own_scores=self.policy not in ("all", "sampling"),  # the second score counts whether it is taken or not
-        )
+        return Traits(needs=frozenset({"noise"} if draws else ()), scores_of=_with_runner_up)
 
     @property
     def experts_per_token(self) -> int:
@@ -91,6 +88,17 @@ class SecondExpert:
         return choice_major_pairs(experts_GS2, scores_GS2, candidates.inputs.mask, chosen_GS2)
 
 
+def _with_runner_up(candidates: Candidates, experts_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+    """The second score counts whether that expert was taken or not: then it is the runner-up's."""
+    scores_GSK, first_GS1 = chosen_scores(candidates, experts_GSK), experts_GSK[..., :1]
+    if experts_GSK.shape[-1] == 1:  # decisions of a layer that takes one
+        return scores_GSK
+    others_GSE = jnp.where(first_GS1 == jnp.arange(candidates.ranking.shape[-1]), -jnp.inf, candidates.ranking)
+    runner_up_GS1 = jnp.argmax(others_GSE, axis=-1, keepdims=True)
+    second_GS1 = jnp.where(experts_GSK[..., 1:2] < 0, runner_up_GS1, experts_GSK[..., 1:2])
+    return scores_GSK.at[..., 1:2].set(chosen_scores(candidates, second_GS1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prototypes(ChoosesK):
     """k groups of E/k experts; each token takes the best of every group (M6-T, arXiv:2105.15082). A pair's score is its
@@ -98,7 +106,9 @@ class Prototypes(ChoosesK):
 
     k: int = 2
 
-    traits = Traits(own_scores=True)
+    @property
+    def traits(self) -> Traits:
+        return Traits(scores_of=self._shares)
 
     def __call__(self, candidates: Candidates) -> Pairs:
         groups, size, num_experts = candidates.ranking.shape
@@ -107,9 +117,14 @@ class Prototypes(ChoosesK):
         each = num_experts // self.k
         best_GSK = jnp.argmax(candidates.ranking.reshape(groups, size, self.k, each), axis=-1)
         experts_GSK = best_GSK + each * jnp.arange(self.k)
-        of_group_GSK = candidates.scores.reshape(groups, size, self.k, each).sum(-1)
-        scores_GSK = jnp.take_along_axis(candidates.scores, experts_GSK, axis=-1) / jnp.maximum(of_group_GSK, 1e-9)
-        return choice_major_pairs(experts_GSK, scores_GSK, candidates.inputs.mask)
+        return choice_major_pairs(experts_GSK, self._shares(candidates, experts_GSK), candidates.inputs.mask)
+
+    def _shares(self, candidates: Candidates, experts_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+        groups, size, num_experts = candidates.scores.shape
+        of_groups_GSK = candidates.scores.reshape(groups, size, self.k, -1).sum(-1)
+        group_GSK = jnp.maximum(experts_GSK, 0) // (num_experts // self.k)
+        whole_GSK = jnp.take_along_axis(of_groups_GSK, group_GSK, axis=-1)
+        return chosen_scores(candidates, experts_GSK) / jnp.maximum(whole_GSK, 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
