@@ -230,6 +230,7 @@ TABLE: dict[str, Row] = {
     f"{MERGED}.allow_leak": row(True, "tests/blocks/test_merged.py::test_a_language_model_has_to_allow_the_leak"),
     f"{MOE}.buffer_factor": row(1.25, gradients, **{f"{MOE}.dispatch": "grouped", "mesh.expert": "2"}),
     f"{MOE}.exchange": row("ragged_all_to_all", gradients, **{f"{MOE}.dispatch": "grouped", "mesh.expert": "2"}),
+    f"{MOE}.replicated": row(True, layout, **SPREAD),
     f"{MOE}.grouped_matmul": row("ragged_dot", evaluation, **{f"{MOE}.dispatch": "grouped"}),
     f"{ROUTER}.score.name": row("sigmoid", evaluation),
     f"{ROUTER}.selection.name": row("top_p", evaluation),

@@ -1,6 +1,7 @@
 """Logical axes to mesh axes, meshes that fit or say why not, and where arrays of a batch and of a model come to lie."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +15,6 @@ from sparsejax.base.sharding import (
     RULE_NAMES,
     MeshConfig,
     Rules,
-    gather_for_compute,
     make_mesh,
     mesh_platform,
     shard_batch,
@@ -22,9 +22,13 @@ from sparsejax.base.sharding import (
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel
+from sparsejax.nn.linear import Linear, project
+from sparsejax.plan.collectives import read_collectives
 from sparsejax.train.optimizer import GROUPS
 
 from support import host_batch, host_params, on_mesh, put_params
+
+OUT = P(BATCH_AXES, None, "tensor")
 
 
 class TestRules:
@@ -100,12 +104,29 @@ def test_rows_of_a_batch_are_split_over_data_and_expert_microbatch_by_microbatch
         assert np.array_equal(batch["rows"], np.arange(8).reshape(2, 4))
 
 
-def test_a_parameter_is_gathered_over_the_batch_axes_and_stays_split_over_tensor():
+def test_a_gradient_is_scattered_before_it_is_summed():
+    """Of a weight stored in two parts along `data`: half of it is summed over `expert`, not all of it over both."""
+    kind = {"stddev": 1.0, "out_spec": OUT, "dtype": "float32"}
+    layer = Linear(jax.random.key(0), "btd,df->btf", (8, 16), ("embed", "mlp"), **kind)
+    x_BTD = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float32)
+
+    def loss(weight, x_BTD):
+        return jnp.sum(jnp.square(project(layer.equation, x_BTD, weight, OUT, "float32")))
+
+    with on_mesh((1, 1, 1)):
+        expected = jax.grad(loss)(layer.weight[...], x_BTD)
     with on_mesh((2, 2, 2)) as mesh:
-        weight = jax.device_put(np.arange(64.0).reshape(8, 8), jax.NamedSharding(mesh, P("data", "tensor")))
-        gathered = jax.jit(gather_for_compute)(weight)
-        assert gathered.sharding.spec == P(None, "tensor")
-        assert np.array_equal(gathered, weight)
+        weight = jax.device_put(layer.weight[...], jax.NamedSharding(mesh, P("data", "tensor")))
+        x_BTD = jax.device_put(x_BTD, jax.NamedSharding(mesh, P(BATCH_AXES)))
+        compiled = jax.jit(jax.grad(loss)).lower(weight, x_BTD).compile()
+        found = compiled(weight, x_BTD)
+        moved = read_collectives(compiled.as_text(), (2, 2, 2))
+    assert found.sharding.spec == P("data", "tensor")
+    assert np.allclose(found, expected, rtol=1e-5)
+    part = 4 * 8 * 16 // 2 // 2  # bytes of what a device stores
+    sent = {"all-gather": ("data", part), "reduce-scatter": ("data", part), "all-reduce": ("expert", part)}
+    assert {each.kind: (*each.axes, each.bytes) for each in moved} == sent
+    assert len(moved) == 3
 
 
 def test_every_parameter_of_a_model_knows_its_axes_and_group_and_is_split_by_them():

@@ -2,8 +2,8 @@
 
 The mesh always has the three axes `('data', 'expert', 'tensor')`, all explicit, and axes of length 1 stay: one device
 is the mesh 1×1×1. Rows of a batch are split over `data` and `expert` together. A parameter names its logical axes;
-one table, `Rules`, maps them to mesh axes. FSDP is the rule `embed → data`: stored split, gathered by
-`gather_for_compute` where it is used."""
+one table, `Rules`, maps them to mesh axes. FSDP is the rule `embed → data`: stored split, gathered by `whole` where it
+is used."""
 
 import dataclasses
 import math
@@ -111,12 +111,6 @@ def mesh_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def gather_for_compute(value: Array) -> Array:
-    """A stored parameter as its layer uses it: gathered over the batch axes (FSDP), still split over `tensor`."""
-    spec = jax.typeof(value).sharding.spec
-    return jax.sharding.reshard(value, P(*(axis if axis == "tensor" else None for axis in spec)))
-
-
 def on_each_device(
     function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: tuple[Any, ...], check_vma: bool = True
 ) -> Callable[..., Any]:
@@ -141,6 +135,18 @@ def sum_over(tree: Any, axes: str | tuple[str, ...]) -> Any:
 def split_axes(array: Array) -> P:
     """The mesh axes that `on_each_device` finds a stored array split over: none on a mesh of one device."""
     return jax.typeof(array).sharding.spec if jax.sharding.get_abstract_mesh().size > 1 else P()
+
+
+def whole(value: Array, spec: P, like: Array, over: Sequence[str] = ("data",)) -> Array:
+    """Inside `on_each_device`: a parameter stored as `spec`, gathered over the mesh axes `over` for use beside `like`.
+
+    It varies as `like` does before it is gathered. So its gradient is scattered over the axes it was gathered from, and
+    only what is left is summed over the others; the other way round whole gradients would travel."""
+    value = vary_like(value, like)
+    for place, axis in enumerate(spec):
+        if axis in over:
+            value = jax.lax.all_gather(value, axis, axis=place, tiled=True)
+    return value
 
 
 def vary_like(value: Array, like: Array) -> Array:

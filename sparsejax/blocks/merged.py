@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, on_each_device, split_axes, sum_over
+from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.mixtures import mixture_report
 from sparsejax.blocks.residual import TransformerBlock
@@ -116,12 +116,16 @@ class MergedLayer(nnx.Module):
         spec, length = self.spec, x_BTD.shape[1]
         alone = spec.segment_length is None
         size = length if spec.segment_length is None else min(length, spec.segment_length)
-        weights = tuple(gather_for_compute(weight) for weight in self.experts.weights())
+        weights = self.experts.weights()
         weight_specs = tuple(split_axes(weight) for weight in weights)
+        router_spec = split_axes(self.router[...])
         activation = self.experts.activation
 
         def local(x_BTD, mask_BT, router_DE, *weights):
             rows = x_BTD.shape[0]
+            router_DE = whole(router_DE, router_spec, x_BTD)
+            narrow = [weight.astype(x_BTD.dtype) for weight in weights]
+            weights = [whole(w, spec, x_BTD, BATCH_AXES) for w, spec in zip(narrow, weight_specs, strict=True)]
             x_BNSD, mask_BNS = in_segments(x_BTD, size), in_segments(mask_BT, size)
             with jax.named_scope("route"):
                 logits_BNE = segment_logits(x_BNSD, mask_BNS, router_DE)
@@ -143,9 +147,8 @@ class MergedLayer(nnx.Module):
             return jnp.where(mask_BT[..., None], y_BTD, 0), sum_over(moe, BATCH_AXES)
 
         by_row: Any = P(BATCH_AXES, None, None)
-        run = on_each_device(local, (by_row, P(BATCH_AXES, None), P(), *weight_specs), (by_row, P()))
-        router = gather_for_compute(self.router[...])
-        return run(x_BTD.astype(self.experts.dtype), context.batch.segments > 0, router, *weights)
+        run = on_each_device(local, (by_row, P(BATCH_AXES, None), router_spec, *weight_specs), (by_row, P()))
+        return run(x_BTD.astype(self.experts.dtype), context.batch.segments > 0, self.router[...], *weights)
 
 
 def in_segments(values_BT: Array, size: int) -> Array:

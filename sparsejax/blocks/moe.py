@@ -59,7 +59,9 @@ class MoESpec(BlockSpec):
     dispatch: Literal["gather", "einsum", "grouped"] = "gather"  # grouped: dropless
     grouped_matmul: Literal["auto", "slots", "megablox", "ragged_dot"] = "auto"  # auto: megablox on TPU, else slots
     buffer_factor: float = 2.0  # room for dropless rows from other devices, over a device's share of an even load
-    exchange: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"  # of dropless rows; auto: ragged off CPU
+    # Of dropless rows; auto: all_gather for fewer pairs than experts, else ragged_all_to_all, and all_to_all on CPU.
+    exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
+    replicated: bool = False  # every device of mesh.expert has all experts, so that nothing is exchanged
     router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
@@ -131,10 +133,12 @@ class MoESpec(BlockSpec):
             return self.grouped_matmul
         return "megablox" if platform == "tpu" else "slots"
 
-    def transport(self, platform: str) -> Transport:
-        """What moves dropless rows between devices."""
+    def transport(self, platform: str, tokens: Optional[int] = None) -> Transport | Literal["all_gather"]:
+        """What moves dropless rows between devices that hold so many tokens each; None: many."""
         if self.exchange != "auto":
             return self.exchange
+        if tokens is not None and tokens * self.experts_per_token < self.num_experts:
+            return "all_gather"
         return "all_to_all" if platform == "cpu" else "ragged_all_to_all"
 
     @property
@@ -170,6 +174,10 @@ class MoESpec(BlockSpec):
 
     def unused(self) -> dict[str, str]:
         reasons = {} if self.dropless else {"buffer_factor": f"dispatch={self.dispatch}; it counts with grouped"}
+        if self.exchange == "all_gather":
+            reasons["buffer_factor"] = "exchange=all_gather has room for everyone's pairs"
+        if self.replicated:
+            reasons |= dict.fromkeys(("exchange", "buffer_factor"), "replicated experts need no exchange")
         if not self._convention.reads_factor(self.experts_per_token):
             fixed = f"{self.capacity_convention} has a fixed number of slots for k = {self.experts_per_token}"
             reasons["capacity_factor"] = fixed
@@ -213,7 +221,8 @@ class MoESpec(BlockSpec):
 
     def build_experts(self, key: PRNGKeyArray, backbone: Backbone) -> Experts:
         d_ff = ffn_width(backbone, self.d_ff)
-        return Experts(key, backbone, self.num_experts, d_ff, gated=self.gated, activation=self.activation)
+        kind = {"gated": self.gated, "activation": self.activation, "replicated": self.replicated}
+        return Experts(key, backbone, self.num_experts, d_ff, **kind)
 
     def pool_costs(self, backbone: Backbone, layers: int) -> dict[str, Cost]:
         if not self.pooled:
@@ -250,7 +259,8 @@ class MoESpec(BlockSpec):
         return float(_moe(report).processed[: self.num_experts].sum()) * self.pair_flops(backbone)
 
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
-        return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp"), "num_experts": (self.num_experts, "experts")}
+        width = {"d_ff": (ffn_width(backbone, self.d_ff), "mlp")}
+        return width if self.replicated else width | {"num_experts": (self.num_experts, "experts")}
 
     def decided_for(self, platform: str) -> list[str]:
         kind = self.implementation(platform)
@@ -259,12 +269,14 @@ class MoESpec(BlockSpec):
             raise ConfigError("grouped_matmul", message)
         cost = ragged_dot_cost() if kind == "ragged_dot" else 1.0
         if self.transport(platform) == "ragged_all_to_all" and platform == "cpu":
-            raise ConfigError("exchange", "XLA has no 'ragged_all_to_all' for cpu; allowed here: auto, all_to_all")
+            allowed = "auto, all_to_all, all_gather"
+            raise ConfigError("exchange", f"XLA has no 'ragged_all_to_all' for cpu; allowed here: {allowed}")
         if cost is None:
             dense = ", whose FLOPs this compiler does not tell"
         else:
             dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
-        told = [f"grouped products by {kind}{dense}; rows exchanged by {self.transport(platform)}"]
+        moved = "" if self.replicated else f"; rows exchanged by {self.transport(platform)}"
+        told = [f"grouped products by {kind}{dense}{moved}"]
         return told if self.grouped("train") else []
 
     def check_cached(self) -> None:

@@ -16,16 +16,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from sparsejax.base.reports import ExchangeReport, MoEReport, demand_of
 from sparsejax.base.sharding import (
     BATCH_AXES,
-    gather_for_compute,
     mesh_platform,
     on_each_device,
     split_axes,
     sum_over,
     vary_like,
+    whole,
 )
 from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode
-from sparsejax.blocks.expert_parallel import exchanged_experts, expert_parallel, whole_weights
+from sparsejax.blocks.expert_parallel import exchanged_experts, expert_parallel, gathered_experts
 from sparsejax.blocks.free_experts import free_output
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear
@@ -99,23 +99,31 @@ class MoELayer(nnx.Module):
             positions=batch.positions,
             keys=_row_keys(context) if spec.router.needs_noise or spec.expert_dropout else None,
             lots=_lots(context) if "lots" in spec.router.selection.traits.needs else None,
-            parameters={name: gather_for_compute(parameter[...]) for name, parameter in self.router.items()},
-            constants={name: gather_for_compute(parameter[...]) for name, parameter in self.constants.items()},
+            parameters={name: parameter[...] for name, parameter in self.router.items()},
+            constants={name: parameter[...] for name, parameter in self.constants.items()},
             state=None if self.controller is None else self.controller[...],
             experts=context.experts,
         )
 
+        stored = {name: jax.tree.map(split_axes, getattr(routing, name)) for name in ("parameters", "constants")}
+
         def local(x_BTD, routing, *weights):
+            gathered = {
+                name: {key: whole(value, specs[key], x_BTD) for key, value in getattr(routing, name).items()}
+                for name, specs in stored.items()
+            }
+            routing = dataclasses.replace(routing, **gathered)
             return _routed(x_BTD, routing, weights, weight_specs, spec, context, experts.activation)
 
         by_row: Any = P(BATCH_AXES)
-        whole: Any = P()
+        same: Any = P()
         names = ("mask", "tokens", "previous", "domains", "positions", "keys", "lots", "experts")
         rows: Any = dict.fromkeys(names, by_row)
-        specs = Routing(**rows, parameters=whole, constants=whole, state=whole)
+        specs = Routing(**rows, **stored, state=same)
         rows_spec = P(BATCH_AXES, None, None)
         # Pallas calls and ragged exchanges carry no varying-axes types.
-        untyped = (spec.implementation(mesh_platform()), spec.transport(mesh_platform())) != ("slots", "all_to_all")
+        platform = mesh_platform()
+        untyped = spec.implementation(platform) != "slots" or spec.transport(platform) == "ragged_all_to_all"
         typed = not (spec.grouped(context.mode) and untyped)
         run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
         compute = functools.partial(run, x_BTD.astype(experts.dtype), routing, *weights)
@@ -243,12 +251,17 @@ def _dropless(
 ) -> tuple[Array, Decision, dict[str, Any]]:
     """(every pair through its expert, the decision without what the exchange had no room for, what to report)."""
     x_TD, pairs, slots = x_GSD.reshape(-1, x_GSD.shape[-1]), decision.pairs, decision.slots
-    weights, platform = whole_weights(weights, weight_specs), mesh_platform()
+    platform = mesh_platform()
     implementation = spec.implementation(platform)
     if "expert" not in weight_specs[0]:
         with jax.named_scope("experts"):
-            y_TD, rows, in_blocks = grouped_experts(x_TD, weights, pairs, slots, activation, implementation)
+            y_TD, rows, in_blocks = grouped_experts(
+                x_TD, weights, weight_specs, pairs, slots, activation, implementation
+            )
         return y_TD, decision, {"slots": rows, "block_rows": in_blocks}
+    transport = spec.transport(platform, len(x_TD))
+    if transport == "all_gather":
+        return _gathered(x_TD, decision, weights, weight_specs, spec, activation, implementation)
     size = pairs.token.shape[1]
     even = size if spec.router.selection.traits.fits else spec.experts_per_token * len(x_TD)
     room = size * jax.lax.axis_size("expert")  # for everyone's
@@ -264,9 +277,26 @@ def _dropless(
             demand=demand_of(exchange.wanted, even),
         )
     y_TD, rows, in_blocks = exchanged_experts(
-        x_TD, pairs, exchange, weights, even, activation, implementation, spec.transport(platform)
+        x_TD, pairs, exchange, weights, weight_specs, even, activation, implementation, transport
     )
     return y_TD, decision.without(lost_1P), {"slots": rows, "block_rows": in_blocks, "exchange": moved}
+
+
+def _gathered(
+    x_TD, decision: Decision, weights, weight_specs, spec: "MoESpec", activation: Activation, implementation
+) -> tuple[Array, Decision, dict[str, Any]]:
+    """`_dropless` for few tokens."""
+    pairs, even = decision.pairs, spec.experts_per_token * len(x_TD)
+    y_TD, rows, in_blocks, received = gathered_experts(
+        x_TD, pairs, weights, weight_specs, even, activation, implementation
+    )
+    moved = ExchangeReport(
+        dropped=vary_like(jnp.zeros(spec.scored_experts, jnp.int32), received),
+        received=received,
+        room=jnp.int32(pairs.token.size * jax.lax.axis_size("expert")),
+        demand=demand_of(received, even),
+    )
+    return y_TD, decision, {"slots": rows, "block_rows": in_blocks, "exchange": moved}
 
 
 def _groups(rows: int, length: int, spec: "MoESpec", mode: Mode) -> tuple[int, int]:

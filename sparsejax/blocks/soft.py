@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute, on_each_device, split_axes, sum_over
+from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.expert_parallel import expert_parallel
 from sparsejax.blocks.mixtures import mixture_report
@@ -93,9 +93,11 @@ class SoftMoELayer(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
         weights, activation = self.experts.weights(), self.experts.activation
         weight_specs = tuple(split_axes(weight) for weight in weights)
+        phi_spec = split_axes(self.phi[...])
 
         def local(x_BTD, mask_BT, phi_DEP, scale, *weights):
             with jax.named_scope("route"):
+                phi_DEP = whole(phi_DEP, phi_spec, x_BTD)
                 logits_BTEP = soft_logits(x_BTD, phi_DEP, scale)
                 dispatch_BTEP, combine_BTEP = soft_weights(logits_BTEP, mask_BT)
             with jax.named_scope("dispatch"):
@@ -112,9 +114,9 @@ class SoftMoELayer(nnx.Module):
             return y_BTD, sum_over(moe, BATCH_AXES)
 
         by_row: Any = P(BATCH_AXES, None, None)
-        run = on_each_device(local, (by_row, P(BATCH_AXES, None), P(), P(), *weight_specs), (by_row, P()))
-        phi, scale = gather_for_compute(self.phi[...]), self.scale[...]
-        return run(x_BTD.astype(self.experts.dtype), context.batch.segments > 0, phi, scale, *weights)
+        run = on_each_device(local, (by_row, P(BATCH_AXES, None), phi_spec, P(), *weight_specs), (by_row, P()))
+        mask_BT = context.batch.segments > 0
+        return run(x_BTD.astype(self.experts.dtype), mask_BT, self.phi[...], self.scale[...], *weights)
 
 
 def soft_logits(

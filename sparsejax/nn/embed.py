@@ -1,12 +1,15 @@
 """Token embedding and output head, tied or not."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sparsejax.base.sharding import BATCH_AXES, gather_for_compute
-from sparsejax.nn.linear import normal, param
+from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
+from sparsejax.nn.linear import normal, param, project
+
+LOGITS_SPEC = P(BATCH_AXES, None, "tensor")
 
 
 class Embedding(nnx.Module):
@@ -18,13 +21,24 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table_VD = gather_for_compute(self.table[...].astype(self.dtype))
-        scale = self.table.shape[-1] ** 0.5
-        return scale * table_VD.at[tokens_BT].get(out_sharding=P(BATCH_AXES, None, None))
+        table_VD = self.table[...]
+        specs = split_axes(tokens_BT), split_axes(table_VD)
+
+        def local(tokens_BT: Array, table_VD: Array) -> tuple[Array]:
+            table_VD = whole(table_VD.astype(self.dtype), specs[1], tokens_BT)
+            if "tensor" not in specs[1]:
+                return (table_VD[tokens_BT],)
+            row_BT = tokens_BT - jax.lax.axis_index("tensor") * len(table_VD)
+            here_BT = (row_BT >= 0) & (row_BT < len(table_VD))
+            found_BTD = table_VD[jnp.where(here_BT, row_BT, 0)]
+            return (sum_over(jnp.where(here_BT[..., None], found_BTD, 0), "tensor"),)
+
+        look_up = jax.checkpoint(on_each_device(local, specs, (P(BATCH_AXES, None, None),)), prevent_cse=False)
+        return self.table.shape[-1] ** 0.5 * look_up(tokens_BT, table_VD)[0]
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every token under the tied table, float32."""
-        return _logits(x_BTD, gather_for_compute(self.table[...].astype(self.dtype)).T)
+        return project("btd,vd->btv", x_BTD, self.table, LOGITS_SPEC, self.dtype, jnp.float32)
 
 
 class Head(nnx.Module):
@@ -35,10 +49,4 @@ class Head(nnx.Module):
         self.dtype = dtype
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return _logits(x_BTD, gather_for_compute(self.weight[...].astype(self.dtype)))
-
-
-def _logits(x_BTD: Float[Array, "B T D"], weight_DV: Float[Array, "D V"]) -> Float[Array, "B T V"]:
-    spec = P(BATCH_AXES, None, "tensor")
-    x_BTD = x_BTD.astype(weight_DV.dtype)
-    return jnp.einsum("btd,dv->btv", x_BTD, weight_DV, preferred_element_type=jnp.float32, out_sharding=spec)
+        return project("btd,dv->btv", x_BTD, self.weight, LOGITS_SPEC, self.dtype, jnp.float32)

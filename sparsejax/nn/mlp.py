@@ -50,23 +50,33 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """E feed-forward networks, each with its own initial values, stacked along the first axis."""
+    """E feed-forward networks, each with its own initial values, stacked along the first axis. If `replicated`, every
+    device of the mesh axis `expert` has all of them."""
 
     def __init__(
-        self, key: PRNGKeyArray, backbone: Backbone, num_experts: int, d_ff: int, *, gated: bool, activation: Activation
+        self,
+        key: PRNGKeyArray,
+        backbone: Backbone,
+        num_experts: int,
+        d_ff: int,
+        *,
+        gated: bool,
+        activation: Activation,
+        replicated: bool = False,
     ):
         d_model = backbone.d_model
         keys = jax.random.split(key, 3)
-        up_axes = ("experts", "embed", "mlp")
+        stack = None if replicated else "experts"
+        up_axes = (stack, "embed", "mlp")
         self.w_in = param(normal(keys[0], (num_experts, d_model, d_ff), d_model**-0.5), up_axes, "expert")
         gate = normal(keys[1], (num_experts, d_model, d_ff), d_model**-0.5) if gated else None
         self.w_gate = None if gate is None else param(gate, up_axes, "expert")
         stddev = residual_scale(backbone) * d_ff**-0.5
-        self.w_out = param(normal(keys[2], (num_experts, d_ff, d_model), stddev), ("experts", "mlp", "embed"), "expert")
+        self.w_out = param(normal(keys[2], (num_experts, d_ff, d_model), stddev), (stack, "mlp", "embed"), "expert")
         self.activation: Activation = activation
         self.dtype = backbone.dtype
 
     def weights(self) -> Weights:
-        """In the compute dtype, as stored on the mesh."""
+        """As they are stored."""
         stored = [self.w_in, self.w_out] + ([] if self.w_gate is None else [self.w_gate])
-        return tuple(weight[...].astype(self.dtype) for weight in stored)
+        return tuple(weight[...] for weight in stored)

@@ -3,12 +3,15 @@
 The halves are apart because a dropless layer keeps the hidden layer between its forward and backward pass, and because
 a combine weight is cheapest applied to the hidden layer."""
 
+import functools
 from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from sparsejax.base.sharding import whole
 from sparsejax.ops.dropout import Dropout, drop_units
 
 Activation = Literal["gelu", "silu", "relu"]
@@ -17,6 +20,17 @@ ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 Weights = tuple[Float[Array, "*E _ _"], ...]
 """(w_in, w_out), or (w_in, w_out, w_gate) when gated (Shazeer, arXiv:2002.05202). Of one expert, of E, or of any part
 of either width."""
+
+
+Specs = tuple[P, ...]
+"""How each of them is split for storage, inside `on_each_device`."""
+
+
+def whole_weights(weights: Weights, specs: Optional[Specs], like: Array) -> Weights:
+    """Stored weights as they are used beside the rows `like`: in their dtype, not split over `data`. None: they are not
+    split at all."""
+    narrow = tuple(weight.astype(like.dtype) for weight in weights)
+    return narrow if specs is None else tuple(whole(w, spec, like) for w, spec in zip(narrow, specs, strict=True))
 
 
 def expert_up(z_END: Float[Array, "*E N D"], weights: Weights) -> tuple[Float[Array, "*E N F"], ...]:
@@ -58,10 +72,19 @@ def expert_ffn(
     activation: Activation,
     scale_EN: Optional[Float[Array, "*E N"]] = None,
     dropout: Optional[Dropout] = None,
+    specs: Optional[Specs] = None,
 ) -> Float[Array, "*E N D"]:
     """Every expert on its own N rows: two (three, when gated) matrix products. Works on any part of E or F.
 
     Between forward and backward pass only the input and its products are kept: the backward pass applies the
-    activation again, which is cheaper than its intermediate values are large."""
-    down = jax.checkpoint(expert_down, prevent_cse=False, static_argnums=2)
-    return down(expert_up(z_END, weights), weights, activation, scale_EN, dropout)
+    activation again, which is cheaper than its intermediate values are large, and gathers weights again."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def up(z_END, weights):
+        return expert_up(z_END, whole_weights(weights, specs, z_END))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def down(up, weights, scale_EN):
+        return expert_down(up, whole_weights(weights, specs, up[0]), activation, scale_EN, dropout)
+
+    return down(up(z_END, weights), weights, scale_EN)

@@ -32,7 +32,17 @@ from sparsejax.ops.dispatch import (
     sum_slots,
     weight_rows,
 )
-from sparsejax.ops.ffn import Activation, Weights, expert_down, expert_ffn, expert_up, hidden, scaled
+from sparsejax.ops.ffn import (
+    Activation,
+    Specs,
+    Weights,
+    expert_down,
+    expert_ffn,
+    expert_up,
+    hidden,
+    scaled,
+    whole_weights,
+)
 
 Implementation = Literal["slots", "megablox", "ragged_dot"]
 
@@ -52,6 +62,7 @@ def common_slots(pairs: int, num_experts: int) -> int:
 def grouped_experts(
     x_TD: Float[Array, "T D"],
     weights: Weights,
+    specs: Optional[Specs],
     pairs: Pairs,
     slots: Slots,
     activation: Activation,
@@ -60,6 +71,7 @@ def grouped_experts(
     """(Σ over each token's pairs of weight · its expert's output; rows computed; those of them in blocks), int32.
 
     Args:
+      specs: how the weights are split for storage; forward and backward pass gather them.
       pairs: of one group, none of them dropped.
       slots: what `fill_slots` says of them, with `common_slots` slots.
     """
@@ -69,17 +81,25 @@ def grouped_experts(
     weight_P = vary_like(pairs.weight[0], x_TD)
     if implementation == "slots":
         plan = _plan(pairs, slots)
-        y_TD = jnp.asarray(_experts(activation, x_TD, weights, weight_P, plan))
+        y_TD = jnp.asarray(_experts(activation, specs, x_TD, weights, weight_P, plan))
         in_blocks = sum((size * blocks.end_E[-1] for size, blocks in plan.blocks), jnp.int32(0))
         return y_TD, jnp.where(plan.even, slots.pair.size, 0) + in_blocks, in_blocks
     sizes_E = slots.start[0, 1:] - slots.start[0, :-1]
     index = sorted_index(pairs, slots, sizes_E, -(-pairs.token.shape[1] // ROW_TILE) * ROW_TILE)
     multiply = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
-    w_in, w_out, *gate = weights
-    z_ND = dispatch_rows(x_TD, index)
-    up = tuple(multiply(z_ND, weight) for weight in (w_in, *gate))
-    hidden_NF = scaled(hidden(up, activation), weight_rows(weight_P, index))
-    y_TD = jnp.asarray(combine_rows(multiply(hidden_NF, w_out), index))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # as in `expert_ffn`
+    def up(z_ND, weights):
+        w_in, _, *gate = whole_weights(weights, specs, z_ND)
+        return tuple(multiply(z_ND, weight) for weight in (w_in, *gate))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def down(up, weights, scale_N):
+        w_out = whole_weights(weights, specs, up[0])[1]
+        return multiply(scaled(hidden(up, activation), scale_N), w_out)
+
+    out_ND = down(up(dispatch_rows(x_TD, index), weights), weights, weight_rows(weight_P, index))
+    y_TD = jnp.asarray(combine_rows(out_ND, index))
     return y_TD, jnp.int32(index.pair_N.size), jnp.int32(0)
 
 
@@ -149,13 +169,13 @@ def _block(number: Int[Array, ""], size: int, blocks: Blocks, plan: Plan):
     return expert, pair_B, at(plan.token_P, pair_B, fill=nobody)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(activation: Activation, x_TD, weights: Weights, weight_P, plan: Plan):
-    return _experts_fwd(activation, x_TD, weights, weight_P, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _experts(activation: Activation, specs: Optional[Specs], x_TD, stored: Weights, weight_P, plan: Plan):
+    return _experts_fwd(activation, specs, x_TD, stored, weight_P, plan)[0]
 
 
-def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan: Plan):
-    index = plan.index
+def _experts_fwd(activation: Activation, specs: Optional[Specs], x_TD, stored: Weights, weight_P, plan: Plan):
+    index, weights = plan.index, whole_weights(stored, specs, x_TD)
 
     def common(x_TD, weights, weight_P):
         up = expert_up(_by_expert(near(x_TD, index.token_N), weights), weights)
@@ -172,14 +192,15 @@ def _experts_fwd(activation: Activation, x_TD, weights: Weights, weight_P, plan:
             return y_TD.at[token_B].add(out_BD.astype(jnp.float32), mode="drop")
 
         y_TD = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, y_TD)
-    return y_TD.astype(x_TD.dtype), (x_TD, weights, weight_P, plan, up)
+    return y_TD.astype(x_TD.dtype), (x_TD, stored, weight_P, plan, up)
 
 
-def _experts_bwd(activation: Activation, residuals, dy_TD):
+def _experts_bwd(activation: Activation, specs: Optional[Specs], residuals, dy_TD):
     """Slots keep their hidden layer, blocks compute it again. Nothing is kept of the output: a combine weight scales
     the hidden layer, where its gradient falls off as well."""
-    x_TD, weights, weight_P, plan, up = residuals
+    x_TD, stored, weight_P, plan, up = residuals
     index = plan.index
+    weights, scatter = jax.vjp(lambda stored: whole_weights(stored, specs, x_TD), stored)
 
     def common(dy_TD, x_TD, weights, weight_P, up):
         scale_EN = _by_expert(at(weight_P, index.pair_N), weights)
@@ -210,7 +231,7 @@ def _experts_bwd(activation: Activation, residuals, dy_TD):
         grads = jax.lax.fori_loop(0, blocks.end_E[-1], add_block, grads)
     dx_TD, dweights, dweight_P = grads
     dx_TD, dweights = jax.tree.map(lambda value, grad: grad.astype(value.dtype), (x_TD, weights), (dx_TD, dweights))
-    return dx_TD, dweights, dweight_P, None
+    return dx_TD, *scatter(dweights), dweight_P, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)

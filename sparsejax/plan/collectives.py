@@ -24,7 +24,9 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 
 
@@ -103,18 +105,22 @@ def _group(instruction: Instruction, mesh: tuple[int, ...]) -> np.ndarray:
     if listed := _LISTED.search(text):
         return np.array(ints(listed[1]))
     if iota := _IOTA.search(text):
-        numbers = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
-        numbers = numbers.transpose(ints(iota[3])) if iota[3] else numbers
-        return numbers.reshape(ints(iota[1]))[0]
+        return _numbers(iota[2], iota[3]).reshape(ints(iota[1]))[0]
     if over := _MESH.search(text):
         names, sizes = zip(*(part.split("=") for part in over[1].split(",")), strict=True)
-        grid = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
-        axes = [names.index(name.strip()) for name in over[2].split(",")]
+        grid = _numbers(over[2] or str(devices), over[3]).reshape([int(size) for size in sizes])
+        axes = [names.index(name.strip()) for name in over[4].split(",")]
         others = [axis for axis in range(grid.ndim) if axis not in axes]
         return grid.transpose(*others, *axes).reshape(-1, math.prod(grid.shape[axis] for axis in axes))[0]
     if "replica_groups={}" in text:
         return np.arange(devices)
     raise ValueError(f"{instruction.name}: its groups of devices are written in an unknown form: {text[:200]}")
+
+
+def _numbers(shape: str, order: Optional[str]) -> np.ndarray:
+    """0, 1, 2, … in an array of this shape, whose axes are then put into this order."""
+    numbers = np.arange(math.prod(ints(shape))).reshape(ints(shape))
+    return numbers.transpose(ints(order)) if order else numbers
 
 
 def mesh_axes(group: np.ndarray, mesh: tuple[int, ...]) -> Optional[tuple[str, ...]]:

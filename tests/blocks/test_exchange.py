@@ -1,6 +1,7 @@
 """A dropless layer whose experts are split over devices: what its bounded buffers drop, and what it says of them."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ BACKBONE = ModelConfig(d_model=8, num_heads=2)
 SHAPE = (1, 4, 1)
 
 
-def spec_with(buffer_factor: float, dispatch: str = "grouped") -> MoESpec:
+def spec_with(buffer_factor: float, dispatch: str = "grouped", **more: Any) -> MoESpec:
     router = RouterConfig(selection=TopK(k=K), weight=Raw(), balance=NoBalance())
-    return MoESpec(num_experts=8, d_ff=4, router=router, dispatch=dispatch, buffer_factor=buffer_factor)
+    return MoESpec(num_experts=8, d_ff=4, router=router, dispatch=dispatch, buffer_factor=buffer_factor, **more)
 
 
 @functools.cache
-def run(buffer_factor: float, shape=SHAPE, mode="train", dispatch="grouped"):
-    spec = spec_with(buffer_factor, dispatch)
+def run(buffer_factor: float, shape=SHAPE, mode="train", dispatch="grouped", **more):
+    spec = spec_with(buffer_factor, dispatch, **more)
     params = moe_layer_params(spec, BACKBONE)
     weight = params["router"]["weight"]
     loads = np.linspace(0, 2, 8, dtype=np.float32)  # the last experts are the favourites
@@ -75,3 +76,22 @@ def test_generation_computes_pairs_and_no_slots_for_everyone(dispatch):
     assert_close(y[real], expected[real])
     assert report.processed.sum() == real.sum() * K
     assert report.slots <= 1.5 * ROWS * LENGTH * K < 8 * ROWS * LENGTH
+
+
+@pytest.mark.parametrize("way", [{"exchange": "all_gather"}, {"replicated": True}])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 2)])
+def test_other_ways_to_an_expert_give_the_same(way, shape):
+    """The tokens of all to every device, or every expert: the smallest buffers drop nothing."""
+    (y, report), (expected, whole) = run(1.0, shape, **way), run(4.0, ONE_DEVICE)
+    assert_close(y, expected)
+    np.testing.assert_array_equal(report.processed, whole.processed)
+    assert (report.dropped == 0).all()
+    if "exchange" in way:
+        assert report.exchange.received == report.processed.sum() <= report.exchange.room
+    else:
+        assert report.exchange is None
+
+
+def test_few_tokens_are_given_to_everyone():
+    spec = spec_with(1.0)
+    assert [spec.transport("tpu", tokens) for tokens in (3, 4, None)] == ["all_gather", *["ragged_all_to_all"] * 2]

@@ -49,7 +49,7 @@ def run(implementation: str, gated: bool):
             return jnp.einsum("te,etd->td", share, outs), 0, 0
         pairs = one_group(choice_major_pairs(experts, scores, jnp.ones(experts.shape[:2], bool), counted))
         slots = fill_slots(pairs, EXPERTS, common_slots(pairs.token.size, EXPERTS), None)
-        return grouped_experts(x, weights, pairs, slots, "silu", implementation)
+        return grouped_experts(x, weights, None, pairs, slots, "silu", implementation)
 
     @jax.jit
     def call(x, weights, scores, direction, experts, counted):

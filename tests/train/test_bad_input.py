@@ -64,7 +64,7 @@ def refused(workdir, *flags, **overrides):
         ),
         (
             {"model__blocks__moe__dispatch": "grouped", "model__blocks__moe__exchange": "ragged_all_to_all"},
-            [f"{MOE}.exchange: XLA has no 'ragged_all_to_all' for cpu", "auto, all_to_all"],
+            [f"{MOE}.exchange: XLA has no 'ragged_all_to_all' for cpu", "auto, all_to_all, all_gather"],
         ),
         ({"train__profile": "(5, 3)"}, ["config.train.profile: (5, 3)", "train.steps=12"]),
         # settings that contradict each other
