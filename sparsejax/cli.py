@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsejax.base.errors import RequestError, RunError, did_you_mean
+from sparsejax.base.flags import Mesh
+from sparsejax.base.flags import devices as _devices
+from sparsejax.base.flags import file as _file
+from sparsejax.base.flags import folder as _folder
+from sparsejax.base.flags import mesh as _mesh
+from sparsejax.base.flags import number as _number
+from sparsejax.base.flags import whole as _whole
+from sparsejax.launch.flags import TARGETS, launch_flags
 
 VERBS = {
     "train": "train, or resume what --workdir holds",
     "eval": "restore a run and evaluate it, or compare meshes with --parity",
     "generate": "sample text from a run",
     "plan": "tables of parameters, FLOPs, memory and shardings; nothing is allocated",
+    "launch": "print the job for local processes, SLURM, Kubernetes or a TPU VM; --submit runs it",
     "trace": "what recorded routing decisions would have dropped and moved under other settings",
 }
-Mesh = tuple[int, int, int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,14 +73,21 @@ def _command(argv: list[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise RequestError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}.{did_you_mean(verb, VERBS)}")
+    target = None
+    if verb == "launch":
+        if rest[:1] in (["-h"], ["--help"]):
+            _launch_parser().print_help()
+            return 0
+        target, rest = _target(rest)
     rest, overrides = _split_overrides(rest)
-    parser = _verb_parser(verb)
-    args, unknown = parser.parse_known_args(rest)
+    parser = _verb_parser(verb, target)
+    args, unknown = parser.parse_known_args(rest, argparse.Namespace(target=target, words=argv))
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         flag = unknown[0].partition("=")[0]
         what = "unknown flag" if flag.startswith("-") else "unexpected argument"
-        raise RequestError(f"{what} {unknown[0]!r} for {verb}; known: {', '.join(known)}.{did_you_mean(flag, known)}")
+        where = verb if target is None else f"{verb} {target}"
+        raise RequestError(f"{what} {unknown[0]!r} for {where}; known: {', '.join(known)}.{did_you_mean(flag, known)}")
     if verb == "trace":  # of a file, which holds its config
         if overrides:
             raise RequestError(
@@ -102,11 +117,13 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
-    if verb != "plan":  # which needs no devices, whatever the mesh
+    if verb not in ("plan", "launch"):  # which need no devices, whatever the mesh
         prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
-    if verb == "train":
+    if verb in ("train", "launch"):
         assert file is not None  # `_config_file` sees to it
         workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
+        if verb == "launch":
+            return _function("sparsejax.launch.command", "launch_command")(loaded, file, workdir, overrides, args)
         return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change, args.init_from)
     if verb == "eval":
         return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
@@ -141,13 +158,14 @@ def _config_file(verb: str, args: argparse.Namespace) -> str | None:
         raise RequestError(f"--workdir={args.workdir}: could not be read: {error.strerror}") from None
     if saved is None and (verb == "generate" or (verb == "eval" and not args.parity)):
         raise RequestError(f"{verb} needs --workdir=DIR, the folder of a run")
-    if saved is not None and not is_run and verb != "train":
+    begins = verb in ("train", "launch")
+    if saved is not None and not is_run and not begins:
         raise RequestError(f"--workdir={args.workdir}: not the folder of a run (it has no config.json)")
-    if args.config is None and not is_run and verb == "train":
-        raise RequestError("train needs --config=FILE.py (configs/quickstart.py is the default experiment)")
-    if args.config is not None and verb == "train" and saved is None and args.config.endswith(".json"):
+    if args.config is None and not is_run and begins:
+        raise RequestError(f"{verb} needs --config=FILE.py (configs/quickstart.py is the default experiment)")
+    if args.config is not None and begins and saved is None and args.config.endswith(".json"):
         raise RequestError(
-            f"train --config={args.config} needs --workdir=DIR: the same run resumes it, another repeats it"
+            f"{verb} --config={args.config} needs --workdir=DIR: the same run resumes it, another repeats it"
         )
     if args.config is not None:
         return args.config
@@ -189,12 +207,36 @@ def _top_parser() -> argparse.ArgumentParser:
     )
 
 
-def _verb_parser(verb: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"sparsejax {verb}", description=VERBS[verb], allow_abbrev=False)
+def _target(rest: list[str]) -> tuple[str, list[str]]:
+    """The first word after `launch`, and the others."""
+    if not rest or rest[0].startswith("-"):
+        raise RequestError(f"launch what? known: {', '.join(TARGETS)}; launch TARGET --help lists the flags of one")
+    if rest[0] not in TARGETS:
+        raise RequestError(f"unknown target {rest[0]!r}; known: {', '.join(TARGETS)}.{did_you_mean(rest[0], TARGETS)}")
+    return rest[0], rest[1:]
+
+
+def _launch_parser() -> argparse.ArgumentParser:
+    targets = "\n".join(f"  {target:<10} {does}" for target, does in TARGETS.items())
+    return _Parser(
+        prog="sparsejax launch",
+        usage="sparsejax launch TARGET --config=FILE.py[:arg] [--config.KEY=VALUE ...] [--workdir=DIR] [...]",
+        description=f"Print the job that trains a config, or run it with --submit.\n\ntargets:\n{targets}",
+        epilog="`sparsejax launch TARGET --help` lists a target's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _verb_parser(verb: str, target: str | None = None) -> argparse.ArgumentParser:
+    words, does = (verb, VERBS[verb]) if target is None else (f"{verb} {target}", TARGETS[target])
+    parser = _Parser(prog=f"sparsejax {words}", description=does, allow_abbrev=False)
     add = parser.add_argument
     if verb != "trace":
         _run_flags(verb, add)
-    _FLAGS[verb](add)
+    if target is None:
+        _FLAGS[verb](add)
+    else:
+        launch_flags(target, add)
     return parser
 
 
@@ -204,7 +246,7 @@ def _run_flags(verb: str, add: Callable[..., Any]) -> None:
     add("--config", metavar="FILE[:arg]", help=source + otherwise)
     # Documents what `_split_overrides` takes out before this parser sees it.
     add("--config.KEY", metavar="VALUE", help="override one value, for example --config.train.steps=50; repeatable")
-    default = " (default: runs/NAME for --config=NAME.py)" if verb == "train" else ""
+    default = " (default: runs/NAME for --config=NAME.py)" if verb in ("train", "launch") else ""
     add("--workdir", type=_folder, metavar="DIR", help=f"folder of the run{default}")
     add("--mesh", type=_mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
 
@@ -261,56 +303,6 @@ _MESH_HELP = dict.fromkeys(VERBS, _ONE_MESH) | {
     "eval": f"{_ONE_MESH}; with --parity repeatable",
     "plan": f"{_ONE_MESH}; repeatable: the meshes to compare",
 }
-
-
-def _devices(text: str) -> tuple[int, ...]:
-    numbers = text.split(",")
-    if not all(number.strip().isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not D,D,…: the number of a device for each expert")
-    return tuple(map(int, numbers))
-
-
-def _file(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not a file")
-    return Path(text)
-
-
-def _folder(text: str) -> Path:
-    if not text:  # of an unset variable, say, which would mean the current folder
-        raise argparse.ArgumentTypeError("'' is not a folder")
-    return Path(text)
-
-
-def _mesh(text: str) -> Mesh:
-    sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not D,E,T: three ints, for example 2,4,1")
-    data, expert, tensor = map(int, sizes)
-    return data, expert, tensor
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an int of at least {least}")
-        return int(text)
-
-    return whole
-
-
-def _number(least: float, most: float | None) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        wanted = f"a number of at least {least}" if most is None else f"a number from {least} to {most}"
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= (float("inf") if most is None else most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return number
 
 
 def _one_line(text: object) -> str:

@@ -1,0 +1,58 @@
+"""What flags take: functions for the `type` of an argparse argument. Each raises `ArgumentTypeError` with the value and
+what is allowed."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+Mesh = tuple[int, int, int]
+
+
+def devices(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not D,D,…: the number of a device for each expert")
+    return tuple(map(int, numbers))
+
+
+def file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a file")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    if not text:  # of an unset variable, say, which would mean the current folder
+        raise argparse.ArgumentTypeError("'' is not a folder")
+    return Path(text)
+
+
+def mesh(text: str) -> Mesh:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not D,E,T: three ints, for example 2,4,1")
+    data, expert, tensor = map(int, sizes)
+    return data, expert, tensor
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an int of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float, most: float | None) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        wanted = f"a number of at least {least}" if most is None else f"a number from {least} to {most}"
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= (float("inf") if most is None else most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse

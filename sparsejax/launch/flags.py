@@ -1,0 +1,131 @@
+"""The flags of `launch`, target by target. Imports nothing heavy: `--help` answers at once."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsejax.base.flags import folder, whole
+
+TARGETS = {
+    "local": "processes of this machine's CPU",
+    "slurm": "a job of a SLURM cluster, on GPUs or CPUs",
+    "jobset": "a JobSet of a Kubernetes cluster, on slices of TPUs or hosts of GPUs",
+    "tpu-vm": "a queued resource of Cloud TPU",
+}
+
+Add = Callable[..., Any]
+
+
+def launch_flags(target: str, add: Add) -> None:
+    """Adds those of `target` to a parser, beside those that say what is trained and where."""
+    add("--submit", action="store_true", help="run it, instead of printing it")
+    add("--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="set for training; repeatable")
+    _FLAGS[target](add)
+
+
+def _local(add: Add) -> None:
+    add("--processes", type=whole(1), default=1, metavar="N", help="(default: 1)")
+    add("--devices", type=whole(1), default=1, metavar="M", help="virtual devices of each process (default: 1)")
+    _python(add, "this one")
+
+
+def _slurm(add: Add) -> None:
+    _name(add)
+    add("--nodes", type=whole(1), default=1, metavar="N", help="(default: 1)")
+    add("--gpus-per-node", type=whole(1), metavar="N", help="each has a process of its own (default: train on CPU)")
+    add("--processes-per-node", type=whole(1), metavar="N", help="of a job on CPU (default: 1)")
+    add("--devices-per-process", type=whole(1), metavar="M", help="of a job on CPU: virtual devices (default: 1)")
+    add("--cpus-per-process", type=whole(1), metavar="N", help="cores (default: what the cluster gives)")
+    add("--partition", metavar="NAME", help="(default: the cluster's)")
+    add("--time", metavar="LIMIT", help="as sbatch takes it: 90, 4:00:00, 2-00 (default: the partition's)")
+    add("--sbatch", action="append", default=[], metavar="FLAG", help="another one, as --sbatch=--qos=high; repeatable")
+    _grace(add)
+    _restarts(add)
+    _setup(add)
+    _python(add, "this one")
+
+
+def _jobset(add: Add) -> None:
+    _name(add)
+    _topology(add, "v5e:4x4, v5p:8x8x8, or h100:2x8 for two hosts of eight GPUs")
+    add("--image", required=True, help="a container image with sparsejax, and kubernetes where there are GPUs")
+    add("--volume", type=_volume, metavar="CLAIM:/PATH", help="a PersistentVolumeClaim that all hosts can write to")
+    add("--namespace", default="default", help="(default: default)")
+    add("--service-account", metavar="NAME", help="may read pods and jobs (default on GPUs: one that is made for it)")
+    _directory(add, "the image's")
+    _grace(add)
+    _slices(add)
+    _restarts(add)
+    _python(add, "python3", "python3")
+
+
+def _tpu_vm(add: Add) -> None:
+    _name(add)
+    _topology(add, "v5e:4x4, v5p:8x8x8, …")
+    add("--project", required=True, help="of Google Cloud")
+    add("--zone", required=True, help="for example us-east5-a")
+    add("--volume", type=_volume, metavar="HOST:/EXPORT:/PATH", help="a share (NFS) that all hosts mount")
+    add("--runtime-version", metavar="NAME", help="of the hosts (default: that of the generation)")
+    _directory(add, "the home folder")
+    _slices(add)
+    _restarts(add)
+    _setup(add)
+    _python(add, "python3", "python3")
+
+
+_FLAGS = {"local": _local, "slurm": _slurm, "jobset": _jobset, "tpu-vm": _tpu_vm}
+
+
+def _name(add: Add) -> None:
+    add("--name", help="of the job (default: after the config's file)")
+
+
+def _topology(add: Add, examples: str) -> None:
+    add("--topology", required=True, metavar="CHIPS", help=f"of one slice: {examples}")
+
+
+def _slices(add: Add) -> None:
+    add("--slices", type=whole(1), default=1, metavar="N", help="that train together (default: 1)")
+    add("--spot", action="store_true", help="hosts that may be taken away at any time, at a lower price")
+
+
+def _restarts(add: Add) -> None:
+    add(
+        "--max-restarts",
+        type=whole(0),
+        default=3,
+        metavar="N",
+        help="after failures; preemptions are free (default: 3)",
+    )
+
+
+def _grace(add: Add) -> None:
+    add("--grace", type=whole(1), default=120, metavar="SECONDS", help="to save before it is killed (default: 120)")
+
+
+def _setup(add: Add) -> None:
+    add("--setup", action="append", default=[], metavar="COMMAND", help="a line of shell that comes first; repeatable")
+
+
+def _directory(add: Add, default: str) -> None:
+    add("--directory", type=Path, metavar="DIR", help=f"where --config is looked for (default: {default})")
+
+
+def _python(add: Add, described: str, default: str | None = None) -> None:
+    add("--python", default=default, metavar="PROGRAM", help=f"the interpreter (default: {described})")
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _volume(text: str) -> tuple[str, Path]:
+    source, _, path = text.rpartition(":")
+    if not source or not folder(path).is_absolute():
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in :/PATH, the folder that it becomes")
+    return source, Path(path)
