@@ -124,7 +124,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
         workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
         if verb == "launch":
             return _function("sparsejax.launch.command", "launch_command")(loaded, file, workdir, overrides, args)
-        return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change, args.init_from)
+        options = (args.allow_config_change, args.init_from, args.stopped_status)
+        return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
     if verb == "eval":
         return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
     if verb == "generate":
@@ -253,6 +254,8 @@ def _run_flags(verb: str, add: Callable[..., Any]) -> None:
 
 def _train_flags(add: Callable[..., Any]) -> None:
     add("--allow-config-change", action="store_true", help="resume although the config differs from the checkpoint's")
+    status = "exit status when a signal stops the run before its end (default: 0), for a script that is to resume it"
+    add("--stopped-status", type=_whole(0), default=0, metavar="N", help=status)
     add("--init-from", type=_folder, metavar="RUN", help="begin with the parameters of another run's newest checkpoint")
 
 

@@ -102,17 +102,18 @@ def refused(run, *argv):
 def test_train(run):
     Path("exp.py").write_text(CONFIG_FILE)
     assert run("train", "--config=exp.py:5", "--config.mesh.expert", "2", "--config.mesh.tensor=3") == 0
-    loaded, workdir, allow, init_from = run.calls[0]
-    assert (loaded.config, workdir, allow, init_from) == (
+    loaded, workdir, allow, init_from, stopped = run.calls[0]
+    assert (loaded.config, workdir, allow, init_from, stopped) == (
         Experiment(steps=5, mesh=Mesh(expert=2, tensor=3)),
         Path("runs/exp"),
         False,
         None,
+        0,
     )
     assert (loaded.provenance["steps"], loaded.provenance["mesh.tensor"]) == ("file", "command line")
     assert run.counts == [6]
     assert run("train", "--config=exp.py", "--workdir=elsewhere", "--allow-config-change") == 0
-    assert run.calls[1][1:] == (Path("elsewhere"), True, None)
+    assert run.calls[1][1:] == (Path("elsewhere"), True, None, 0)
     assert run("train", "--config=exp.py", "--init-from=runs/dense") == 0
     assert run.calls[2][3] == Path("runs/dense")
 

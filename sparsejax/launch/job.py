@@ -20,6 +20,10 @@ from sparsejax.train.record import check_devices
 
 STOPPED = 75
 """Status of a run that a signal stopped before its end: saved, to be resumed. EX_TEMPFAIL of sysexits.h."""
+KILLED = 143
+"""Status of a process that SIGTERM found before it could handle it; there was nothing new to save."""
+WRONG = 2
+"""Status of a request that is wrong, and would be the next time."""
 
 Platform = Literal["cpu", "gpu", "tpu"]
 

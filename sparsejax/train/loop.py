@@ -38,11 +38,13 @@ def train(
     workdir: Path,
     allow_config_change: bool = False,
     init_from: Optional[Path] = None,
+    stopped_status: int = 0,
 ) -> int:
     """Trains, or resumes what `workdir` holds, until `train.steps` or a signal. Returns the exit status.
 
     Args:
       init_from: the folder of a run whose parameters a new run begins with.
+      stopped_status: the exit status where a signal came before the end.
 
     Raises:
       RequestError: config, corpus or a folder do not fit; nothing has been written then.
@@ -73,7 +75,7 @@ def train(
                 begun.write(folder)
             for line in [*decided, *notes, *(f"changed: {line}" for line in changes)]:
                 display.note(line)
-            return run.go(state, resume_step or 0)
+            return 0 if run.go(state, resume_step or 0) else stopped_status
 
 
 def steps_ahead() -> int:
@@ -120,8 +122,8 @@ class _Run:
         self.display.note(f"resumed from checkpoint {step} ({self.tokens:,} tokens seen)")
         return state
 
-    def go(self, state: TrainState, first: int) -> int:
-        """From the state after step `first` to the end, or to a signal."""
+    def go(self, state: TrainState, first: int) -> bool:
+        """From the state after step `first` to the end, or to a signal. Returns whether the run is finished."""
         steps = self.config.train.steps
         writer = MetricsWriter(self.folder, first, self.config.train.tensorboard)
         with contextlib.closing(writer):
@@ -136,14 +138,14 @@ class _Run:
             assert self.stop.received is not None
             name = self.stop.received.name
             self.display.note(f"stopped by {name} after step {step}, saved; the same command resumes there")
-            return 0
+            return False
         row, arrays = evaluated
         if first < steps:
             self.display.update(row)
         self.display.close()
         for line in closing_lines(_shortest(self.folder), row, arrays):
             self.display.note(line)
-        return 0
+        return True
 
     def _steps(self, state: TrainState, first: int, writer: MetricsWriter) -> tuple[TrainState, int]:
         """Steps first + 1 … train.steps, or fewer when asked to stop. Returns the state and the last step's number."""

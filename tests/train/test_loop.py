@@ -344,6 +344,16 @@ def test_the_count_of_skipped_steps_survives_a_resume(tmp_path, monkeypatch):
     assert rows(workdir, "train")[STEPS]["nonfinite_steps"] == 3
 
 
+def test_the_status_of_a_stopped_run_can_be_chosen(tmp_path):
+    """A script that gets it knows that the run is saved, and not finished."""
+    words = arguments("train", f"--workdir={tmp_path / 'run'}", "--stopped-status=75")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Display, "update", stop_at(5))
+        assert here(*words).status == 75
+    assert here(*words).status == 0
+    assert here(*words).status == 0  # it is finished
+
+
 def test_a_run_that_stays_nan_stops_and_names_the_module(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_train_step", poisoned_at(tuple(range(5, STEPS)), loop.make_train_step))
     workdir = tmp_path / "run"
