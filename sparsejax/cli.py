@@ -114,23 +114,21 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     from sparsejax.train.config import ExperimentConfig
 
     loaded = load(ExperimentConfig, file, overrides)
+    workdir = args.workdir or Path("runs") / Path((file or "").partition(".py")[0]).name
+    if verb == "plan":  # which needs no devices, whatever the mesh
+        return _function("sparsejax.plan.command", "plan_command")(loaded, args)
+    if verb == "launch":  # nor does this
+        return _function("sparsejax.launch.command", "launch_command")(loaded, file, workdir, overrides, args)
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
-    if verb not in ("plan", "launch"):  # which need no devices, whatever the mesh
-        prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
-    if verb in ("train", "launch"):
-        assert file is not None  # `_config_file` sees to it
-        workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
-        if verb == "launch":
-            return _function("sparsejax.launch.command", "launch_command")(loaded, file, workdir, overrides, args)
+    prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
+    if verb == "train":
         options = (args.allow_config_change, args.init_from, args.stopped_status)
         return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
     if verb == "eval":
         return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
-    if verb == "generate":
-        return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
-    return _function("sparsejax.plan.command", "plan_command")(loaded, args)
+    return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
 
 
 def _function(module: str, name: str) -> Callable[..., int]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RequestError, RunError
-from sparsejax.launch import jobset, local, slurm
+from sparsejax.launch import jobset, local, slurm, tpu_vm
 from sparsejax.launch.job import Rendered, Request
 from sparsejax.train.config import ExperimentConfig
 
-RENDER = {"local": local.render, "slurm": slurm.render, "jobset": jobset.render}
+RENDER = {"local": local.render, "slurm": slurm.render, "jobset": jobset.render, "tpu-vm": tpu_vm.render}
 
 
 def launch_command(

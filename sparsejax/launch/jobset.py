@@ -1,8 +1,8 @@
 """A JobSet of Kubernetes (jobset.x-k8s.io): one Job for each slice, one pod for each host, started again together.
 
 The pod template is built of the official client's models; the JobSet around it is a mapping, for the client has no
-model of it. On TPUs, JAX knows its processes from what GKE tells the pods. On GPUs it asks Kubernetes, for which the pods
-need `kubernetes` in their image and a service account that may read pods and jobs."""
+model of it. On TPUs, JAX knows its processes from what GKE tells the pods. On GPUs it asks Kubernetes, so pods need
+`kubernetes` in their image and a service account that may read pods and jobs."""
 
 import argparse
 import importlib
