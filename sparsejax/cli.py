@@ -11,17 +11,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sparsejax.base.errors import RequestError, RunError, did_you_mean
 from sparsejax.base.flags import Mesh
+from sparsejax.base.flags import Parser as _Parser
 from sparsejax.base.flags import devices as _devices
 from sparsejax.base.flags import file as _file
 from sparsejax.base.flags import folder as _folder
 from sparsejax.base.flags import mesh as _mesh
 from sparsejax.base.flags import number as _number
 from sparsejax.base.flags import whole as _whole
-from sparsejax.launch.flags import TARGETS, launch_flags
+from sparsejax.launch.flags import TARGETS, launch_flags, read_target, top_parser
 
 VERBS = {
     "train": "train, or resume what --workdir holds",
@@ -76,9 +77,9 @@ def _command(argv: list[str]) -> int:
     target = None
     if verb == "launch":
         if rest[:1] in (["-h"], ["--help"]):
-            _launch_parser().print_help()
+            top_parser().print_help()
             return 0
-        target, rest = _target(rest)
+        target, rest = read_target(rest)
     rest, overrides = _split_overrides(rest)
     parser = _verb_parser(verb, target)
     args, unknown = parser.parse_known_args(rest, argparse.Namespace(target=target, words=argv))
@@ -188,13 +189,6 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]
     return others, overrides
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `RequestError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(message)
-
-
 def _top_parser() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb:<10} {does}" for verb, does in VERBS.items())
     return _Parser(
@@ -202,26 +196,6 @@ def _top_parser() -> argparse.ArgumentParser:
         usage="sparsejax VERB [--config=FILE.py[:arg]] [--config.KEY=VALUE ...] [--workdir=DIR] [...]",
         description=f"Train, evaluate and plan models with conditional computation.\n\nverbs:\n{verbs}",
         epilog="`sparsejax VERB --help` lists a verb's flags.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _target(rest: list[str]) -> tuple[str, list[str]]:
-    """The first word after `launch`, and the others."""
-    if not rest or rest[0].startswith("-"):
-        raise RequestError(f"launch what? known: {', '.join(TARGETS)}; launch TARGET --help lists the flags of one")
-    if rest[0] not in TARGETS:
-        raise RequestError(f"unknown target {rest[0]!r}; known: {', '.join(TARGETS)}.{did_you_mean(rest[0], TARGETS)}")
-    return rest[0], rest[1:]
-
-
-def _launch_parser() -> argparse.ArgumentParser:
-    targets = "\n".join(f"  {target:<10} {does}" for target, does in TARGETS.items())
-    return _Parser(
-        prog="sparsejax launch",
-        usage="sparsejax launch TARGET --config=FILE.py[:arg] [--config.KEY=VALUE ...] [--workdir=DIR] [...]",
-        description=f"Print the job that trains a config, or run it with --submit.\n\ntargets:\n{targets}",
-        epilog="`sparsejax launch TARGET --help` lists a target's flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

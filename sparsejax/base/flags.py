@@ -1,11 +1,21 @@
-"""What flags take: functions for the `type` of an argparse argument. Each raises `ArgumentTypeError` with the value and
-what is allowed."""
+"""Flags: a parser, and functions for the `type` of an argument. These raise `ArgumentTypeError` with the value and what
+is allowed."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from sparsejax.base.errors import RequestError
 
 Mesh = tuple[int, int, int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `RequestError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message)
 
 
 def devices(text: str) -> tuple[int, ...]:

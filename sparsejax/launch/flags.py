@@ -2,11 +2,12 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from sparsejax.base.flags import folder, whole
+from sparsejax.base.errors import RequestError, did_you_mean
+from sparsejax.base.flags import Parser, folder, whole
 
 TARGETS = {
     "local": "processes of this machine's CPU",
@@ -18,8 +19,57 @@ TARGETS = {
 Add = Callable[..., Any]
 
 
+def top_parser() -> argparse.ArgumentParser:
+    """The parser behind `launch --help`."""
+    targets = "\n".join(f"  {target:<10} {does}" for target, does in TARGETS.items())
+    return Parser(
+        prog="sparsejax launch",
+        usage="sparsejax launch TARGET --config=FILE.py[:arg] [--config.KEY=VALUE ...] [--workdir=DIR] [...]",
+        description=f"Print the job that trains a config, or run it with --submit.\n\ntargets:\n{targets}",
+        epilog="`sparsejax launch TARGET --help` lists a target's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def read_target(words: list[str]) -> tuple[str, list[str]]:
+    """The first word after `launch`, and the flags: those of `--site` before the others, which count when both say the
+    same.
+
+    Raises:
+      RequestError: there is no such target, or no such file.
+    """
+    if not words or words[0].startswith("-"):
+        raise RequestError(f"launch what? known: {', '.join(TARGETS)}; launch TARGET --help lists the flags of one")
+    target = words[0]
+    if target not in TARGETS:
+        raise RequestError(f"unknown target {target!r}; known: {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
+    site = Parser(add_help=False, allow_abbrev=False)
+    _site(site.add_argument)
+    chosen, rest = site.parse_known_args(words[1:])
+    return target, (_site_flags(chosen.site) if chosen.site else []) + rest
+
+
+def _site_flags(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--site={path}: could not be read: {error}") from None
+    flags = [line for line in lines if line and not line.startswith("#")]
+    check_printable(flags)
+    return flags
+
+
+def check_printable(words: Iterable[str]) -> None:
+    """Raises `RequestError` for a word with a control character, such as a line break, which would end the comment or
+    the directive that the word is written into."""
+    for word in words:
+        if not word.isprintable():
+            raise RequestError(f"{word!r}: only printable characters, on one line, can be launched")
+
+
 def launch_flags(target: str, add: Add) -> None:
     """Adds those of `target` to a parser, beside those that say what is trained and where."""
+    _site(add)
     add("--submit", action="store_true", help="run it, instead of printing it")
     add("--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="set for training; repeatable")
     _FLAGS[target](add)
@@ -76,6 +126,10 @@ def _tpu_vm(add: Add) -> None:
 
 
 _FLAGS = {"local": _local, "slurm": _slurm, "jobset": _jobset, "tpu-vm": _tpu_vm}
+
+
+def _site(add: Add) -> None:
+    add("--site", type=Path, metavar="FILE", help="a file of flags, one a line, which are the same for all jobs here")
 
 
 def _name(add: Add) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.sharding import AXES
+from sparsejax.launch.flags import check_printable
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.record import check_devices
 
@@ -39,9 +40,7 @@ class Request:
     words: Sequence[str]
 
     def __post_init__(self):
-        for word in self.words:
-            if not word.isprintable():  # a line break would end the comment or the directive that it is written into
-                raise RequestError(f"{word!r}: only printable characters, on one line, can be launched")
+        check_printable(self.words)
 
     @property
     def comment(self) -> str:
@@ -92,16 +91,20 @@ class Rendered:
     from_stdin: bool
 
 
-def job_name(given: str | None, stem: str, pattern: str, most: int, allowed: str) -> str:
-    """`--name`, or one made of the config's name.
+def default_name(stem: str) -> str:
+    """A name for the job that every target takes, made of the config's."""
+    return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
+
+
+def check_value(flag: str, value: str, pattern: str, allowed: str, most: int = 63) -> str:
+    """The value of a flag that others read, and that would fail only there.
 
     Raises:
       RequestError: it does not match `pattern`, which is `allowed` in words, or is longer than `most`.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") if given is None else given
-    if not re.fullmatch(pattern, name, re.ASCII) or len(name) > most:
-        raise RequestError(f"--name={name}: not a name here; allowed: {allowed}, at most {most} characters")
-    return name
+    if not re.fullmatch(pattern, value, re.ASCII) or len(value) > most:
+        raise RequestError(f"{flag}={value}: allowed are {allowed}, at most {most} characters")
+    return value
 
 
 def shared_folder(workdir: Path, volume: tuple[str, Path] | None, form: str) -> tuple[str, Path]:

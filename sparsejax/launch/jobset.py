@@ -9,12 +9,12 @@ import importlib
 from typing import Any
 
 from sparsejax.base.errors import RequestError
-from sparsejax.launch.job import KILLED, STOPPED, Rendered, Request, job_name, shared_folder
+from sparsejax.launch.job import KILLED, STOPPED, Rendered, Request, check_value, default_name, shared_folder
 from sparsejax.launch.topology import GPUS, Slice, parse_slice
 from sparsejax.launch.xla_flags import environment
 
 JOB = "workers"  # the name of the replicated job
-LABEL = r"[a-z]([a-z0-9-]*[a-z0-9])?"
+LABEL, ALLOWED = r"[a-z]([a-z0-9-]*[a-z0-9])?", "a letter, then letters, digits and -, in lower case"
 SPOT = "cloud.google.com/gke-spot"
 
 
@@ -32,11 +32,14 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
         )
     # Kubernetes allows a pod 63 characters: NAME-workers-SLICE-HOST-xxxxx.
     rest = len(f"-{JOB}-{args.slices - 1}-{piece.hosts - 1}-xxxxx")
-    name = job_name(args.name, request.stem, LABEL, 63 - rest, "a letter, then letters, digits and -, in lower case")
+    name = check_value("--name", args.name or default_name(request.stem), LABEL, ALLOWED, 63 - rest)
+    check_value("--namespace", args.namespace, LABEL, ALLOWED)
+    check_value("--service-account", args.service_account or name, LABEL, ALLOWED)
     processes = piece.hosts * args.slices
     train = [*request.train(processes, piece.devices, "gpu" if on_gpus else "tpu"), f"--stopped-status={STOPPED}"]
     train += [f"--distributed={'k8s' if on_gpus else 'tpu'}"] if processes > 1 else []
     volume = shared_folder(request.workdir, args.volume, "CLAIM:/PATH")
+    check_value("--volume", volume[0], LABEL, ALLOWED)
     models, yaml = _client()
     several = processes > 1 if on_gpus else args.slices > 1
     variables = environment("gpu" if on_gpus else "tpu", several) | dict(args.env)

@@ -5,12 +5,11 @@ save and end with a status of their own (`--stopped-status`), by which the scrip
 that is finished: a job that ends before SLURM kills it is otherwise taken for completed, and never requeued."""
 
 import argparse
-import re
 import shlex
 import sys
 
 from sparsejax.base.errors import RequestError
-from sparsejax.launch.job import KILLED, STOPPED, WRONG, Rendered, Request, exports, job_name
+from sparsejax.launch.job import KILLED, STOPPED, WRONG, Rendered, Request, check_value, default_name, exports
 from sparsejax.launch.xla_flags import environment
 
 LINGER = 60  # seconds that the others have once one process has ended, to save or to say why they cannot go on
@@ -80,14 +79,17 @@ def _layout(args: argparse.Namespace) -> tuple[int, int, int]:
 
 def _directives(request: Request, args: argparse.Namespace, gpus: int, per_node: int) -> list[str]:
     """What is asked of SLURM. A value is one word without quotes, which sbatch would read in its own way."""
-    pattern = r"[\w.+-]+"
-    name = job_name(args.name, request.stem, pattern, 64, "letters, digits, and _ . + -")
-    for flag, value, allowed in (("--partition", args.partition, r"[\w.,+-]+"), ("--time", args.time, r"[\d:-]+")):
-        if value is not None and not re.fullmatch(allowed, value, re.ASCII):
-            raise RequestError(f"{flag}={value}: not a value that sbatch takes")
+    name = args.name or default_name(request.stem)
+    check_value("--name", name, r"[\w.+-]+", "letters, digits and _ . + -")
+    if args.partition is not None:
+        check_value("--partition", args.partition, r"[\w.,+-]+", "letters, digits and _ . , + -")
+    if args.time is not None:
+        check_value(
+            "--time", args.time, r"(\d+-)?\d+(:\d+){0,2}", "minutes, hours:minutes:seconds, days-hours and so on"
+        )
     for flag in args.sbatch:
-        if not re.fullmatch(r"--[a-z][a-z-]*(=[\w.,:/@%+*-]+)?", flag, re.ASCII):
-            raise RequestError(f"--sbatch={flag}: not of the form --FLAG or --FLAG=VALUE, with no spaces or quotes")
+        form = "--FLAG or --FLAG=VALUE, without spaces and quotes"
+        check_value("--sbatch", flag, r"--[a-z][a-z-]*(=[\w.,:/@%+*-]+)?", form, 200)
     flags = [f"--job-name={name}", f"--nodes={args.nodes}", f"--ntasks-per-node={per_node}"]
     flags += [f"--gpus-per-node={gpus}"] if gpus else []
     flags += [f"--cpus-per-task={args.cpus_per_process}"] if args.cpus_per_process else []

@@ -7,7 +7,17 @@ import re
 import shlex
 
 from sparsejax.base.errors import RequestError
-from sparsejax.launch.job import KILLED, STOPPED, WRONG, Rendered, Request, exports, job_name, shared_folder
+from sparsejax.launch.job import (
+    KILLED,
+    STOPPED,
+    WRONG,
+    Rendered,
+    Request,
+    check_value,
+    default_name,
+    exports,
+    shared_folder,
+)
 from sparsejax.launch.topology import Tpu, parse_slice
 from sparsejax.launch.xla_flags import environment
 
@@ -81,7 +91,7 @@ done
 exit "$status"
 """
 
-ID = r"[a-z]([a-z0-9-]*[a-z0-9])?"
+ID, ALLOWED = r"[a-z]([a-z0-9-]*[a-z0-9])?", "a letter, then letters, digits and -, in lower case"
 
 
 def render(request: Request, args: argparse.Namespace) -> Rendered:
@@ -90,7 +100,9 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
     tpu = piece.tpu
     if tpu is None or tpu.accelerator_type is None:
         raise RequestError(f"--topology={args.topology}: {piece.name} is to be had through GKE alone (launch jobset)")
-    name = job_name(args.name, request.stem, ID, 60, "a letter, then letters, digits and -, in lower case")
+    name = check_value("--name", args.name or default_name(request.stem), ID, ALLOWED)
+    check_value("--zone", args.zone, ID, ALLOWED)
+    check_value("--project", args.project, r"[a-z][a-z0-9.:-]*", "a letter, then letters, digits and - . :")
     share, path = shared_folder(request.workdir, args.volume, "HOST:/EXPORT:/PATH")
     if not re.fullmatch(r"[^:]+:/.*", share):
         raise RequestError(f"--volume={share}:{path}: not HOST:/EXPORT:/PATH, an export of an NFS server")

@@ -25,5 +25,6 @@ def check_script(text: str) -> None:
     assert read.returncode == 0 and not read.stderr, read.stderr
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
     if shellcheck:
-        done = subprocess.run([shellcheck, "-"], input=text, capture_output=True, text=True)
+        # SC1091: a line of --setup reads a file that is not here
+        done = subprocess.run([shellcheck, "--exclude=SC1091", "-"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout

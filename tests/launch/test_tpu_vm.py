@@ -127,7 +127,8 @@ def test_words_reach_the_hosts_as_they_are(tmp_path):
         (["--topology=v5e:4x4"], "config.mesh: 1×1×1 leaves some of the job's 16 devices idle"),
         (["--topology=v5e:1x1", "--workdir=runs/x"], "is not below /mnt/runs, the shared folder of --volume"),
         (["--topology=v5e:1x1", "--volume=claim:/mnt/runs"], "--volume=claim:/mnt/runs: not HOST:/EXPORT:/PATH"),
-        (["--topology=v5e:1x1", "--name=a_b"], "--name=a_b: not a name here"),
+        (["--topology=v5e:1x1", "--name=a_b"], "--name=a_b: allowed are"),
+        (["--topology=v5e:1x1", "--zone=a b"], "--zone=a b: allowed are"),
         (["--topology=v5e:1x1", "--setup=a\nb"], "only printable characters"),
     ],
 )
