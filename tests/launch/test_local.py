@@ -10,7 +10,7 @@ import pytest
 from sparsejax.launch import local
 
 from launching import CONFIG, printed
-from runs import here, process
+from runs import arguments, here, losses, process
 from shell import check_script, program, with_programs
 
 STAND_IN = """
@@ -106,6 +106,16 @@ def test_submit_runs_it(tmp_path):
     program(tmp_path, "stand-in", "print(' '.join(sys.argv[1:4])); exit(6)")
     done = process("launch", "local", CONFIG, "--python=stand-in", "--submit", variables=with_programs(tmp_path))
     assert (done.status, done.out) == (6, "[0] -m sparsejax train\n")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    words = [*arguments("train"), "--mesh=2,1,1"]
+    assert process(*words, f"--workdir={tmp_path / 'one'}").status == 0
+    several = ["launch", "local", *words[1:], f"--workdir={tmp_path / 'two'}", "--processes=2", "--submit"]
+    done = process(*several)
+    assert done.status == 0, done.out
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
 @pytest.mark.parametrize(

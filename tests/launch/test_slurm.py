@@ -115,7 +115,7 @@ def test_submit_hands_the_script_to_sbatch(tmp_path):
     assert done.status == 1 and done.err.startswith("failed: sbatch does not take the job (status 1)\n")
 
 
-NODES = 1
+NODES = 2
 """Of a real cluster. Each has one process with one device."""
 
 
