@@ -11,8 +11,8 @@ resources=(gcloud compute tpus queued-resources)
 IFS= read -r -d '' worker <<'WORKER' || :
 set -eu
 # What an earlier connection left running saves and ends first.
-if [ -e /tmp/quickstart.pid ] && kill "$(cat /tmp/quickstart.pid)" 2>/dev/null; then
-  while kill -0 "$(cat /tmp/quickstart.pid)" 2>/dev/null; do sleep 1; done
+if [ -e /dev/shm/quickstart.pid ] && kill "$(cat /dev/shm/quickstart.pid)" 2>/dev/null; then
+  while kill -0 "$(cat /dev/shm/quickstart.pid)" 2>/dev/null; do sleep 1; done
 fi
 if ! mountpoint --quiet /mnt/runs; then
   command -v mount.nfs >/dev/null || sudo apt-get install --quiet --yes nfs-common
@@ -22,7 +22,7 @@ fi
 cd /mnt/runs/sparsejax
 python3 -m pip install --quiet --editable .
 export LIBTPU_INIT_ARGS='--xla_tpu_enable_latency_hiding_scheduler=true --xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true --xla_tpu_enable_async_all_to_all=true --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true'
-echo "$$" >/tmp/quickstart.pid
+echo "$$" >/dev/shm/quickstart.pid
 exec python3 -m sparsejax train --config=configs/quickstart.py --workdir=/mnt/runs/quickstart --mesh=4,4,1 --config.model.blocks.moe.group_size=512 --config.data.batch_size=64 --expect-processes=4 --stopped-status=75 --distributed=tpu
 WORKER
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -92,6 +93,22 @@ class TestMesh:
 
     def test_fewer_devices_than_there_are(self):
         assert make_mesh(MeshConfig(data=2), jax.devices()[4:]).devices.ravel().tolist() == jax.devices()[4:6]
+
+
+@pytest.mark.slow
+def test_slices_lie_along_data(monkeypatch):
+    """Devices of two slices, described by libtpu. `jax.make_mesh` alone takes devices of one."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=8, expert=4), devices)
+    assert dict(mesh.shape) == {"data": 8, "expert": 4, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Explicit,) * 3
+    for place, part in enumerate(mesh.devices):
+        assert {device.slice_index for device in part.flat} == {place // 4}
+    with pytest.raises(ConfigError, match="1 is not a multiple of the 2 slices"):
+        make_mesh(MeshConfig(data=1, expert=32), devices)
 
 
 def test_rows_of_a_batch_are_split_over_data_and_expert_microbatch_by_microbatch():

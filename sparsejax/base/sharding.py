@@ -13,6 +13,7 @@ from typing import Any, Literal, Optional
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -97,11 +98,30 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Mesh:
-    """The explicit mesh of `config` on `devices` (default: the first that JAX lists)."""
+    """The explicit mesh of `config` on `devices` (default: the first that JAX lists).
+
+    Slices of TPUs lie along `data`: the network between them is slow, and gradients alone cross it, once a step.
+
+    Raises:
+      ConfigError: as `resolve`, or `data` is not a multiple of the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     config = config.resolve(len(devices))
+    devices = devices[: math.prod(config.shape)]
     types = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(config.shape, AXES, axis_types=types, devices=devices[: math.prod(config.shape)])
+    on_tpu = devices[0].platform == "tpu"  # GPUs count as slices what NVLink connects, and find their own ways
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if slices == 1:
+        return jax.make_mesh(config.shape, AXES, axis_types=types, devices=devices)
+    check_slices(config, slices)
+    of_one = (config.data // slices, config.expert, config.tensor)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(of_one, (slices, 1, 1), devices), AXES, axis_types=types)
+
+
+def check_slices(config: MeshConfig, slices: int) -> None:
+    """Raises `ConfigError` unless each slice holds an equal part of the mesh axis `data`."""
+    if config.data % slices:
+        raise ConfigError("mesh.data", f"{config.data} is not a multiple of the {slices} slices, which lie along it")
 
 
 def mesh_platform() -> str:

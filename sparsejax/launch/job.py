@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from sparsejax.base.errors import ConfigError, RequestError
-from sparsejax.base.sharding import AXES
+from sparsejax.base.sharding import AXES, check_slices
 from sparsejax.launch.flags import check_printable
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.record import check_devices
@@ -53,17 +53,19 @@ class Request:
         file = Path(self.file.partition(".py")[0])
         return file.parent.name if file.suffix == ".json" else file.name
 
-    def train(self, processes: int, devices: int, platform: Platform) -> list[str]:
+    def train(self, processes: int, devices: int, platform: Platform, slices: int = 1) -> list[str]:
         """The words of the training command that follow the interpreter, the same on every process.
 
         Args:
           processes: of the whole job.
           devices: of each process, all of `platform`.
+          slices: in which the devices come.
 
         Raises:
           RequestError: the config does not go with these devices.
         """
         config = self._checked(processes * devices, platform)
+        check_slices(config.mesh, slices)
         mesh = ",".join(map(str, config.mesh.shape))
         settings = [(key, value) for key, value in self.overrides if key not in [f"mesh.{axis}" for axis in AXES]]
         overrides = [f"--config.{key}={value}" for key, value in settings]

@@ -36,13 +36,14 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
     check_value("--namespace", args.namespace, LABEL, ALLOWED)
     check_value("--service-account", args.service_account or name, LABEL, ALLOWED)
     processes = piece.hosts * args.slices
-    train = [*request.train(processes, piece.devices, "gpu" if on_gpus else "tpu"), f"--stopped-status={STOPPED}"]
+    platform = "gpu" if on_gpus else "tpu"
+    train = [*request.train(processes, piece.devices, platform, args.slices), f"--stopped-status={STOPPED}"]
     train += [f"--distributed={'k8s' if on_gpus else 'tpu'}"] if processes > 1 else []
     volume = shared_folder(request.workdir, args.volume, "CLAIM:/PATH")
     check_value("--volume", volume[0], LABEL, ALLOWED)
     models, yaml = _client()
     several = processes > 1 if on_gpus else args.slices > 1
-    variables = environment("gpu" if on_gpus else "tpu", several) | dict(args.env)
+    variables = environment(platform, several) | dict(args.env)
     account = args.service_account or (name if on_gpus and processes > 1 else None)
     pod = _pod(models, piece, args, [args.python, *train], variables, volume)
     pod.spec.service_account_name = account

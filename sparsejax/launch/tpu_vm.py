@@ -107,12 +107,12 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
     if not re.fullmatch(r"[^:]+:/.*", share):
         raise RequestError(f"--volume={share}:{path}: not HOST:/EXPORT:/PATH, an export of an NFS server")
     processes = piece.hosts * args.slices
-    train = [*request.train(processes, piece.devices, "tpu"), f"--stopped-status={STOPPED}"]
+    train = [*request.train(processes, piece.devices, "tpu", args.slices), f"--stopped-status={STOPPED}"]
     train += ["--distributed=tpu"] if processes > 1 else []
     variables = environment("tpu", several=args.slices > 1) | dict(args.env)
     directory = [f"cd {shlex.quote(str(args.directory))}"] if args.directory else []
     worker = WORKER.format(
-        pid=f"/tmp/{name}.pid",
+        pid=f"/dev/shm/{name}.pid",
         path=shlex.quote(str(path)),
         share=shlex.quote(share),
         prepare="\n".join([*directory, *args.setup, *exports(variables)]),

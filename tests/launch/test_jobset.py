@@ -167,6 +167,7 @@ def closed(schema):
         (["--topology=v5e:1x1", f"--name={'a' * 46}"], "at most 45 characters"),
         (["--topology=v5e:1x1", "--workdir=runs/x"], "--workdir=runs/x is not below /runs"),
         (["--topology=v5e:1x1", "--workdir=/runs/../x"], "is not below /runs"),
+        (["--topology=v5e:2x2", "--slices=2", "--mesh=1,8,1"], "mesh.data: 1 is not a multiple of the 2 slices"),
         (["--topology=v5e:1x1", "--namespace=a_b"], "--namespace=a_b: allowed are"),
         (["--topology=v5e:1x1", "--service-account=a b"], "--service-account=a b: allowed are"),
         (["--topology=v5e:1x1", "--volume=A:/runs"], "--volume=A: allowed are"),

@@ -36,7 +36,7 @@ def test_hosts_run_the_same_command():
         "pip install -e .",
         f"export LIBTPU_INIT_ARGS='{flags}'",
         "export NOTE='a b'",
-        'echo "$$" >/tmp/tiny.pid',
+        'echo "$$" >/dev/shm/tiny.pid',
         f"exec python3 -m sparsejax train {CONFIG} --workdir=/mnt/runs/tiny --mesh=2,8,1 "
         "--config.data.batch_size=16 --expect-processes=4 --stopped-status=75 --distributed=tpu",
     ]
