@@ -8,12 +8,11 @@ import contextlib
 import importlib
 import logging
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsejax.base.errors import RequestError, RunError, did_you_mean
+from sparsejax.base.errors import RequestError, did_you_mean, tell
 
 VERBS = {
     "train": "train, or resume what --workdir holds",
@@ -30,15 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_on_stderr():
             return _command(list(sys.argv[1:] if argv is None else argv))
-    except RequestError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # the last line of defence: a one-line cause, then the trace
-        cause = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        sys.stderr.write(f"failed: {_one_line(cause)}\n{traceback.format_exc()}")  # one write: other threads may write
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error)
 
 
 @contextlib.contextmanager
@@ -95,24 +87,33 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
         overrides = [(f"mesh.{axis}", str(size)) for axis, size in sizes] + overrides
 
     from sparsejax.base.config import load
-    from sparsejax.base.devices import prepare_devices
     from sparsejax.train.config import ExperimentConfig
 
     loaded = load(ExperimentConfig, file, overrides)
+    if verb == "plan":  # which needs no devices, whatever the mesh
+        return _function("sparsejax.plan.command", "plan_command")(loaded, args)
+
+    from sparsejax.base.cluster import find_place
+    from sparsejax.base.devices import prepare_devices
+    from sparsejax.base.job import job
+
+    place = find_place(args)
+    if place is not None and (verb == "generate" or (verb == "eval" and args.parity)):
+        what = "generate" if verb == "generate" else "eval --parity"
+        raise RequestError(f"{what} runs in one process, and this job has {place.num_processes}")
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
-    if verb != "plan":  # which needs no devices, whatever the mesh
-        prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
-    if verb == "train":
-        assert file is not None  # `_config_file` sees to it
-        workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
-        return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change, args.init_from)
-    if verb == "eval":
-        return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
-    if verb == "generate":
+    count = max(max(data, 1) * expert * tensor for data, expert, tensor in needed)
+    with job(place, args.start_timeout):
+        prepare_devices(-(-count // (1 if place is None else place.num_processes)))
+        if verb == "train":
+            assert file is not None  # `_config_file` sees to it
+            workdir = args.workdir or Path("runs") / Path(file.partition(".py")[0]).name
+            return _function("sparsejax.train.loop", "train")(loaded, workdir, args.allow_config_change, args.init_from)
+        if verb == "eval":
+            return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
         return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
-    return _function("sparsejax.plan.command", "plan_command")(loaded, args)
 
 
 def _function(module: str, name: str) -> Callable[..., int]:
@@ -194,6 +195,8 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     if verb != "trace":
         _run_flags(verb, add)
+    if verb in ("train", "eval", "generate"):
+        _process_flags(add)
     _FLAGS[verb](add)
     return parser
 
@@ -207,6 +210,18 @@ def _run_flags(verb: str, add: Callable[..., Any]) -> None:
     default = " (default: runs/NAME for --config=NAME.py)" if verb == "train" else ""
     add("--workdir", type=_folder, metavar="DIR", help=f"folder of the run{default}")
     add("--mesh", type=_mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
+
+
+def _process_flags(add: Callable[..., Any]) -> None:
+    add("--coordinator", type=_address, metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    add("--num-processes", type=_whole(1), metavar="N", help="of several processes: how many")
+    add("--process-id", type=_whole(0), metavar="I", help="of several processes: which one this is, from 0")
+    add(
+        "--distributed", choices=_CLUSTERS, help="several processes, which JAX finds by itself; none: this one is alone"
+    )
+    add("--expect-processes", type=_whole(1), metavar="N", help="refuse a job of another size")
+    seconds = "how long processes wait for each other at the start (default: 300)"
+    add("--start-timeout", type=_whole(1), default=300, metavar="SECONDS", help=seconds)
 
 
 def _train_flags(add: Callable[..., Any]) -> None:
@@ -256,11 +271,19 @@ _FLAGS = {
     "plan": _plan_flags,
     "trace": _trace_flags,
 }
+_CLUSTERS = ("slurm", "ompi", "k8s", "tpu", "auto", "none")
 _ONE_MESH = "devices along data, expert and tensor; short for --config.mesh.*"
 _MESH_HELP = dict.fromkeys(VERBS, _ONE_MESH) | {
     "eval": f"{_ONE_MESH}; with --parity repeatable",
     "plan": f"{_ONE_MESH}; repeatable: the meshes to compare",
 }
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, for example 10.0.0.1:8476")
+    return text
 
 
 def _devices(text: str) -> tuple[int, ...]:
@@ -311,7 +334,3 @@ def _number(least: float, most: float | None) -> Callable[[str], float]:
         return value
 
     return number
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
