@@ -3,20 +3,21 @@
 import argparse
 import os
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Optional
 
 from jax._src import clusters
 
 from sparsejax.base.errors import RequestError
 
+TPU = (clusters.GkeTpuCluster, clusters.GceTpuCluster)
 METHODS = {
-    "slurm": ("slurm",),
-    "ompi": ("ompi", "mpi4py"),  # Open MPI 5 says too little in the environment: mpi4py asks MPI
-    "k8s": ("k8s",),
-    "tpu": ("gketpu", "gcetpu"),
-    "auto": ("ompi", "slurm", "gketpu", "gcetpu", "k8s"),
+    "slurm": (clusters.SlurmCluster,),
+    "ompi": (clusters.OmpiCluster, clusters.Mpi4pyCluster),  # Open MPI 5 leaves too little in the environment
+    "k8s": (clusters.K8sCluster,),
+    "tpu": TPU,
+    "auto": (clusters.OmpiCluster, clusters.SlurmCluster, *TPU, clusters.K8sCluster),
 }
-"""What `--distributed` may be → the names of JAX's `ClusterEnv`s, of which the first present one is taken."""
+"""What `--distributed` may be → JAX's environments, of which the first present one is taken."""
 ALONE = "none"
 
 TASKS = {"SLURM_STEP_NUM_TASKS": "slurm", "OMPI_COMM_WORLD_SIZE": "ompi", "PMI_SIZE": "ompi"}
@@ -25,12 +26,13 @@ TASKS = {"SLURM_STEP_NUM_TASKS": "slurm", "OMPI_COMM_WORLD_SIZE": "ompi", "PMI_S
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Of this process among those of its job. What is None is for JAX to detect by `method`, one of its own names."""
+    """Of this process among those of its job. What is None is for JAX to detect, by `method` if that is one of its own
+    names: it has none for Kubernetes."""
 
     num_processes: int
     process_id: Optional[int] = None
     coordinator: Optional[str] = None
-    method: str = "deactivate"
+    method: Optional[str] = "deactivate"
 
 
 def find_place(args: argparse.Namespace) -> Optional[Place]:
@@ -73,11 +75,10 @@ def _by_flags(args: argparse.Namespace) -> Optional[Place]:
 
 
 def _by_cluster(method: str) -> Place:
-    known: dict[str, Any] = {env.name: env for env in clusters.ClusterEnv._cluster_types}
-    for name in METHODS[method]:
+    for environment in METHODS[method]:
         try:
-            if name in known and known[name].is_env_present():
-                return Place(num_processes=known[name].get_process_count(), method=name)
+            if environment.is_env_present():
+                return Place(num_processes=environment.get_process_count(), method=environment.name or None)
         except Exception as error:  # of a client library, a metadata server, a variable that is no number
             cause = (str(error).splitlines() or [type(error).__name__])[0]
             raise RequestError(f"--distributed={method}: JAX could not ask for its processes: {cause}") from None

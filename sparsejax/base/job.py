@@ -33,7 +33,7 @@ BEAT = 1.0
 HEARD = 10
 """Seconds that a process which failed stays, for the others to hear of what."""
 FAILED = "failed"
-LOST = re.compile(r"gloo|nccl|unavailable|heartbeat|barrier|connection (closed|reset)", re.IGNORECASE)
+LOST = re.compile(r"gloo|nccl|unavailable|heartbeat|barrier failed|connection (closed|reset)", re.IGNORECASE)
 """In the message of an error that the end of another process may have caused."""
 
 
@@ -97,12 +97,13 @@ class _Watch(threading.Thread):
                 store().wait_at_barrier(f"{PREFIX}watch", 1000 * 3600)
             except jax.errors.JaxRuntimeError as error:
                 if not self.over.is_set():
-                    _leave(1, f"failed: {_who_is_gone(str(error))}")
+                    _say(f"failed: {_who_is_gone(str(error))}")
+                    _leave(1)
             told = peek(FAILED)
             if told is not None and not self.failing.is_set():
                 status, line = json.loads(told)
-                _part()
-                _leave(status, line)
+                _say(line)
+                _part(status)
 
 
 def _who_is_gone(error: str) -> str:
@@ -123,28 +124,33 @@ def _fail(error: BaseException, watch: _Watch) -> NoReturn:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         set_once(FAILED, json.dumps([status, f"{kind}: process {process_id()}: {cause}"]))
     tell(error)
-    _part()
+    _part(status)
+
+
+def _may_be_lost(error: BaseException) -> bool:
+    """Whether the first cause may be that another process has ended."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and LOST.search(str(error)) is not None
+
+
+def _part(status: int) -> NoReturn:
+    """Ends this process, which has said why, once every other one has: the first takes the store with it."""
+    _parting.append(status)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        store().wait_at_barrier(f"{PREFIX}heard", 1000 * HEARD)
     _leave(status)
 
 
-def _may_be_lost(error: Optional[BaseException]) -> bool:
-    while error is not None:
-        if isinstance(error, (jax.errors.JaxRuntimeError, ValueError, TimeoutError)) and LOST.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
+_parting: list[int] = []  # the status that this process is about to end with
 
 
-def _part() -> None:
-    """Waits until every process knows, for the first takes the store with it."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        store().wait_at_barrier(f"{PREFIX}heard", 1000 * HEARD)
+def _say(line: str) -> None:
+    os.write(sys.stderr.fileno(), f"{line}\n".encode())  # whatever the main thread does to the stream
 
 
-def _leave(status: int, line: str = "") -> NoReturn:
+def _leave(status: int) -> NoReturn:
     """Ends this process at once, whatever its other threads wait for."""
-    if line:
-        os.write(sys.stderr.fileno(), f"{line}\n".encode())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -162,12 +168,16 @@ def _speak_when_aborted(place: Place, patience: int, connected: threading.Event)
     """
 
     def speak(number: int) -> None:
+        if _parting:
+            _leave(_parting[0])
         if not connected.is_set():
             late = f"not all {place.num_processes} processes came within {patience} s"
-            _leave(1, f"failed: {late}; the lines above name those that did not, or the coordinator does")
-        if not _reachable(distributed.global_state.coordinator_address):
-            _leave(1, "failed: process 0, the coordinator, is gone")
-        _leave(1, "failed: the runtime ended this process for the reason above")
+            _say(f"failed: {late}; above is who did not, here or where the coordinator is")
+        elif not _reachable(distributed.global_state.coordinator_address):
+            _say("failed: process 0, the coordinator, is gone")
+        else:
+            _say("failed: the runtime ended this process for the reason above")
+        _leave(1)
 
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, _Handler), ctypes.c_void_p

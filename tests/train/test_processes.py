@@ -1,7 +1,6 @@
 """Runs of several processes: the numbers of one process, and one end for all."""
 
 import json
-import signal
 import time
 
 import numpy as np
@@ -26,7 +25,9 @@ def ledger(workdir):
     found = {}
     for path in (workdir / "routing").iterdir():
         with np.load(path) as arrays:
-            found |= {(path.stem, name): arrays[name].tolist() for name in arrays.files if arrays[name].dtype.kind == "i"}
+            found |= {
+                (path.stem, name): arrays[name].tolist() for name in arrays.files if arrays[name].dtype.kind == "i"
+            }
     return found
 
 
@@ -57,3 +58,46 @@ def test_two_processes_train_as_one(alone, tmp_path):
         path.name for path in alone.iterdir() if not path.name.startswith(".")
     }
     assert json.loads((workdir / "config.json").read_text())["environment"]["processes"] == 2
+
+
+def wait_for_steps(workdir, started, count):
+    """Until the run has written a row of this step, as long as all go on."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end and all(child.poll() is None for child in started.processes):
+        if (workdir / "metrics.jsonl").exists() and max(losses(workdir), default=0) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError([(each.status, each.out, each.err) for each in started.results(1)])
+
+
+ENDLESS = {"train__steps": 100_000, "train__log_every": 1, "checkpoint__every": 5, "eval__every": 100_000}
+GO_ON = {**ENDLESS, "train__steps": 60, "eval__batches": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A longer run, of two processes."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert [each.status for each in train(workdir, "1,2,1", 2, **GO_ON)] == [0, 0]
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_says_so_and_the_next_job_goes_on(undisturbed, tmp_path, victim):
+    workdir = tmp_path / "run"
+    words = arguments("train", f"--workdir={workdir}", "--mesh=1,2,1", **GO_ON)
+    with job(*words, count=2) as started:
+        wait_for_steps(workdir, started, 23)
+        started.processes[victim].kill()
+        killed = time.monotonic()
+        survivor = started.results()[1 - victim]
+        assert time.monotonic() - killed < 60
+    assert survivor.status == 1
+    told = "process 1 is gone (no heartbeat for 20 s)" if victim == 1 else "process 0, the coordinator, is gone"
+    assert f"failed: {told}" in survivor.err.splitlines(), survivor.err
+    done = train(workdir, "1,2,1", 2, **GO_ON)
+    assert [each.status for each in done] == [0, 0], done
+    assert "resumed from checkpoint" in done[0].out
+    assert losses(workdir) == losses(undisturbed)
+    assert ledger(workdir) == ledger(undisturbed)

@@ -1,0 +1,116 @@
+"""Real processes that are one job, without a model: what they say to each other, and how the end of one ends all."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runs import ROOT
+
+BEGIN = """
+import os, signal, sys, time
+from sparsejax.base import job
+from sparsejax.base.cluster import Place
+from sparsejax.base.errors import RequestError, RunError
+from sparsejax.base.processes import barrier, check_same, from_first, process_id
+from sparsejax.train.signals import StopOnSignal
+job.HEARTBEAT = 5
+count, me, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+"""
+PLACE = "with job.job(Place(num_processes=count, process_id=me, coordinator=address), patience={patience}):\n"
+
+
+def run(body, count=2, come=None, patience=60, killed=None):
+    """(status, output, errors) of each process of a job whose processes do `body`; only the first `come` are
+    started. The process `killed` is, once it has printed a line."""
+    indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
+    script = BEGIN + PLACE.format(patience=patience) + indented
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    words = [[sys.executable, "-c", script, str(count), str(number), address] for number in range(come or count)]
+    children = [subprocess.Popen(each, **pipes) for each in words]
+    try:
+        if killed is not None:
+            assert children[killed].stdout.readline() == "here\n"
+            children[killed].kill()
+        told = [child.communicate(timeout=90) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, *texts) for child, texts in zip(children, told, strict=True)]
+
+
+def test_what_the_first_says_all_hear():
+    first, second = run(
+        """
+print(from_first("a number", lambda: 40 + process_id()), from_first("nothing", lambda: None))
+barrier("all have heard")
+check_same("number", "2" if me else "1")
+"""
+    )
+    assert first == (2, "40 None\n", "error: process 1: process 1 has another number than process 0\n")
+    assert second == (2, "40 None\n", "error: process 1 has another number than process 0\n")
+
+
+def test_a_barrier_names_those_who_do_not_come():
+    *late, missing = run(
+        """
+if me < 2:
+    barrier("soup", 3)
+time.sleep(60)
+""",
+        count=3,
+    )
+    told = "barrier 'soup': process 2 did not come within 3 s"
+    for status, _, err in late:
+        assert status == 1 and f"failed: {told}\nTraceback" in err, err
+    status, _, err = missing
+    assert status == 1 and err.splitlines()[-1] in [f"failed: process {number}: {told}" for number in (0, 1)], err
+
+
+def test_an_exception_ends_all_with_its_cause():
+    begun = time.monotonic()
+    first, second = run("barrier('start')\nif me: raise RunError('the disk is full')\ntime.sleep(60)")
+    assert time.monotonic() - begun < 45
+    assert second[0] == 1 and second[2].startswith("failed: the disk is full\nTraceback"), second
+    assert first == (1, "", "failed: process 1: the disk is full\n")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_survivor_says_who_is_gone(killed):
+    done = run("barrier('start')\nprint('here')\ntime.sleep(60)", killed=killed)
+    told = "process 1 is gone (no heartbeat for 5 s)" if killed else "process 0, the coordinator, is gone"
+    status, _, err = done[1 - killed]
+    assert status == 1 and f"failed: {told}" in err.splitlines(), err
+
+
+def test_a_job_that_is_not_complete_does_not_begin():
+    first, second = run("print('begun')", count=4, come=2, patience=4)
+    for status, out, err in (first, second):
+        assert (status, out) == (1, ""), err
+        assert err.splitlines()[-1].startswith("failed: not all 4 processes came within 4 s")
+    assert "task names:\n3\n2\n" in first[2] or "task names:\n2\n3\n" in first[2]
+
+
+def test_processes_stop_at_the_same_look_whoever_is_asked():
+    """Both are, at different looks, and one looks ahead of the other."""
+    body = """
+with StopOnSignal() as stop:
+    for step in range(1, 100):
+        barrier(f"step {step}")
+        if step == 5 + 2 * me:
+            os.kill(os.getpid(), signal.SIGINT if me else signal.SIGTERM)
+        time.sleep(0.01 * me)
+        if stop.look():
+            break
+    print(step, stop.name)
+"""
+    (_, one, err), (_, two, _) = run(body)
+    assert one == two, err
+    assert one in ("8 SIGTERM\n",)
