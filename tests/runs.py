@@ -187,6 +187,13 @@ def losses(workdir: Path) -> dict[int, float]:
     return {step: row["loss"] for step, row in rows(workdir, "train").items()}
 
 
+def newest_step(workdir: Path) -> int:
+    """That of the last row, 0 before there is one. Cheap, and may be called while the run writes."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, but for those of the lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import io
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any, Optional
@@ -81,7 +81,7 @@ def train(
 
 def _display() -> Display:
     """That of the run, in the first process; the others show nothing."""
-    return Display() if is_first() else Display(io.StringIO())
+    return Display() if is_first() else Display(open(os.devnull, "w"))
 
 
 def steps_ahead() -> int:

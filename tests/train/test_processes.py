@@ -1,14 +1,14 @@
 """Runs of several processes: the numbers of one process, and one end for all."""
 
 import json
+import shutil
+import signal
 import time
 
 import numpy as np
 import pytest
 
-from runs import Result, arguments, job, losses, process, rows
-
-MOE = "01_moe"
+from runs import Result, arguments, job, losses, newest_step, process, rows
 
 
 def train(workdir, mesh, count, **settings) -> list[Result]:
@@ -64,7 +64,7 @@ def wait_for_steps(workdir, started, count):
     """Until the run has written a row of this step, as long as all go on."""
     end = time.monotonic() + 200
     while time.monotonic() < end and all(child.poll() is None for child in started.processes):
-        if (workdir / "metrics.jsonl").exists() and max(losses(workdir), default=0) >= count:
+        if newest_step(workdir) >= count:
             return
         time.sleep(0.01)
     raise AssertionError([(each.status, each.out, each.err) for each in started.results(1)])
@@ -101,3 +101,90 @@ def test_when_one_is_killed_the_other_says_so_and_the_next_job_goes_on(undisturb
     assert "resumed from checkpoint" in done[0].out
     assert losses(workdir) == losses(undisturbed)
     assert ledger(workdir) == ledger(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_saves_once_and_another_job_goes_on(undisturbed, tmp_path):
+    """Whatever step each of them hears it at. Then one process, four, and another mesh: the data go on in their order,
+    and so do the losses."""
+    workdir = tmp_path / "run"
+    with job(*arguments("train", f"--workdir={workdir}", "--mesh=1,2,1", **GO_ON), count=2) as started:
+        wait_for_steps(workdir, started, 17)
+        for child in started.processes:
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        first, second = started.results()
+    assert (first.status, second.status) == (0, 0), (first, second)
+    step = int(first.out.split("stopped by SIGTERM after step ")[1].split(",")[0])
+    assert 17 <= step < 60 and max(losses(workdir)) == step
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved[-1] == step and all(each % GO_ON["checkpoint__every"] == 0 for each in saved[:-1])
+    for mesh, count in (("2,1,1", 1), ("2,2,1", 4), ("1,2,2", 2)):
+        moved = shutil.copytree(workdir, tmp_path / f"{count}")
+        done = train(moved, mesh, count, **GO_ON)
+        assert {each.status for each in done} == {0}, done
+        assert f"resumed from checkpoint {step}" in done[0].out
+        now, before = losses(moved), losses(undisturbed)
+        for later in range(step + 1, step + 21):
+            np.testing.assert_allclose(now[later], before[later], rtol=1e-5)
+        assert rows(moved, "train")[60]["tokens"] == rows(undisturbed, "train")[60]["tokens"]
+
+
+@pytest.mark.slow
+def test_evaluation_in_several_processes_prints_once(alone, tmp_path):
+    """On meshes that split rows, experts and hidden widths between processes, with decisions written and taken
+    again."""
+    words = ("eval", f"--workdir={alone}")
+    wanted = process(*words, "--mesh=1,2,1").json
+    for mesh, count in (("2,1,1", 2), ("1,1,2", 2), ("2,1,2", 4)):
+        trace = tmp_path / f"{mesh}.npz"
+        with job(*words, f"--mesh={mesh}", f"--trace={trace}", count=count) as started:
+            first, *others = started.results()
+        assert {each.status for each in (first, *others)} == {0}, (first, others)
+        assert not any("loss" in each.out for each in others)
+        np.testing.assert_allclose(first.json["loss"], wanted["loss"], rtol=1e-5)
+        with job(*words, "--mesh=2,1,1", f"--replay={trace}", count=2) as started:
+            replayed = started.results()[0].json
+        np.testing.assert_allclose(replayed["loss"], wanted["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_another_and_records_decisions(alone, tmp_path):
+    """As in one process: the receipt, and the trace of a step, whose rows lie in both."""
+    for count in (1, 2):
+        settings = {"train__steps": 3, "train__trace": "(2,)", "checkpoint__every": 3}
+        words = arguments("train", f"--workdir={tmp_path / str(count)}", "--mesh=2,1,1", **settings)
+        words.append(f"--init-from={alone}")
+        if count == 1:
+            assert process(*words).status == 0
+            continue
+        with job(*words, count=count) as started:
+            done = started.results()
+        assert {each.status for each in done} == {0}, done
+    one, two = (json.loads((tmp_path / name / "upcycling.json").read_text()) for name in "12")
+    assert one == two
+    with np.load(tmp_path / "1" / "traces" / "2.npz") as wanted, np.load(tmp_path / "2" / "traces" / "2.npz") as got:
+        assert set(wanted.files) == set(got.files)
+        for name in set(wanted.files) - {"about"}:
+            np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_losses_that_are_not_finite_end_all_with_their_cause(tmp_path):
+    words = arguments("train", f"--workdir={tmp_path / 'run'}", "--mesh=1,2,1", train__max_nonfinite=2)
+    words += ["--config.optimizer.learning_rate=1e38", "--config.optimizer.schedule.warmup_steps=0"]
+    with job(*words, count=2) as started:
+        done = started.results()
+    for each in done:
+        assert each.status == 1, each
+        assert "2 steps in a row were not finite (train.max_nonfinite): " in each.err, each
+
+
+def test_a_mesh_that_leaves_devices_idle_is_refused_by_all(tmp_path):
+    words = arguments("train", f"--workdir={tmp_path / 'run'}", "--mesh=1,3,1", data__batch_size=6)
+    words.append("--config.model.blocks.moe.num_experts=6")
+    with job(*words, count=2) as started:
+        done = started.results()
+    for each in done:
+        assert each.status == 2 and "uses 3 of the 4 devices that 2 processes have" in each.err, each
+    assert not (tmp_path / "run").exists()
