@@ -23,18 +23,18 @@ count, me, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 PLACE = "with job.job(Place(num_processes=count, process_id=me, coordinator=address), patience={patience}):\n"
 
 
-def run(body, count=2, come=None, patience=60, killed=None):
+def run(body, count=2, come=None, patience=60, killed=None, place=PLACE, variables=lambda number: {}):
     """(status, output, errors) of each process of a job whose processes do `body`; only the first `come` are
-    started. The process `killed` is, once it has printed a line."""
+    started. The process `killed` is, once it has printed a line. Each has `variables(number)` in its environment."""
     indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
-    script = BEGIN + PLACE.format(patience=patience) + indented
+    script = BEGIN + place.format(patience=patience) + indented
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = [[sys.executable, "-c", script, str(count), str(number), address] for number in range(come or count)]
-    children = [subprocess.Popen(each, **pipes) for each in words]
+    children = [subprocess.Popen(each, env=env | variables(number), **pipes) for number, each in enumerate(words)]
     try:
         if killed is not None:
             assert children[killed].stdout.readline() == "here\n"
@@ -114,3 +114,29 @@ with StopOnSignal() as stop:
     (_, one, err), (_, two, _) = run(body)
     assert one == two, err
     assert one in ("8 SIGTERM\n",)
+
+
+def slurm(number):
+    """What srun leaves in the environment of a task, on this machine."""
+    task = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    return {**job, **task, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def open_mpi(number):
+    """What mpirun does, before version 5."""
+    rank = {"OMPI_COMM_WORLD_RANK": str(number), "OMPI_COMM_WORLD_LOCAL_RANK": str(number)}
+    uri = f"{2**12 * os.getpid()}.0;tcp://127.0.0.1:1234"
+    return {**rank, "OMPI_MCA_orte_hnp_uri": uri, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_VERSION": "4.1.6"}
+
+
+@pytest.mark.parametrize(("method", "variables"), [("slurm", slurm), ("ompi", open_mpi), ("auto", slurm)])
+def test_jax_finds_the_others_by_what_a_launcher_says(method, variables):
+    place = f"""
+from sparsejax import cli
+from sparsejax.base.cluster import find_place
+flags = ["--distributed={method}", "--expect-processes=2"]
+with job.job(find_place(cli._verb_parser("train").parse_args(flags)), patience={{patience}}):
+"""
+    body = "barrier('all')\nprint(process_id(), from_first('who', process_id))"
+    assert run(body, place=place, variables=variables) == [(0, "0 0\n", ""), (0, "1 0\n", "")]

@@ -152,7 +152,7 @@ def test_evaluation_in_several_processes_prints_once(alone, tmp_path):
 def test_a_run_begins_with_another_and_records_decisions(alone, tmp_path):
     """As in one process: the receipt, and the trace of a step, whose rows lie in both."""
     for count in (1, 2):
-        settings = {"train__steps": 3, "train__trace": "(2,)", "checkpoint__every": 3}
+        settings = {"train__steps": 6, "train__trace": "(2,)"}
         words = arguments("train", f"--workdir={tmp_path / str(count)}", "--mesh=2,1,1", **settings)
         words.append(f"--init-from={alone}")
         if count == 1:
