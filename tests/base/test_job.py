@@ -140,3 +140,18 @@ with job.job(find_place(cli._verb_parser("train").parse_args(flags)), patience={
 """
     body = "barrier('all')\nprint(process_id(), from_first('who', process_id))"
     assert run(body, place=place, variables=variables) == [(0, "0 0\n", ""), (0, "1 0\n", "")]
+
+
+def test_each_process_reads_the_rows_that_its_devices_hold():
+    """Half of them where the mesh splits rows between the processes, in every microbatch; all where it does not."""
+    body = """
+from sparsejax.base.devices import prepare_devices
+from sparsejax.base.sharding import MeshConfig, host_rows, make_mesh
+prepare_devices(2)
+for data, expert, tensor in ((2, 2, 1), (2, 1, 2), (1, 1, 4)):
+    mesh = make_mesh(MeshConfig(data=data, expert=expert, tensor=tensor))
+    print(*host_rows(mesh, 8, 2).tolist())
+"""
+    (_, first, _), (_, second, err) = run(body)
+    assert first.splitlines()[-3:] == ["0 1 4 5", "0 1 4 5", "0 1 2 3 4 5 6 7"], err
+    assert second.splitlines()[-3:] == ["2 3 6 7", "2 3 6 7", "0 1 2 3 4 5 6 7"], err
