@@ -22,6 +22,8 @@ ALONE = "none"
 
 TASKS = {"SLURM_STEP_NUM_TASKS": "slurm", "OMPI_COMM_WORLD_SIZE": "ompi", "PMI_SIZE": "ompi"}
 """Variables in which launchers say how many processes they have started → the method for these."""
+POD = "JOB_COMPLETION_INDEX"
+"""The number, from 0, of a pod of a Kubernetes Job, which does not say of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,11 @@ def _by_cluster(method: str) -> Place:
 
 
 def _refuse_several_runs() -> None:
-    for variable, method in TASKS.items():
-        count = os.environ.get(variable, "")
-        if count.isdecimal() and int(count) > 1:
+    said = {variable: os.environ.get(variable, "") for variable in (*TASKS, POD)}
+    for variable, number in said.items():
+        if number.isdecimal() and int(number) > (0 if variable == POD else 1):
             raise RequestError(
-                f"{variable}={count}: a launcher started {count} processes, and each would be a run of its own; say "
-                f"--distributed={method} to make them one job, or --distributed={ALONE} if that is meant"
+                f"{variable}={number}: a launcher started several processes, and each would be a run of its own; say "
+                f"--distributed={TASKS.get(variable, 'k8s')} to make them one job, or --distributed={ALONE} if that is "
+                "meant"
             )

@@ -7,6 +7,8 @@ from sparsejax import cli
 from sparsejax.base.cluster import ALONE, METHODS, Place, find_place
 from sparsejax.base.errors import RequestError
 
+from runs import CONFIG
+
 FLAGS = ("--coordinator=host:1234", "--num-processes=4", "--process-id=1")
 SLURM = {
     "SLURM_JOB_ID": "17",
@@ -23,7 +25,8 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_VERSION": "4.1.6",
 }
-LAUNCHERS = {"slurm": SLURM, "ompi": OPEN_MPI}
+POD = {"JOB_COMPLETION_INDEX": "1"}
+LAUNCHERS = {"slurm": SLURM, "ompi": OPEN_MPI, "k8s": POD}
 
 
 def place(*flags):
@@ -117,6 +120,6 @@ def test_kubernetes_is_asked_for_the_size(monkeypatch):
 @pytest.mark.parametrize("words", [("generate",), ("eval", "--parity", "--mesh=1,1,1")])
 def test_what_runs_in_one_process_says_so(words, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    status = cli.main([*words, f"--workdir={tmp_path}", "--config=configs/tiny.py", *FLAGS])
+    status = cli.main([*words, f"--workdir={tmp_path}", CONFIG, *FLAGS])
     what = " ".join(words[:2])
     assert (status, capsys.readouterr().err) == (2, f"error: {what} runs in one process, and this job has 4\n")

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from runs import Result, arguments, job, losses, newest_step, process, rows
+from runs import Result, arguments, here, job, losses, newest_step, process, rows
 
 
 def train(workdir, mesh, count, **settings) -> list[Result]:
@@ -35,7 +35,7 @@ def ledger(workdir):
 def alone(tmp_path_factory):
     """The small run in one process, on two devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    (done,) = train(workdir, "1,2,1", 1)
+    done = here(*arguments("train", f"--workdir={workdir}", "--mesh=1,2,1"))
     assert done.status == 0, done.err
     return workdir
 
@@ -180,6 +180,7 @@ def test_losses_that_are_not_finite_end_all_with_their_cause(tmp_path):
         assert "2 steps in a row were not finite (train.max_nonfinite): " in each.err, each
 
 
+@pytest.mark.slow
 def test_a_mesh_that_leaves_devices_idle_is_refused_by_all(tmp_path):
     words = arguments("train", f"--workdir={tmp_path / 'run'}", "--mesh=1,3,1", data__batch_size=6)
     words.append("--config.model.blocks.moe.num_experts=6")
