@@ -60,6 +60,19 @@ def test_two_processes_train_as_one(alone, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["environment"]["processes"] == 2
 
 
+@pytest.mark.slow
+def test_four_processes_have_the_losses_and_the_ledger_of_one(tmp_path):
+    """Their sums go another way round than those among the devices of one, so the last bits differ."""
+    runs = {count: tmp_path / str(count) for count in (1, 4)}
+    for count, workdir in runs.items():
+        done = train(workdir, "2,2,1", count)
+        assert {each.status for each in done} == {0}, done
+    for split in ("train", "eval"):
+        for step, row in rows(runs[1], split).items():
+            np.testing.assert_allclose(rows(runs[4], split)[step]["loss"], row["loss"], rtol=1e-6)
+    assert ledger(runs[4]) == ledger(runs[1])
+
+
 def wait_for_steps(workdir, started, count):
     """Until the run has written a row of this step, as long as all go on."""
     end = time.monotonic() + 200
