@@ -8,20 +8,12 @@ import contextlib
 import importlib
 import logging
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsejax.base.errors import RequestError, RunError, did_you_mean
-from sparsejax.base.flags import Mesh
-from sparsejax.base.flags import Parser as _Parser
-from sparsejax.base.flags import devices as _devices
-from sparsejax.base.flags import file as _file
-from sparsejax.base.flags import folder as _folder
-from sparsejax.base.flags import mesh as _mesh
-from sparsejax.base.flags import number as _number
-from sparsejax.base.flags import whole as _whole
+from sparsejax.base import flags
+from sparsejax.base.errors import RequestError, did_you_mean, tell
 from sparsejax.launch.flags import TARGETS, launch_flags, read_target, top_parser
 
 VERBS = {
@@ -39,15 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_on_stderr():
             return _command(list(sys.argv[1:] if argv is None else argv))
-    except RequestError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # the last line of defence: a one-line cause, then the trace
-        cause = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        sys.stderr.write(f"failed: {_one_line(cause)}\n{traceback.format_exc()}")  # one write: other threads may write
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error)
 
 
 @contextlib.contextmanager
@@ -102,7 +87,7 @@ def _command(argv: list[str]) -> int:
 def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     _refuse_inert_flags(verb, args)
     file = _config_file(verb, args)
-    meshes: list[Mesh] = args.mesh
+    meshes: list[flags.Mesh] = args.mesh
     several = verb == "plan" or (verb == "eval" and args.parity)
     if len(meshes) > 1 and not several:
         raise RequestError(f"--mesh is given {len(meshes)} times; {verb} takes one mesh")
@@ -111,25 +96,35 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
         overrides = [(f"mesh.{axis}", str(size)) for axis, size in sizes] + overrides
 
     from sparsejax.base.config import load
-    from sparsejax.base.devices import prepare_devices
     from sparsejax.train.config import ExperimentConfig
 
     loaded = load(ExperimentConfig, file, overrides)
-    workdir = args.workdir or Path("runs") / Path((file or "").partition(".py")[0]).name
     if verb == "plan":  # which needs no devices, whatever the mesh
         return _function("sparsejax.plan.command", "plan_command")(loaded, args)
+    workdir = args.workdir or Path("runs") / Path((file or "").partition(".py")[0]).name
     if verb == "launch":  # nor does this
         return _function("sparsejax.launch.command", "launch_command")(loaded, file, workdir, overrides, args)
+
+    from sparsejax.base.cluster import find_place
+    from sparsejax.base.devices import prepare_devices
+    from sparsejax.base.job import job
+
+    place = find_place(args)
+    if place is not None and (verb == "generate" or (verb == "eval" and args.parity)):
+        what = "generate" if verb == "generate" else "eval --parity"
+        raise RequestError(f"{what} runs in one process, and this job has {place.num_processes}")
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
-    prepare_devices(max(max(data, 1) * expert * tensor for data, expert, tensor in needed))
-    if verb == "train":
-        options = (args.allow_config_change, args.init_from, args.stopped_status)
-        return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
-    if verb == "eval":
-        return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
-    return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
+    count = max(max(data, 1) * expert * tensor for data, expert, tensor in needed)
+    with job(place, args.start_timeout):
+        prepare_devices(-(-count // (1 if place is None else place.num_processes)))
+        if verb == "train":
+            options = (args.allow_config_change, args.init_from, args.stopped_status)
+            return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
+        if verb == "eval":
+            return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
+        return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
 
 
 def _function(module: str, name: str) -> Callable[..., int]:
@@ -191,7 +186,7 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]
 
 def _top_parser() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb:<10} {does}" for verb, does in VERBS.items())
-    return _Parser(
+    return flags.Parser(
         prog="sparsejax",
         usage="sparsejax VERB [--config=FILE.py[:arg]] [--config.KEY=VALUE ...] [--workdir=DIR] [...]",
         description=f"Train, evaluate and plan models with conditional computation.\n\nverbs:\n{verbs}",
@@ -202,10 +197,12 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _verb_parser(verb: str, target: str | None = None) -> argparse.ArgumentParser:
     words, does = (verb, VERBS[verb]) if target is None else (f"{verb} {target}", TARGETS[target])
-    parser = _Parser(prog=f"sparsejax {words}", description=does, allow_abbrev=False)
+    parser = flags.Parser(prog=f"sparsejax {words}", description=does, allow_abbrev=False)
     add = parser.add_argument
     if verb != "trace":
         _run_flags(verb, add)
+    if verb in ("train", "eval", "generate"):
+        _process_flags(add)
     if target is None:
         _FLAGS[verb](add)
     else:
@@ -220,33 +217,46 @@ def _run_flags(verb: str, add: Callable[..., Any]) -> None:
     # Documents what `_split_overrides` takes out before this parser sees it.
     add("--config.KEY", metavar="VALUE", help="override one value, for example --config.train.steps=50; repeatable")
     default = " (default: runs/NAME for --config=NAME.py)" if verb in ("train", "launch") else ""
-    add("--workdir", type=_folder, metavar="DIR", help=f"folder of the run{default}")
-    add("--mesh", type=_mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
+    add("--workdir", type=flags.folder, metavar="DIR", help=f"folder of the run{default}")
+    add("--mesh", type=flags.mesh, action="append", default=[], metavar="D,E,T", help=_MESH_HELP[verb])
+
+
+def _process_flags(add: Callable[..., Any]) -> None:
+    add("--coordinator", type=flags.address, metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    add("--num-processes", type=flags.whole(1), metavar="N", help="of several processes: how many")
+    add("--process-id", type=flags.whole(0), metavar="I", help="of several processes: which one this is, from 0")
+    add(
+        "--distributed", choices=_CLUSTERS, help="several processes, which JAX finds by itself; none: this one is alone"
+    )
+    add("--expect-processes", type=flags.whole(1), metavar="N", help="refuse a job of another size")
+    seconds = "how long processes wait for each other at the start (default: 300)"
+    add("--start-timeout", type=flags.whole(1), default=300, metavar="SECONDS", help=seconds)
 
 
 def _train_flags(add: Callable[..., Any]) -> None:
     add("--allow-config-change", action="store_true", help="resume although the config differs from the checkpoint's")
     status = "exit status when a signal stops the run before its end (default: 0), for a script that is to resume it"
-    add("--stopped-status", type=_whole(0), default=0, metavar="N", help=status)
-    add("--init-from", type=_folder, metavar="RUN", help="begin with the parameters of another run's newest checkpoint")
+    add("--stopped-status", type=flags.whole(0), default=0, metavar="N", help=status)
+    begin = "begin with the parameters of another run's newest checkpoint"
+    add("--init-from", type=flags.folder, metavar="RUN", help=begin)
 
 
 def _eval_flags(add: Callable[..., Any]) -> None:
-    add("--step", type=_whole(0), help="checkpoint to restore (default: the newest)")
+    add("--step", type=flags.whole(0), help="checkpoint to restore (default: the newest)")
     add("--parity", action="store_true", help="compare loss, gradients and ledger on every --mesh with one device")
-    add("--trace", type=_file, metavar="FILE", help="write the routers' decisions, token by token")
-    add("--replay", type=_file, metavar="FILE", help="take the decisions of a trace again")
+    add("--trace", type=flags.file, metavar="FILE", help="write the routers' decisions, token by token")
+    add("--replay", type=flags.file, metavar="FILE", help="take the decisions of a trace again")
 
 
 def _generate_flags(add: Callable[..., Any]) -> None:
-    add("--step", type=_whole(0), help="checkpoint to restore (default: the newest)")
+    add("--step", type=flags.whole(0), help="checkpoint to restore (default: the newest)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line")
-    add("--max-tokens", type=_whole(1), default=200, help="tokens to sample after each prompt (default: 200)")
-    add("--temperature", type=_number(0, None), default=1.0, help="0 takes the most likely token (default: 1)")
-    add("--top-k", type=_whole(1), help="sample among the k likeliest tokens")
-    add("--top-p", type=_number(0, 1), help="sample among the likeliest tokens of this total probability")
-    add("--seed", type=_whole(0), default=0, help="(default: 0)")
+    add("--max-tokens", type=flags.whole(1), default=200, help="tokens to sample after each prompt (default: 200)")
+    add("--temperature", type=flags.number(0, None), default=1.0, help="0 takes the most likely token (default: 1)")
+    add("--top-k", type=flags.whole(1), help="sample among the k likeliest tokens")
+    add("--top-p", type=flags.number(0, 1), help="sample among the likeliest tokens of this total probability")
+    add("--seed", type=flags.whole(0), default=0, help="(default: 0)")
     add("--format", choices=("text", "json"), default="text", help="(default: text)")
 
 
@@ -256,13 +266,13 @@ def _plan_flags(add: Callable[..., Any]) -> None:
 
 
 def _trace_flags(add: Callable[..., Any]) -> None:
-    add("file", type=_file, metavar="FILE.npz", help="what eval --trace or train.trace wrote")
-    add("--capacity-factor", type=_number(0, None), metavar="X", help="another capacity factor")
-    add("--k", type=_whole(1), metavar="N", help="only the first N choices of a token")
-    add("--group-size", type=_whole(1), metavar="N", help="groups of so many tokens")
+    add("file", type=flags.file, metavar="FILE.npz", help="what eval --trace or train.trace wrote")
+    add("--capacity-factor", type=flags.number(0, None), metavar="X", help="another capacity factor")
+    add("--k", type=flags.whole(1), metavar="N", help="only the first N choices of a token")
+    add("--group-size", type=flags.whole(1), metavar="N", help="groups of so many tokens")
     add("--order", metavar="NAME", help="another order in which slots are filled")
-    add("--devices", type=_whole(1), metavar="N", help="devices along the mesh axis expert")
-    add("--placement", type=_devices, metavar="D,D,…", help="the device of each expert (default: equal blocks)")
+    add("--devices", type=flags.whole(1), metavar="N", help="devices along the mesh axis expert")
+    add("--placement", type=flags.devices, metavar="D,D,…", help="the device of each expert (default: equal blocks)")
     add("--format", choices=("table", "json"), default="table", help="(default: table)")
 
 
@@ -273,12 +283,9 @@ _FLAGS = {
     "plan": _plan_flags,
     "trace": _trace_flags,
 }
+_CLUSTERS = ("slurm", "ompi", "k8s", "tpu", "auto", "none")
 _ONE_MESH = "devices along data, expert and tensor; short for --config.mesh.*"
 _MESH_HELP = dict.fromkeys(VERBS, _ONE_MESH) | {
     "eval": f"{_ONE_MESH}; with --parity repeatable",
     "plan": f"{_ONE_MESH}; repeatable: the meshes to compare",
 }
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

@@ -6,8 +6,11 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -132,6 +135,43 @@ def started(*argv: str | Path, variables: Mapping[str, str] = MappingProxyType({
             child.kill()
 
 
+class Job:
+    """The processes of one job on this machine, started. What they print goes to files."""
+
+    def __init__(self, argv: list[str | Path], count: int, folder: Path, variables: Mapping[str, str]):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            flags = [f"--coordinator=localhost:{free.getsockname()[1]}", f"--num-processes={count}"]
+        self.files = [(folder / f"{number}.out", folder / f"{number}.err") for number in range(count)]
+        self.processes = []
+        for number, (out, err) in enumerate(self.files):
+            with out.open("w") as stdout, err.open("w") as stderr:
+                words = command(*argv, *flags, f"--process-id={number}")
+                child = subprocess.Popen(words, stdout=stdout, stderr=stderr, env=environment(**variables))
+                self.processes.append(child)
+
+    def results(self, timeout: float = 240) -> list[Result]:
+        """What each process has left, when all have ended."""
+        end = time.monotonic() + timeout
+        return [
+            Result(child.wait(max(0.1, end - time.monotonic())), out.read_text(), err.read_text())
+            for child, (out, err) in zip(self.processes, self.files, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def job(*argv: str | Path, count: int, variables: Mapping[str, str] = MappingProxyType({})) -> Iterator[Job]:
+    """A command in so many processes, which go on meanwhile; they are gone when the block ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Job(list(argv), count, Path(folder), variables)
+        try:
+            yield started
+        finally:
+            for child in started.processes:
+                child.kill()
+                child.wait()
+
+
 def rows(workdir: Path, split: str) -> dict[int, dict[str, Any]]:
     """Step → row. Raises when the file has a broken line, or a step twice."""
     found: dict[int, dict[str, Any]] = {}
@@ -145,6 +185,13 @@ def rows(workdir: Path, split: str) -> dict[int, dict[str, Any]]:
 
 def losses(workdir: Path) -> dict[int, float]:
     return {step: row["loss"] for step, row in rows(workdir, "train").items()}
+
+
+def newest_step(workdir: Path) -> int:
+    """That of the last row, 0 before there is one. Cheap, and may be called while the run writes."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,13 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(message)
 
 
+def address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, for example 10.0.0.1:8476")
+    return text
+
+
 def devices(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers):

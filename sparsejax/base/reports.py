@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.base.sharding import to_numpy
 from sparsejax.base.structs import struct
 
 
@@ -121,7 +122,7 @@ def add(left: Any, right: Any) -> Any:
 def to_host(reports: Any) -> Any:
     """Device reports as NumPy, integers widened to int64 so that a window of many steps cannot overflow."""
     wide = {"i": np.int64, "u": np.int64, "f": np.float64, "V": np.float64}  # V: bfloat16
-    return jax.tree.map(lambda a: np.asarray(a).astype(wide.get(a.dtype.kind, a.dtype)), reports)
+    return jax.tree.map(lambda a: to_numpy(a).astype(wide.get(a.dtype.kind, a.dtype)), reports)
 
 
 def over_layers(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

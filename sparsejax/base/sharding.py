@@ -13,7 +13,7 @@ from typing import Any, Literal, Optional
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -177,10 +177,30 @@ def vary_like(value: Array, like: Array) -> Array:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulation: int) -> dict[str, Array]:
-    """Host arrays of this process's rows → global arrays `[A, B/A, …]`, rows split over the batch axes."""
+    """Host arrays of this process's rows (`host_rows`) → global arrays `[A, B/A, …]`, rows split over the batch
+    axes."""
     sharding = NamedSharding(mesh, P(None, BATCH_AXES))
+    parts = mesh.shape["data"] * mesh.shape["expert"]
+    held = len(host_rows(mesh, parts, 1))
 
-    def by_microbatch(rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
+    def globally(rows: np.ndarray) -> Array:
+        local = rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
+        shape = (accumulation, local.shape[1] * parts // held, *local.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
 
-    return jax.make_array_from_process_local_data(sharding, {name: by_microbatch(rows) for name, rows in batch.items()})
+    return {name: globally(rows) for name, rows in batch.items()}
+
+
+def host_rows(mesh: Mesh, batch_size: int, accumulation: int) -> np.ndarray:
+    """The rows of a batch that this process reads, ascending: of every microbatch, those that its devices hold."""
+    size = batch_size // accumulation
+    held = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((size,)).values()
+    rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+    return np.concatenate([part * size + rows for part in range(accumulation)])
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """A global array on the host. Where other processes hold parts of it, all of them make the call."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sparsejax.base.errors import RunError
+from sparsejax.base.processes import is_first
 
 Row = Mapping[str, Any]  # a row of metrics: "step", "split" and scalars
 log = logging.getLogger(__name__)
@@ -179,6 +180,22 @@ class MetricsWriter:
         self._rows.close()
         if self._events is not None:
             self._events.close()
+
+
+class NoWriter:
+    """What the other processes of a job write, whose files are those of the first."""
+
+    def write(self, row: Row, routing: Mapping[str, ArrayLike] | None = None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+Writer = MetricsWriter | NoWriter
+
+
+def open_writer(workdir: str | os.PathLike, resume_step: int = 0, tensorboard: bool = True) -> Writer:
+    """The writer of a run, in the first process."""
+    return MetricsWriter(workdir, resume_step, tensorboard) if is_first() else NoWriter()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -37,13 +37,12 @@ def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     with jax.set_mesh(mesh):
         variables, _, step = restore_variables(config, workdir, mesh, args.step)
         result = sample_text(config, variables, tokenizer, prompts, **settings)
-    if jax.process_index() == 0:
-        if args.format == "json":
-            print(json.dumps({"step": step, **dataclasses.asdict(result), **settings}))
-        else:
-            print(as_text(result.samples))
-            sampled = f"{len(prompts)} × {args.max_tokens} tokens"
-            print(f"step {step}: {sampled}, {result.tokens_per_second:,.0f} tokens/s", file=sys.stderr)
+    if args.format == "json":
+        print(json.dumps({"step": step, **dataclasses.asdict(result), **settings}))
+    else:
+        print(as_text(result.samples))
+        sampled = f"{len(prompts)} × {args.max_tokens} tokens"
+        print(f"step {step}: {sampled}, {result.tokens_per_second:,.0f} tokens/s", file=sys.stderr)
     return 0
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sparsejax.base.errors import RequestError, RunError
+from sparsejax.base.processes import barrier, from_first, is_first
 from sparsejax.base.shapes import form
 from sparsejax.train.checksums import find_damage, write_checksums
 
@@ -92,15 +91,7 @@ class Checkpoints:
 
         Raises `RunError` when every checkpoint is damaged: to start from scratch is for the user to decide.
         """
-        newest = None
-        if jax.process_index() == 0:
-            newest = self._newest_whole()
-        if jax.process_count() > 1:
-            newest = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
-            newest = None if newest == -1 else newest
-        if newest is None and self.steps():
-            raise RunError(f"no checkpoint in {self.directory} can be used: {self._describe_damage()}")
-        return newest
+        return from_first("the newest whole checkpoint", self._newest_whole)
 
     def restore(
         self, abstract_state: State, step: int | None = None, partial: bool = False
@@ -119,8 +110,8 @@ class Checkpoints:
             raise RequestError(
                 f"no checkpoint of step {step} in {self.directory}; there are: {_first(self.steps(), 20)}"
             )
-        elif self._damage_of(step):
-            raise RunError(f"checkpoint {step} in {self.directory} is damaged: {self._damage_of(step)}")
+        elif damage := from_first(f"what is wrong with checkpoint {step}", lambda: self._damage_of(step)):
+            raise RunError(f"checkpoint {step} in {self.directory} is damaged: {damage}")
         folder = self.directory / str(step)
         target = named_leaves(abstract_state)
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
@@ -144,6 +135,8 @@ class Checkpoints:
             if not self._damage_of(step):
                 return step
             log.warning("checkpoint %d is damaged and not used: %s", step, self._damage_of(step))
+        if self.steps():
+            raise RunError(f"no checkpoint in {self.directory} can be used: {self._describe_damage()}")
         return None
 
     def _damage_of(self, step: int) -> str:
@@ -157,10 +150,10 @@ class Checkpoints:
     def _writer(self) -> ocp.CheckpointManager:
         """The manager that writes, made when it is first needed, with the damaged checkpoints out of its way."""
         if self._manager is None:
-            if jax.process_index() == 0:
+            if is_first():
                 for step in [step for step, damage in self._damage.items() if damage]:
                     self._set_aside(step)
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")  # before anyone lists the steps
+            barrier("damaged checkpoints are set aside")  # before anyone lists the steps
             _silence_repeated_errors()
             kept: list[policies.PreservationPolicy] = [policies.LatestN(self.keep)]
             if self.keep_every:
@@ -182,7 +175,8 @@ class Checkpoints:
         del self._damage[step]
 
     def _seal(self) -> None:
-        """Called in the background when all files are written and the folder is about to be renamed."""
+        """Called in the background, in the first process, when all have written their files and the folder is about to
+        be renamed."""
         (folder,) = self.directory.glob(f"{self._saving}{UNFINISHED}*")
         write_checksums(folder)
 
@@ -191,7 +185,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for path in self.directory.glob(f"{self._saving}{UNFINISHED}*"):
+            for path in self.directory.glob(f"{self._saving}{UNFINISHED}*") if is_first() else ():
                 shutil.rmtree(path, ignore_errors=True)
             self._damage.pop(self._saving, None)
             raise RunError(f"checkpoint {self._saving} could not be written: {_cause(error)}") from error

@@ -12,8 +12,9 @@ import numpy as np
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RequestError, RunError
+from sparsejax.base.processes import is_first
 from sparsejax.base.reports import add, to_host
-from sparsejax.base.sharding import make_mesh, shard_batch
+from sparsejax.base.sharding import host_rows, make_mesh, shard_batch, to_numpy
 from sparsejax.base.writers import json_values
 from sparsejax.data.corpus import Corpus, open_corpus
 from sparsejax.data.loader import eval_batches
@@ -48,10 +49,10 @@ class Evaluator:
           replayed: decisions on the same rows, which are taken again.
         """
         config, total = self.config, None
-        rows, parts = host_rows(config.microbatch_size, 1), config.train.accumulation
+        rows, parts = host_rows(self.mesh, config.microbatch_size, 1), config.train.accumulation
         # A microbatch at a time, as in training: memory and groups are those of a step.
         data = eval_batches(self.corpus, config.data, config.data.batch_size, config.eval.batches, rows, parts)
-        chosen = None if replayed is None else _in_batches(replayed, len(rows))
+        chosen = None if replayed is None else _in_batches(replayed, config.microbatch_size, rows)
         for batch in data:
             if should_stop():
                 data.close()
@@ -68,7 +69,8 @@ class Evaluator:
                 self._step = step.lower(variables, arrays).compile()
             report = to_host(self._step(variables, arrays))
             if recording is not None:
-                recording.append(config.model, batch, report.decisions)
+                everyones = {name: to_numpy(rows[0]) for name, rows in arrays.items()}
+                recording.append(config.model, everyones, report.decisions)
                 report = dataclasses.replace(report, decisions=None)
             total = report if total is None else add(total, report)
         if total is None:
@@ -79,11 +81,12 @@ class Evaluator:
         return row, arrays
 
 
-def _in_batches(trace: Trace, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, experts) of so many rows at a time."""
+def _in_batches(trace: Trace, size: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, experts) of these rows of every `size`."""
     experts = trace.experts()
-    for first in range(0, len(experts), rows):
-        yield trace.tokens[first : first + rows], experts[first : first + rows]
+    for first in range(0, len(experts), size):
+        chosen = first + rows[first + rows < len(experts)]
+        yield trace.tokens[chosen], experts[chosen]
 
 
 def _same_rows(chosen: Iterator[tuple[np.ndarray, np.ndarray]], batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -95,13 +98,6 @@ def _same_rows(chosen: Iterator[tuple[np.ndarray, np.ndarray]], batch: Mapping[s
             "data.sequence_length must be those it was recorded with"
         )
     return experts
-
-
-def host_rows(batch_size: int, accumulation: int) -> np.ndarray:
-    """The rows of a batch that this process reads: of every microbatch, its share, in the mesh's order."""
-    share = batch_size // accumulation // jax.process_count()
-    first = share * jax.process_index()
-    return np.concatenate([m * (batch_size // accumulation) + first + np.arange(share) for m in range(accumulation)])
 
 
 def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], args: argparse.Namespace) -> int:
@@ -128,6 +124,8 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
         variables, progress, step = restore_variables(config, workdir, mesh, args.step)
         recording = None if written is None else Recording()
         evaluated = Evaluator(config, corpus, mesh)(variables, recording=recording, replayed=replayed)
+    if not is_first():
+        return 0
     if recording is not None and written is not None:
         recording.trace(config, "eval", step).save(written)
     assert evaluated is not None  # nothing stops it

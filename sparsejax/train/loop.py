@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any, Optional
@@ -11,15 +12,16 @@ import numpy as np
 
 from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RunError
-from sparsejax.base.sharding import make_mesh, mesh_platform, shard_batch
-from sparsejax.base.writers import MetricsWriter
+from sparsejax.base.processes import barrier, from_first, is_first
+from sparsejax.base.sharding import host_rows, make_mesh, mesh_platform, shard_batch, to_numpy
+from sparsejax.base.writers import Writer, open_writer
 from sparsejax.data.corpus import Corpus, open_corpus
 from sparsejax.data.loader import batches, train_rows
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.clock import Clock
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.diagnose import first_bad_module
-from sparsejax.train.evaluate import Evaluator, host_rows
+from sparsejax.train.evaluate import Evaluator
 from sparsejax.train.metrics import Arrays, Row, Window, bits_per_byte
 from sparsejax.train.optimizer import learning_rate_at
 from sparsejax.train.progress import Display
@@ -65,9 +67,10 @@ def train(
         notes = begun.lines()
     with open_workdir(workdir) as folder, jax.set_mesh(mesh), StopOnSignal() as stop:
         checkpoints = Checkpoints(folder / "checkpoints", saving.every, saving.keep, saving.keep_every)
-        with contextlib.closing(checkpoints), contextlib.closing(Display()) as display:
+        with contextlib.closing(checkpoints), contextlib.closing(_display()) as display:
             resume_step = checkpoints.latest_good()
-            changes = [] if resume_step is None else changes_since(folder, loaded, corpus.info, allow_config_change)
+            changed = lambda: changes_since(folder, loaded, corpus.info, allow_config_change)  # noqa: E731
+            changes = [] if resume_step is None else from_first("what changed in the config", changed)
             run = _Run(config, corpus, mesh, folder, checkpoints, display, stop)
             state = run.begin(resume_step) if begun is None else begun.state
             write_config(folder, loaded, corpus.info)  # not before the checkpoint has been found to fit
@@ -76,6 +79,11 @@ def train(
             for line in [*decided, *notes, *(f"changed: {line}" for line in changes)]:
                 display.note(line)
             return 0 if run.go(state, resume_step or 0) else stopped_status
+
+
+def _display() -> Display:
+    """That of the run, in the first process; the others show nothing."""
+    return Display() if is_first() else Display(open(os.devnull, "w"))
 
 
 def steps_ahead() -> int:
@@ -125,7 +133,7 @@ class _Run:
     def go(self, state: TrainState, first: int) -> bool:
         """From the state after step `first` to the end, or to a signal. Returns whether the run is finished."""
         steps = self.config.train.steps
-        writer = MetricsWriter(self.folder, first, self.config.train.tensorboard)
+        writer = open_writer(self.folder, first, self.config.train.tensorboard)
         with contextlib.closing(writer):
             step = first
             if first >= steps:
@@ -135,9 +143,7 @@ class _Run:
                 self._save(step, state)  # before the evaluation: it may be long, a preemption sudden
             evaluated = None if self.stop.requested else self._evaluate(state, step, writer)
         if evaluated is None:
-            assert self.stop.received is not None
-            name = self.stop.received.name
-            self.display.note(f"stopped by {name} after step {step}, saved; the same command resumes there")
+            self.display.note(f"stopped by {self.stop.name} after step {step}, saved; the same command resumes there")
             return False
         row, arrays = evaluated
         if first < steps:
@@ -147,7 +153,7 @@ class _Run:
             self.display.note(line)
         return True
 
-    def _steps(self, state: TrainState, first: int, writer: MetricsWriter) -> tuple[TrainState, int]:
+    def _steps(self, state: TrainState, first: int, writer: Writer) -> tuple[TrainState, int]:
         """Steps first + 1 … train.steps, or fewer when asked to stop. Returns the state and the last step's number."""
         config, train = self.config, self.config.train
         self.display.start(train.steps, first)
@@ -157,7 +163,7 @@ class _Run:
             train_rows(self.corpus, config.data, train.seed),
             batch_size=config.data.batch_size,
             start_step=first,
-            row_indices=host_rows(config.data.batch_size, train.accumulation),
+            row_indices=host_rows(self.mesh, config.data.batch_size, train.accumulation),
             prefetch=config.data.prefetch,
             workers=config.data.workers,
         )
@@ -172,7 +178,8 @@ class _Run:
                     with self.clock.compiling():
                         step_fn = jax.jit(make_train_step(config, self.tx), donate_argnums=0)
                         compiled = step_fn.lower(state, batch).compile()
-                if train.profile and step == train.profile[0]:
+                        barrier("the step is compiled")  # or those who are done would wait on the wire
+                if train.profile and step == train.profile[0] and is_first():
                     tracing.enter_context(jax.profiler.trace(str(self.folder / "profile")))
                 if step in train.trace:
                     with self.clock.paused():
@@ -180,7 +187,7 @@ class _Run:
                 state, report = compiled(state, batch)
                 in_flight.append((report, batch))
                 self._account(in_flight, state, ahead)
-                last = step == train.steps or self.stop.requested
+                last = self.stop.look() or step == train.steps
                 row_due = step == 1 or step % train.log_every == 0 or last
                 trace_ends = step in train.profile[1:]
                 saving = self.checkpoints.due(step)
@@ -229,14 +236,16 @@ class _Run:
         decisions = jax.block_until_ready(self.recorder(state, batch))
         recording = Recording()
         for part in range(self.config.train.accumulation):
-            rows, of_part = jax.tree.map(lambda array: np.asarray(array[part]), (batch, decisions))
+            rows, of_part = jax.tree.map(lambda array: to_numpy(array[part]), (batch, decisions))
             recording.append(self.config.model, rows, of_part)
+        if not is_first():
+            return
         folder = self.folder / "traces"
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
         recording.trace(self.config, "train", step).save(folder / f"{step}.npz")
 
-    def _log(self, step: int, writer: MetricsWriter) -> None:
+    def _log(self, step: int, writer: Writer) -> None:
         row, arrays = self.window.take()
         if self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
@@ -251,9 +260,9 @@ class _Run:
         if evaluated is not None:
             self.display.update(evaluated[0])
 
-    def _evaluate(self, state: TrainState, step: int, writer: MetricsWriter) -> Optional[tuple[Row, Arrays]]:
+    def _evaluate(self, state: TrainState, step: int, writer: Writer) -> Optional[tuple[Row, Arrays]]:
         """The row, which it also writes unless the file has it, and the routing arrays; None when a signal came."""
-        evaluated = self.evaluator(state.variables, lambda: self.stop.requested)
+        evaluated = self.evaluator(state.variables, self.stop.look)
         if evaluated is None:
             return None
         row, arrays = evaluated

@@ -1,5 +1,6 @@
 """`config.json`: what a run is, and whether a folder's run may go on under a config."""
 
+import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -11,6 +12,7 @@ import jax
 
 from sparsejax.base.config import Loaded, diff, load, to_json
 from sparsejax.base.errors import ConfigError, RequestError
+from sparsejax.base.processes import check_same, is_first, num_processes
 from sparsejax.base.writers import write_atomically
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.corpus import Corpus, CorpusInfo
@@ -80,7 +82,9 @@ def _version(package: str) -> str:
 
 
 def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
-    """Raises `ConfigError` when the model lacks embeddings for some tokens, or there is no text to evaluate on."""
+    """Raises `ConfigError` when the model lacks embeddings for some tokens, or there is no text to evaluate on;
+    `RequestError` when this process does not have the text of the first."""
+    check_same("corpus", f"{corpus.info.hash} {corpus.info.tokenizer}")
     num_eval_batches(corpus, config.data, config.microbatch_size)
     size, tokens = config.model.vocab_size, corpus.tokenizer.vocab_size
     if size < tokens:
@@ -90,8 +94,15 @@ def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
 def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[str]:
     """What the blocks leave to the platform, as sentences. Raises `RequestError` when the devices are not those that
     model and trainer need."""
-    if jax.process_count() > 1:
-        raise RequestError(f"there are {jax.process_count()} processes; a run is driven by one process so far")
+    count, unused = jax.process_count(), jax.device_count() - mesh.size
+    if count > num_processes():  # the TPU runtime finds its hosts by itself, but nothing that they could talk through
+        raise RequestError(f"this is one of {count} processes that have not been made one job: --distributed=tpu does")
+    if count > 1 and unused:
+        sizes = "×".join(map(str, config.mesh.shape))
+        told = f"{sizes} uses {mesh.size} of the {jax.device_count()} devices that {count} processes have; allowed: all"
+        raise ConfigError("mesh", told)
+    check_same("config", hashlib.sha256(to_json(config, {}, {}).encode()).hexdigest())
+    check_same("version of jax", jax.__version__)
     return check_devices(config, mesh)
 
 
@@ -140,9 +151,9 @@ def changes_since(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: Corpu
 
 def write_config(workdir: Path, loaded: Loaded[ExperimentConfig], corpus: CorpusInfo) -> None:
     """Writes `config.json`. Raises `RunError` when the disk refuses it."""
-    write_atomically(
-        workdir / "config.json", to_json(loaded.config, loaded.provenance, environment(loaded.config, corpus)).encode()
-    )
+    text = to_json(loaded.config, loaded.provenance, environment(loaded.config, corpus))
+    if is_first():
+        write_atomically(workdir / "config.json", text.encode())
 
 
 def other_corpus(workdir: Path, corpus: CorpusInfo) -> Optional[str]:

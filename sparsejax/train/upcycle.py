@@ -14,7 +14,8 @@ from jaxtyping import Array
 
 from sparsejax.base.config import load
 from sparsejax.base.errors import RequestError
-from sparsejax.base.sharding import shard_batch
+from sparsejax.base.processes import is_first
+from sparsejax.base.sharding import host_rows, shard_batch
 from sparsejax.base.structs import Batch
 from sparsejax.base.writers import json_values, write_atomically
 from sparsejax.blocks.context import Mode
@@ -24,7 +25,6 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.model.continued import continued
 from sparsejax.model.lm import LanguageModel
 from sparsejax.train.config import ExperimentConfig
-from sparsejax.train.evaluate import host_rows
 from sparsejax.train.record import check_tokenizer
 from sparsejax.train.restore import restore_variables
 from sparsejax.train.state import TrainState, Variables, abstract_model, first_state, make_optimizer, run_once
@@ -56,7 +56,8 @@ class Begun:
 
     def write(self, workdir: Path) -> None:
         """Writes the receipt. Raises `RunError` when the disk refuses it."""
-        write_atomically(workdir / RECEIPT, (json.dumps(json_values(self.receipt), indent=2) + "\n").encode())
+        if is_first():
+            write_atomically(workdir / RECEIPT, (json.dumps(json_values(self.receipt), indent=2) + "\n").encode())
 
 
 def check_resumed(workdir: Path, run: Path) -> str:
@@ -112,7 +113,7 @@ def _of_run(run: Path, config: ExperimentConfig) -> ExperimentConfig:
 
 def _some_batch(config: ExperimentConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Batch:
     """The first microbatch of an evaluation."""
-    rows, parts = host_rows(config.microbatch_size, 1), config.train.accumulation
+    rows, parts = host_rows(mesh, config.microbatch_size, 1), config.train.accumulation
     data = eval_batches(corpus, config.data, config.data.batch_size, 1, rows, parts)
     with contextlib.closing(data):
         return Batch(**{name: array[0] for name, array in shard_batch(next(data), mesh, 1).items()})

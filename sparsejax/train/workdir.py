@@ -10,6 +10,7 @@ from pathlib import Path
 import filelock
 
 from sparsejax.base.errors import RequestError
+from sparsejax.base.processes import barrier, is_first
 
 LOCK = ".lock"  # locked by the operating system, which lets go when the process dies, however it dies
 OWNER = ".lock.owner"  # who holds it, for the message; of no consequence when stale
@@ -20,9 +21,13 @@ def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
     """Makes the folder where there is none, holds it for the length of the `with` block and gives its absolute path.
 
     Raises `RequestError`, with nothing written, when it is no folder, cannot be written, or another process holds it.
-    In a job of several processes the first one calls this.
+    Of the processes of one job the first holds it, for all.
     """
     workdir = Path(path).absolute()
+    if not is_first():
+        barrier("the folder of the run is held")
+        yield workdir
+        return
     lock = filelock.FileLock(workdir / LOCK, blocking=False, thread_local=False)
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -37,6 +42,7 @@ def open_workdir(path: str | os.PathLike) -> Iterator[Path]:
         raise RequestError(f"workdir {workdir} cannot be written: {error.strerror}") from None
     try:
         _claim(workdir)
+        barrier("the folder of the run is held")
         yield workdir
     finally:
         lock.release()
