@@ -1,35 +1,12 @@
-"""Reads the matrix products of a compiled program from its HLO text: the third count of FLOPs, beside ideal and padded.
+"""Reads the text of a compiled program (HLO): its computations, and how often each instruction runs."""
 
-    dots = read_dots(jax.jit(f).lower(*args).compile().as_text())
-    sum(dot.flops for dot in dots)
-
-Counted are `dot` and oneDNN's matmul, fused or not, each as often as the loops around it run. A program split over
-devices is that of one device. Products that the compiler turned into something else (a dot product of two vectors into
-multiply and reduce; on TPU a matmul into a convolution) are not seen.
-"""
-
-import math
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Optional
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """One matrix product. `scope` is its op_name: the named scopes of the program around it."""
-
-    name: str
-    scope: str
-    once: int  # FLOPs of one execution: 2 × multiply-adds
-    times: int  # executions
-    loop_unknown: bool  # it stands in a loop whose trip count is not in the text, and is counted as if that ran once
-
-    @property
-    def flops(self) -> int:
-        return self.once * self.times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +37,7 @@ _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _BODY = re.compile(r"body=%([\w.\-]+)")
 # Written {"known_trip_count":{"n":"4"}}, with or without escaped quotes, or known_trip_count={n=4}.
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
-_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-
-
-def read_dots(hlo_text: str) -> list[Dot]:
-    """Every matrix product of the module, in the order of execution.
-
-    Raises:
-      ValueError: the text is no HLO module, or the shape of an operand cannot be found in it.
-    """
-    computations, entry = parse(hlo_text)
-    return [
-        Dot(
-            name=found.instruction.name,
-            scope=scope_of(found.instruction),
-            once=found.once,
-            times=found.times,
-            loop_unknown=found.loop_unknown,
-        )
-        for found in executions(computations, entry, _flops)
-    ]
-
-
-def dot_flops(hlo_text: str) -> int:
-    """FLOPs of all matrix products of the module, loops multiplied out."""
-    return sum(dot.flops for dot in read_dots(hlo_text))
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -101,6 +53,10 @@ def parse(text: str) -> tuple[Computations, str]:
             continue
         found = _INSTRUCTION.match(line)
         opcode = _OPCODE.search(found[2]) if found else None
+        if line == "}":
+            current = None
+        elif current and found is None:  # the attributes of a Pallas kernel go over several lines
+            current[-1] = dataclasses.replace(current[-1], text=f"{current[-1].text} {line}")
         if current is None or found is None or opcode is None:
             continue
         result, text = found[2][: opcode.start()], found[2][opcode.end() :]
@@ -172,36 +128,16 @@ def scope_of(instruction: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _flops(instruction: Instruction, shapes: Shapes) -> Optional[int]:
-    """FLOPs of one execution; None for what is no matrix product."""
-    if instruction.opcode == "dot":
-        contracting = _CONTRACTING.search(instruction.text)
-        lhs, _ = _operands(instruction, shapes)
-        assert instruction.shape is not None
-        summed = ints(contracting[1]) if contracting else ()
-        return 2 * math.prod(instruction.shape) * math.prod(lhs[d] for d in summed)
-    if instruction.opcode == "custom-call" and '"__onednn$matmul"' in instruction.text:
-        # The output may come in a tuple with scratch memory and either side may be transposed: go by sizes alone.
-        # [b, m, k] · [b, k, n] = [b, m, n], or [b, m, k] · [k, n].
-        lhs, rhs = _operands(instruction, shapes)
-        output = instruction.shape
-        if output is None:
-            raise ValueError(f"{instruction.name}: a oneDNN matmul with several outputs")
-        batch = math.prod(rhs[:-2])
-        k = math.isqrt(math.prod(lhs) * math.prod(rhs) // (math.prod(output) * batch))
-        return 2 * math.prod(output) * k
-    return None
-
-
-def _operands(instruction: Instruction, shapes: Shapes) -> tuple[Shape, Shape]:
-    """Shapes of the first two operands: written with them, or where they are defined."""
+def operand_shapes(instruction: Instruction, shapes: Shapes, count: int = 2) -> list[Shape]:
+    """Of the first operands: written with them, or where they are defined. Raises `ValueError` when they are not in the
+    text."""
     found = []
-    for inline, name in _OPERAND.findall(instruction.text)[:2]:
+    for inline, name in _OPERAND.findall(instruction.text)[:count]:
         shape = ints(inline) if inline else shapes.get(name)
         if shape is None:
             raise ValueError(f"{instruction.name}: the shape of its operand {name} is not in the text")
         found.append(shape)
-    return found[0], found[1]
+    return found
 
 
 def ints(text: str) -> Shape:
