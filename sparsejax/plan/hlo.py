@@ -1,6 +1,7 @@
 """Reads the text of a compiled program (HLO): its computations, and how often each instruction runs."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ Computations = dict[str, list[Instruction]]
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+"""dtype, dimensions and layout of an array in a result."""
 # The first word with a parenthesis right after it; in a layout, as in {1,0:T(8,128)}, no space comes before the word.
 _OPCODE = re.compile(r"(?:^|\s)([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
@@ -93,18 +96,26 @@ def executions(
         if once is not None:
             yield Execution(instruction=instruction, body=body, once=once, times=times, loop_unknown=unknown)
         elif instruction.opcode == "while":
-            trips, inner = _trips(instruction, computations), _BODY.search(instruction.text)
-            assert inner is not None
+            trips, (inner,) = _trips(instruction, computations), called_by(instruction)
             count = 1 if trips is None else trips
-            yield from executions(computations, inner[1], measure, None, times * count, unknown or trips is None)
+            yield from executions(computations, inner, measure, None, times * count, unknown or trips is None)
         elif instruction.opcode == "conditional":
-            names = [one or several for one, several in _BRANCHES.findall(instruction.text)]
-            branches = [name.strip().lstrip("%") for several in names for name in several.split(",")]
+            branches = called_by(instruction)
             found = [list(executions(computations, branch, measure, None, times, unknown)) for branch in branches]
             yield from max(found, key=lambda each: sum(e.once * e.times for e in each), default=[])
         else:
-            for called in _CALLED.findall(instruction.text):
+            for called in called_by(instruction):
                 yield from executions(computations, called, measure, body, times, unknown)
+
+
+def called_by(instruction: Instruction) -> list[str]:
+    """The computations that it runs: of a loop its body, of a conditional its branches."""
+    if instruction.opcode == "while":
+        return _BODY.findall(instruction.text)
+    if instruction.opcode == "conditional":
+        names = [one or several for one, several in _BRANCHES.findall(instruction.text)]
+        return [name.strip().lstrip("%") for several in names for name in several.split(",")]
+    return _CALLED.findall(instruction.text)
 
 
 def _trips(loop: Instruction, computations: Computations) -> Optional[int]:
@@ -128,6 +139,15 @@ def scope_of(instruction: Instruction) -> str:
     return found[1] if found else ""
 
 
+def module_of(scope: str) -> str:
+    """The names that say where in the model: 'jit(train_step)/jvp()/while/body/closed_call/attention/dot' is
+    'attention', and what lies under `transpose` is its backward pass."""
+    plumbing = ("while", "body", "closed_call", "shard_map", "checkpoint", "rematted_computation", "cond", "branch")
+    parts = [part for part in scope.split("/")[:-1] if part.isidentifier() and not part.startswith(plumbing)]
+    name = "/".join(parts) or "step"
+    return f"{name}, backward" if "transpose" in scope else name
+
+
 def operand_shapes(instruction: Instruction, shapes: Shapes, count: int = 2) -> list[Shape]:
     """Of the first operands: written with them, or where they are defined. Raises `ValueError` when they are not in the
     text."""
@@ -138,6 +158,19 @@ def operand_shapes(instruction: Instruction, shapes: Shapes, count: int = 2) -> 
             raise ValueError(f"{instruction.name}: the shape of its operand {name} is not in the text")
         found.append(shape)
     return found
+
+
+def operands_of(instruction: Instruction) -> list[str]:
+    """The names of all operands."""
+    depth = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in instruction.text)
+    end = next((at for at, level in enumerate(depth) if level < 0), None)
+    return [name for _, name in _OPERAND.findall(instruction.text[:end])]
+
+
+def bytes_of(dtype: str) -> int:
+    """Of one number; a type has its bits in its name, as f32 and f8e4m3fn. A token has none."""
+    bits = re.search(r"\d+", dtype)
+    return int(dtype == "pred") if bits is None else max(1, int(bits[0]) // 8)
 
 
 def ints(text: str) -> Shape:

@@ -11,6 +11,7 @@ import jax
 from sparsejax.base.errors import RunError
 from sparsejax.plan.abstract import abstract_batch
 from sparsejax.plan.collectives import Collective, read_collectives
+from sparsejax.plan.hlo import module_of
 from sparsejax.plan.topology import described_mesh, device_memory
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.record import check_devices
@@ -103,12 +104,3 @@ def _traffic(found: Sequence[Collective]) -> list[Traffic]:
             )
         )
     return rows
-
-
-def module_of(scope: str) -> str:
-    """The names that say where in the model: 'jit(train_step)/jvp()/while/body/closed_call/attention/dot' is
-    'attention', and what lies under `transpose` is its backward pass."""
-    plumbing = ("while", "body", "closed_call", "shard_map", "checkpoint", "rematted_computation", "cond", "branch")
-    parts = [part for part in scope.split("/")[:-1] if part.isidentifier() and not part.startswith(plumbing)]
-    name = "/".join(parts) or "step"
-    return f"{name}, backward" if "transpose" in scope else name

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.plan.collectives import read_collectives
-from sparsejax.plan.pod import module_of
+from sparsejax.plan.hlo import module_of
 
 from support import on_mesh
 
