@@ -20,7 +20,8 @@ def plan_command(loaded: Loaded[ExperimentConfig], args: argparse.Namespace) -> 
     jax.config.update("jax_platforms", "cpu")
     result = plan(loaded.config, args.mesh)
     topology: Optional[str] = args.topology
-    compiled = [compile_step(each, topology) for each in on_meshes(loaded.config, args.mesh)] if topology else []
+    configs = on_meshes(loaded.config, args.mesh) if topology else []
+    compiled = [compile_step(each, topology, of) for each, of in zip(configs, result.layouts, strict=False) if topology]
     if args.format == "json":
         more = {"compiled": [step.to_dict() for step in compiled]} if compiled else {}
         print(json.dumps(result.to_dict() | more))

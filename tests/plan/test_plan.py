@@ -24,8 +24,9 @@ from sparsejax.plan import command
 from sparsejax.plan.abstract import abstract_batch, abstract_mesh
 from sparsejax.plan.activations import saved_for_backward
 from sparsejax.plan.estimate import plan, what_is_left_out
+from sparsejax.plan.format import bytes_, flops
 from sparsejax.plan.layout import groups_per_device, layout
-from sparsejax.plan.tables import bytes_, flops, print_plan
+from sparsejax.plan.tables import print_plan
 from sparsejax.plan.work import work
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import Adafactor

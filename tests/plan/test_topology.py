@@ -116,8 +116,11 @@ def test_a_step_is_planned_for_a_pod(dispatch, kind):
     plan = told_by("-m", "sparsejax", "plan", *words)
     (compiled,), (layout,) = plan["compiled"], plan["layouts"]
     state = layout["bytes_per_device"]["total"] - layout["bytes_per_device"]["gradients"]
-    assert state <= compiled["arguments"] <= 1.5 * state, "small arrays are padded to tiles"
-    assert compiled["arguments"] < compiled["total"] < compiled["memory"] and not compiled["loop_unknown"]
+    assert 0 <= compiled["bytes_per_device"]["padding"] <= 0.5 * state, "small arrays are padded to tiles"
+    assert state < compiled["total"] < compiled["memory"] and compiled["fits"] and not compiled["loop_unknown"]
+    assert compiled["total"] <= compiled["peak"] * 1.05 + 2**20, "the compiler's own figure"
+    assert compiled["flops"]["compiled_over_padded"] == pytest.approx(1, abs=0.04)
+    assert not compiled["findings"]
     (exchange,) = (each for each in compiled["traffic"] if "all-to-all" in each["kind"])
     assert (exchange["kind"], exchange["axes"]) == (kind, ["expert"])
     if dispatch == "grouped":
