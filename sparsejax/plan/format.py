@@ -1,11 +1,27 @@
 """Tables and units, as the plan writes them."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
 
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+UNWRAPPED = 10_000
+"""Columns of an output that is no terminal."""
+
+
+def print_tables(tables: Iterable[tuple[str, Table]], file: TextIO, notes: Sequence[str] = ()) -> None:
+    """Writes tables below their titles, without those that are empty, then notes."""
+    console = Console(file=file, width=None if file.isatty() else UNWRAPPED, highlight=False, soft_wrap=False)
+    for title, table in tables:
+        if table.row_count:
+            console.print(Text(title, style="bold"))
+            console.print(table)
+            console.print()
+    for note in notes:
+        console.print(Text(f"- {note}"))
 
 
 def rows_of(texts: Sequence[str], numbers: Sequence[str], rows: Any) -> Table:

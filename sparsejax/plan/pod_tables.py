@@ -6,6 +6,7 @@ from rich.table import Table
 
 from sparsejax.plan.format import bytes_, flops, mesh_name, rows_of, seconds
 from sparsejax.plan.pod import CompiledStep, DoesNotFit
+from sparsejax.plan.search import Candidate, why
 
 
 def step_tables(steps: Sequence[CompiledStep | DoesNotFit]) -> Iterator[tuple[str, Table]]:
@@ -23,6 +24,23 @@ def step_tables(steps: Sequence[CompiledStep | DoesNotFit]) -> Iterator[tuple[st
         yield f"… and the least for which that can be had on {name}", _needs(step)
         yield f"Shortest step on {name}, by the chip's figures", _time(step)
         yield f"Findings on {name}", _findings(step)
+
+
+def search_tables(topology: str, found: Sequence[Candidate]) -> Iterator[tuple[str, Table]]:
+    """The ranking, and what the compiler says of the best."""
+    rows = []
+    for place, each in enumerate(found, start=1):
+        if each.time is None:
+            rows.append((str(place), mesh_name(each.mesh), "-", "-", "-", "-", why(each, found[0])))
+            continue
+        done = each.compiled
+        compiled = (bytes_(done.total), seconds(done.time.shortest)) if isinstance(done, CompiledStep) else ("", "")
+        predicted = (bytes_(each.bytes_per_device), seconds(each.time.shortest))
+        against = verdict(done) if done is not None and not done.fits else why(each, found[0])
+        rows.append((str(place), mesh_name(each.mesh), predicted[0], compiled[0], predicted[1], compiled[1], against))
+    headers = ("", "mesh", "bytes per device", "compiled", "shortest step", "compiled", "what speaks against it")
+    yield f"Meshes of {topology} (data × expert × tensor), best first", rows_of(headers, (), rows)
+    yield from step_tables([each.compiled for each in found if each.compiled is not None])
 
 
 def verdict(step: CompiledStep | DoesNotFit) -> str:

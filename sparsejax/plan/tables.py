@@ -3,31 +3,20 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from sparsejax.plan.estimate import Plan
-from sparsejax.plan.format import bytes_, flops, mesh_name, rows_of
+from sparsejax.plan.format import bytes_, flops, mesh_name, print_tables, rows_of
+from sparsejax.plan.imbalance import Room
 from sparsejax.plan.layout import Layout
 from sparsejax.plan.pod import CompiledStep, DoesNotFit
 from sparsejax.plan.pod_tables import step_tables
 from sparsejax.plan.work import Work
 
-UNWRAPPED = 10_000
-"""Columns of an output that is no terminal."""
-
 
 def print_plan(plan: Plan, compiled: Sequence[CompiledStep | DoesNotFit], file: TextIO) -> None:
     """Writes every table of `plan`, and of what was compiled, to `file`."""
-    console = Console(file=file, width=None if file.isatty() else UNWRAPPED, highlight=False, soft_wrap=False)
-    for title, table in (*_tables(plan), *step_tables(compiled)):
-        if table.row_count:
-            console.print(Text(title, style="bold"))
-            console.print(table)
-            console.print()
-    for note in plan.notes:
-        console.print(Text(f"- {note}"))
+    print_tables((*_tables(plan), *step_tables(compiled)), file, plan.notes)
 
 
 def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
@@ -38,6 +27,25 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
     yield "Routers", _routers(plan.work)
     yield "Unused settings", rows_of(("setting", "why"), [], plan.unused.items())
     yield "Tensors: logical axes, the mesh axes that split them, and bytes per device", _tensors(plan.layouts)
+
+
+def room_tables(load: str, percent: float, found: Sequence[Room]) -> Iterator[tuple[str, Table]]:
+    """What dropless buffers need."""
+    rows = [
+        (
+            mesh_name(each.mesh),
+            each.block if each.layer is None else each.layer,
+            f"{each.device_load_max_over_mean:.3f}",
+            f"{each.buffer_factor:g}",
+            f"{each.drop_fraction:.2%}",
+            f"{each.needed:.3f}",
+            bytes_(each.bytes),
+        )
+        for each in found
+    ]
+    numbers = ("device load max/mean", "buffer_factor", "drops", "needed buffer_factor", "bytes of a buffer")
+    title = f"Room for rows from other devices, load {load}: at most {percent:g} % of the pairs dropped"
+    yield title, rows_of(("mesh", "block or layer"), numbers, rows)
 
 
 def _components(work: Work) -> Table:

@@ -78,7 +78,7 @@ def purpose_of(row: Traffic) -> str:
 
 def needs(config: ExperimentConfig, layout: Layout, traffic: Sequence[Traffic]) -> tuple[Need, ...]:
     """What was sent beside the least, by purpose; `least` of what no layer needs is 0."""
-    least = least_bytes(config, layout)
+    least = least_bytes(config, layout.tensors)
     sent = dict.fromkeys((*least, OTHER), 0)
     for row in traffic:
         sent[purpose_of(row)] += row.bytes
@@ -86,7 +86,7 @@ def needs(config: ExperimentConfig, layout: Layout, traffic: Sequence[Traffic]) 
     return tuple(row for row in rows if row.sent or row.least)
 
 
-def least_bytes(config: ExperimentConfig, layout: Layout) -> dict[str, int]:
+def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str, int]:
     """Purpose → bytes that a device has to send in a step, of numbers in the type of computation.
 
     * exchange: k pairs of every token there and back, forward and backward, (n − 1)/n of which leave the device;
@@ -106,19 +106,14 @@ def least_bytes(config: ExperimentConfig, layout: Layout) -> dict[str, int]:
     )
     split = mesh.expert if mesh.rules.experts == "expert" else 1
     exchange = passes * 4 * tokens * exchanged * d_model * number * _leaving(split)
-    parameters = [tensor for tensor in layout.tensors if tensor.kind == "parameters"]
     gathers = gradients = 0.0
-    for tensor in parameters:
-        held = math.prod(tensor.shape) / math.prod(_splits(tensor, layout.mesh).values()) * number
-        whole = held * _splits(tensor, layout.mesh)["data"]
-        over_data = passes * whole * _leaving(_splits(tensor, layout.mesh)["data"])
+    for tensor in (tensor for tensor in tensors if tensor.kind == "parameters"):
+        splits = _splits(tensor, mesh.shape)
+        held = math.prod(tensor.shape) // math.prod(splits.values()) * number
+        over_data = passes * held * splits["data"] * _leaving(splits["data"])
         gathers += over_data * (2 if remat and tensor.name.startswith("params.stack") else 1)
-        unsplit = math.prod(
-            size
-            for axis, size in zip(("data", "expert"), layout.mesh, strict=False)
-            if _splits(tensor, layout.mesh)[axis] == 1
-        )
-        gradients += over_data + 2 * held * _leaving(unsplit)
+        whole = (mesh.data if splits["data"] == 1 else 1) * (mesh.expert if splits["expert"] == 1 else 1)
+        gradients += over_data + 2 * held * _leaving(whole)
     sums = 4 * len(blocks) + (len(blocks) if remat else 0) + 2
     tensor_parallel = passes * sums * 2 * tokens * d_model * number * _leaving(mesh.tensor)
     least = {EXCHANGE: exchange, GATHERS: gathers, GRADIENTS: gradients, TENSOR: tensor_parallel}

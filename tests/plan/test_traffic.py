@@ -39,7 +39,7 @@ def on(data, expert, tensor, config=CONFIG):
 
 
 def least(config):
-    return least_bytes(config, layout(config))
+    return least_bytes(config, layout(config).tensors)
 
 
 def test_one_device_sends_nothing():
