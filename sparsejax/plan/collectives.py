@@ -23,7 +23,10 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\] ?\{([^}]*)\}")
+# mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, or, the devices being in another order, with device_ids=([2,4]T(1,0)) between.
+_MESH = re.compile(
+    r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 
 
@@ -101,8 +104,12 @@ def _group(instruction: Instruction, mesh: tuple[int, ...]) -> np.ndarray:
         return numbers.reshape(ints(iota[1]))[0]
     if over := _MESH.search(text):
         names, sizes = zip(*(part.split("=") for part in over[1].split(",")), strict=True)
-        grid = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
-        axes = [names.index(name.strip()) for name in over[2].split(",")]
+        numbers = np.arange(math.prod(map(int, sizes)))
+        if over[2]:
+            numbers = numbers.reshape(ints(over[2]))
+            numbers = numbers.transpose(ints(over[3])) if over[3] else numbers
+        grid = numbers.reshape([int(size) for size in sizes])
+        axes = [names.index(name.strip()) for name in over[4].split(",")]
         others = [axis for axis in range(grid.ndim) if axis not in axes]
         return grid.transpose(*others, *axes).reshape(-1, math.prod(grid.shape[axis] for axis in axes))[0]
     if "replica_groups={}" in text:

@@ -17,6 +17,7 @@ from sparsejax.plan.pod import compile_step
 from sparsejax.plan.pod_tables import search_tables
 from sparsejax.plan.search import search
 from sparsejax.plan.tables import print_plan, room_tables
+from sparsejax.plan.topology import parse_topology
 from sparsejax.train.config import ExperimentConfig
 
 
@@ -28,6 +29,8 @@ def plan_command(loaded: Loaded[ExperimentConfig], args: argparse.Namespace) -> 
         args.load = "even"
     elif args.imbalance is None:
         raise RequestError("--load has no effect without --imbalance=P, the percent of pairs that may be dropped")
+    if args.topology is not None:
+        parse_topology(args.topology)  # before any work
     if args.search is not None:
         return _search(loaded.config, args)
     if args.imbalance is not None:

@@ -4,8 +4,7 @@ The model knows what a step cannot do without: its state and what it keeps for t
 least that it reads, writes and sends. A compiler adds to that."""
 
 import dataclasses
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -67,8 +66,7 @@ def search(config: ExperimentConfig, topology: str, compile_best: int) -> list[C
       RequestError: no mesh goes with this config, or the topology is none.
     """
     asked = parse_topology(topology)
-    saved = functools.cache(lambda tensor, shards: _saved(config, (shards, 1, tensor)))
-    found = [_candidate(config, mesh, asked, saved) for mesh in meshes(asked.num_devices)]
+    found = [_candidate(config, mesh, asked) for mesh in meshes(asked.num_devices)]
     if all(each.refused for each in found):
         raise RequestError(f"no mesh of {asked.num_devices} devices goes with this config: {found[0].refused}")
     ranked = sorted(found, key=lambda each: each.rank)
@@ -85,18 +83,16 @@ def meshes(devices: int) -> Iterator[Mesh]:
                 yield devices // (tensor * expert), expert, tensor
 
 
-def _candidate(config: ExperimentConfig, mesh: Mesh, topology: Topology, saved: Any) -> Candidate:
+def _candidate(config: ExperimentConfig, mesh: Mesh, topology: Topology) -> Candidate:
     try:
         placed = on_mesh(config, mesh)
     except ConfigError as error:
         return Candidate(mesh=mesh, refused=str(error))
-    if mesh[1] > 1 and not any(spec.has_router for spec in _used(config)):
+    if mesh[1] > 1 and not any(config.model.blocks[name].has_router for name in config.model.positions.values()):
         return Candidate(mesh=mesh, refused=f"mesh.expert={mesh[1]}: the model has no experts to split")
-    tensors = _state(placed)
-    batch = sum(device_bytes(array) for array in abstract_batch(placed, abstract_mesh(placed.mesh)).values())
+    tensors, batch, kept = _traced(placed)
     state = sum(tensor.bytes_per_device for tensor in tensors)
     parameters = sum(tensor.bytes_per_device for tensor in tensors if tensor.kind == "parameters")
-    kept = saved(mesh[2], mesh[0] * mesh[1])
     return Candidate(
         mesh=mesh,
         # Gradients, as large as parameters, take the room of what is kept as it is used up.
@@ -106,27 +102,16 @@ def _candidate(config: ExperimentConfig, mesh: Mesh, topology: Topology, saved: 
     )
 
 
-def _used(config: ExperimentConfig) -> list[Any]:
-    return [config.model.blocks[name] for name in set(config.model.positions.values())]
-
-
-def _state(config: ExperimentConfig) -> tuple[Tensor, ...]:
+def _traced(config: ExperimentConfig) -> tuple[list[Tensor], int, int]:
+    """(the tensors of the state; bytes of a device for the batch, and for what the backward pass is left)."""
     mesh = abstract_mesh(config.mesh)
     with jax.sharding.use_abstract_mesh(mesh):
-        return tuple(tensors_of(abstract_state(config, make_optimizer(config), mesh)))
+        state, batch = abstract_state(config, make_optimizer(config), mesh), abstract_batch(config, mesh)
+        kept = sum(size for _, size in saved_for_backward(config, state, batch))
+        return list(tensors_of(state)), sum(map(device_bytes, batch.values())), kept
 
 
-def _saved(config: ExperimentConfig, mesh: Mesh) -> int:
-    """Bytes that a device keeps for the backward pass: rows are split over data and expert alike, and slots are moved
-    and not multiplied, so that only the product of those axes counts."""
-    placed = on_mesh(config, mesh)
-    abstract = abstract_mesh(placed.mesh)
-    with jax.sharding.use_abstract_mesh(abstract):
-        state = abstract_state(placed, make_optimizer(placed), abstract)
-        return sum(size for _, size in saved_for_backward(placed, state, abstract_batch(placed, abstract)))
-
-
-def _time(config: ExperimentConfig, topology: Topology, tensors: tuple[Tensor, ...], kept: int) -> Roofline:
+def _time(config: ExperimentConfig, topology: Topology, tensors: Sequence[Tensor], kept: int) -> Roofline:
     mesh, least = config.mesh.shape, least_bytes(config, tensors)
     again = 1 + 1 / TRAINING if config.model.remat == "full" else 1.0
     products = again * padded_flops(config, topology.backend) / topology.num_devices
