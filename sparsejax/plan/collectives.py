@@ -81,10 +81,10 @@ def _sent(instruction: Instruction, shapes: Shapes, mesh: tuple[int, ...]) -> Op
     if kind not in KINDS:
         return None
     arrays = [math.prod(ints(dims)) * bytes_of(dtype) for dtype, dims, _ in ARRAY.findall(instruction.result)]
-    if instruction.opcode == "all-gather-start":  # (operands, results)
-        arrays = arrays[len(arrays) // 2 :]
     if kind == "collective-permute":
         return arrays[0]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results)
+        arrays = arrays[len(arrays) // 2 :]
     size, n = sum(arrays), len(_group(instruction, mesh))
     if kind == "reduce-scatter":
         return size * (n - 1)

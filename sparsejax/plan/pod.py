@@ -198,11 +198,13 @@ def read_step(
 def _bytes(layout: Layout, memory: Any, held: Sequence[Buffer]) -> dict[str, int]:
     classes = ("parameters", "optimizer_state", "balancing_state", "counters", "batch")
     sizes = {name: layout.bytes_per_device[name] for name in classes}
+    padding = memory.argument_size_in_bytes - sum(sizes.values())
+    sizes["batch"] += min(0, padding)  # fields that the step does not read are left out
     dispatch = sum(each.bytes for each in held if any(scope in each.scope for scope in DISPATCH))
     dispatch = min(dispatch, memory.temp_size_in_bytes)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return sizes | {
-        "padding": memory.argument_size_in_bytes - sum(sizes.values()),  # less what the step does not read
+        "padding": max(0, padding),
         "dispatch_buffers": dispatch,
         "other_temporaries": memory.temp_size_in_bytes - dispatch,
         "others": new + memory.generated_code_size_in_bytes,

@@ -3,7 +3,6 @@
 
 import contextlib
 import importlib.util
-import logging
 import math
 import os
 import re
@@ -112,11 +111,9 @@ def _tpus(topology: Topology) -> Sequence[Any]:
 def _gpus(topology: Topology) -> Sequence[Any]:
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         raise RequestError("the GPU compiler is not installed: pip install -e '.[plan-gpu]'")
-    from jax._src import xla_bridge  # the one place that registers it where there is no GPU
     from jax.experimental import topologies
 
-    with _quiet():
-        xla_bridge.discover_pjrt_plugins()
+    jax.devices("cpu")  # looks for plugins, and so finds the compiler
     hosts, each = topology.sizes
     target = _target(topology.chip).read_text()
     sizes = f"1x{hosts}x{each}"
@@ -125,15 +122,3 @@ def _gpus(topology: Topology) -> Sequence[Any]:
 
 def _target(chip: Chip) -> Path:
     return TARGETS / f"{chip.name}.txtpb"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """JAX logs an error, with a trace, for a plugin that has been registered before."""
-    logger = logging.getLogger("jax._src.xla_bridge")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

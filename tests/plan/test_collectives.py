@@ -105,6 +105,21 @@ def test_several_arrays_in_one_and_asynchronous_pairs():
     assert moved(text) == [("all-reduce", ("expert",), 2 * 64 * 3 // 4), ("all-gather", ("expert",), 32 * 3 // 4)]
 
 
+@pytest.mark.parametrize(
+    ("result", "opcode", "size"),
+    [
+        ("((f32[8]{0}), f32[8]{0})", "all-to-all-start", 32 * 3 // 4),
+        ("((f32[8]{0}), f32[2]{0})", "reduce-scatter-start", 8 * 3),
+        ("(f32[8]{0}, f32[4]{0})", "all-reduce-start", 2 * 48 * 3 // 4),
+        ("(f32[8]{0}, f32[8]{0}, u32[], u32[])", "collective-permute-start", 32),
+    ],
+)
+def test_starts_name_their_operands_too(result, opcode, size):
+    groups = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+    groups = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}" if "permute" in opcode else groups
+    assert [each.bytes for each in read_collectives(module(f"%a = {result} {opcode}(%p), {groups}"), MESH)] == [size]
+
+
 def test_one_that_the_compiler_took_apart_counts_once():
     """On TPU: a start, a step beside other work, an end, of the same chain."""
     part = 'all-gather(%p), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}'
