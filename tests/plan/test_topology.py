@@ -44,7 +44,8 @@ with described_mesh("v5e:2x2", MeshConfig(data=1)) as mesh:
     compiled = lowered(jax.grad(scan, argnums=(0, 1)), (2048, 2048), (6, 2048, 2048)).compile()
     found["scan"] = dot_flops(compiled.as_text())
     held = sum(each.bytes for each in live_at_peak(compiled.as_text()))
-    found["held"] = held / compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    found["held"] = held / (memory.temp_size_in_bytes + memory.output_size_in_bytes)
 print(json.dumps(found))
 """
 
