@@ -261,7 +261,14 @@ def _generate_flags(add: Callable[..., Any]) -> None:
 
 
 def _plan_flags(add: Callable[..., Any]) -> None:
-    add("--topology", metavar="TPU", help="compile the step for such a slice, as v5e:4x4, by the TPU compiler (libtpu)")
+    pods = "v5e:4x4 (TPUs) or h100:2x8 (hosts × GPUs)"
+    add("--topology", metavar="KIND:NxM", help=f"compile the step for such a pod by its real compiler, as {pods}")
+    search = "rank all meshes of the topology by predicted step time and compile the best N (default: 3)"
+    room = "the buffer_factor with which dropless blocks drop at most P %% of their pairs"
+    add("--imbalance", type=flags.number(0, 100), metavar="P", help=room)
+    load = "with --imbalance: even (default), zipf:A, one:F, or a run's routing/STEP.npz or trace"
+    add("--load", metavar="LOAD", help=load)
+    add("--search", type=flags.whole(0), nargs="?", const=3, metavar="N", help=search)
     add("--format", choices=("table", "json"), default="table", help="(default: table)")
 
 

@@ -28,14 +28,18 @@ def saved_for_backward(
     config: ExperimentConfig, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
 ) -> list[tuple[str, int]]:
     """What the forward pass of one microbatch leaves for the backward pass, as (dtype and shape, bytes) on a device.
+    `model.remat`, the dtype and the kind of attention count. Needs the mesh to be set."""
+    types = residuals(config, state, batch)
+    return [(f"{each.dtype.name}{list(device_shape(each))}", device_bytes(each)) for each in types]
 
-    These are the residuals of `jax.vjp` as traced, so `model.remat`, the dtype and the kind of attention count; arrays
-    of the state and the batch are left out, and nothing is counted twice. Needs the mesh to be set.
-    """
+
+def residuals(config: ExperimentConfig, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> list[Any]:
+    """The types, with shardings, of the residuals of `jax.vjp` as traced; arrays of the state and the batch are left
+    out, and nothing is there twice. Needs the mesh to be set."""
     # Unrolled, the layers' own slices of the stacked parameters would pass for something that is kept.
     graph, _, _ = abstract_model(dataclasses.replace(config.model, scan=True))
 
-    def residuals(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array]) -> Any:
+    def residuals_of(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array]) -> Any:
         microbatch = Batch(**{name: rows[0] for name, rows in arrays.items()})
         one = jnp.int32(1)  # what sums are divided by takes no room
         totals = Totals(targets=one, tokens=one, rows=one, microbatches=config.train.accumulation)
@@ -47,11 +51,10 @@ def saved_for_backward(
 
         return jax.vjp(loss, params)[1]
 
-    jaxpr = jax.make_jaxpr(residuals)(state.params, state.model_state, batch).jaxpr
+    jaxpr = jax.make_jaxpr(residuals_of)(state.params, state.model_state, batch).jaxpr
     inputs = set(jaxpr.invars)
     kept = dict.fromkeys(var for var in jaxpr.outvars if isinstance(var, Var) and var not in inputs)
-    types: list[Any] = [var.aval for var in kept]
-    return [(f"{each.dtype.name}{list(device_shape(each))}", device_bytes(each)) for each in types]
+    return [var.aval for var in kept]
 
 
 def buffers(config: ExperimentConfig) -> dict[str, int]:

@@ -16,14 +16,14 @@ from typing import Optional
 import numpy as np
 
 from sparsejax.base.sharding import AXES
-from sparsejax.plan.hlo import Instruction, Shapes, executions, ints, parse, scope_of
+from sparsejax.plan.hlo import ARRAY, Instruction, Shapes, bytes_of, executions, ints, parse, scope_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, or, the devices being in another order, with device_ids=([2,4]T(1,0)) between.
 _MESH = re.compile(
     r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
 )
@@ -80,21 +80,15 @@ def _sent(instruction: Instruction, shapes: Shapes, mesh: tuple[int, ...]) -> Op
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
-    arrays = [math.prod(ints(dims)) * _bytes(dtype) for dtype, dims in _ARRAY.findall(instruction.result)]
-    if instruction.opcode == "all-gather-start":  # (operands, results)
-        arrays = arrays[len(arrays) // 2 :]
+    arrays = [math.prod(ints(dims)) * bytes_of(dtype) for dtype, dims, _ in ARRAY.findall(instruction.result)]
     if kind == "collective-permute":
         return arrays[0]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results)
+        arrays = arrays[len(arrays) // 2 :]
     size, n = sum(arrays), len(_group(instruction, mesh))
     if kind == "reduce-scatter":
         return size * (n - 1)
     return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n
-
-
-def _bytes(dtype: str) -> int:
-    """Of one number; a type has its bits in its name, as f32 and f8e4m3fn. A token has none."""
-    bits = re.search(r"\d+", dtype)
-    return int(dtype == "pred") if bits is None else max(1, int(bits[0]) // 8)
 
 
 def _group(instruction: Instruction, mesh: tuple[int, ...]) -> np.ndarray:

@@ -52,10 +52,11 @@ def plan(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]] = ()) 
 
 def on_meshes(config: ExperimentConfig, meshes: Sequence[tuple[int, int, int]]) -> list[ExperimentConfig]:
     """`config` on each mesh; none: on its own."""
-    return [_on_mesh(config, mesh) for mesh in meshes or (config.mesh.shape,)]
+    return [on_mesh(config, mesh) for mesh in meshes or (config.mesh.shape,)]
 
 
-def _on_mesh(config: ExperimentConfig, shape: tuple[int, int, int]) -> ExperimentConfig:
+def on_mesh(config: ExperimentConfig, shape: tuple[int, int, int]) -> ExperimentConfig:
+    """`config` on a mesh of this shape (data, expert, tensor). Raises `ConfigError` when it does not go there."""
     data, expert, tensor = shape
     try:
         mesh = dataclasses.replace(config.mesh, data=data, expert=expert, tensor=tensor)

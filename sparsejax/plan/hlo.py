@@ -1,35 +1,13 @@
-"""Reads the matrix products of a compiled program from its HLO text: the third count of FLOPs, beside ideal and padded.
+"""Reads the text of a compiled program (HLO): its computations, and how often each instruction runs."""
 
-    dots = read_dots(jax.jit(f).lower(*args).compile().as_text())
-    sum(dot.flops for dot in dots)
-
-Counted are `dot` and oneDNN's matmul, fused or not, each as often as the loops around it run. A program split over
-devices is that of one device. Products that the compiler turned into something else (a dot product of two vectors into
-multiply and reduce; on TPU a matmul into a convolution) are not seen.
-"""
-
-import math
+import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Optional
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """One matrix product. `scope` is its op_name: the named scopes of the program around it."""
-
-    name: str
-    scope: str
-    once: int  # FLOPs of one execution: 2 × multiply-adds
-    times: int  # executions
-    loop_unknown: bool  # it stands in a loop whose trip count is not in the text, and is counted as if that ran once
-
-    @property
-    def flops(self) -> int:
-        return self.once * self.times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +28,8 @@ Computations = dict[str, list[Instruction]]
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+"""dtype, dimensions and layout of an array in a result."""
 # The first word with a parenthesis right after it; in a layout, as in {1,0:T(8,128)}, no space comes before the word.
 _OPCODE = re.compile(r"(?:^|\s)([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
@@ -60,32 +40,7 @@ _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _BODY = re.compile(r"body=%([\w.\-]+)")
 # Written {"known_trip_count":{"n":"4"}}, with or without escaped quotes, or known_trip_count={n=4}.
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
-_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-
-
-def read_dots(hlo_text: str) -> list[Dot]:
-    """Every matrix product of the module, in the order of execution.
-
-    Raises:
-      ValueError: the text is no HLO module, or the shape of an operand cannot be found in it.
-    """
-    computations, entry = parse(hlo_text)
-    return [
-        Dot(
-            name=found.instruction.name,
-            scope=scope_of(found.instruction),
-            once=found.once,
-            times=found.times,
-            loop_unknown=found.loop_unknown,
-        )
-        for found in executions(computations, entry, _flops)
-    ]
-
-
-def dot_flops(hlo_text: str) -> int:
-    """FLOPs of all matrix products of the module, loops multiplied out."""
-    return sum(dot.flops for dot in read_dots(hlo_text))
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -101,6 +56,10 @@ def parse(text: str) -> tuple[Computations, str]:
             continue
         found = _INSTRUCTION.match(line)
         opcode = _OPCODE.search(found[2]) if found else None
+        if line == "}":
+            current = None
+        elif current and found is None:  # the attributes of a Pallas kernel go over several lines
+            current[-1] = dataclasses.replace(current[-1], text=f"{current[-1].text} {line}")
         if current is None or found is None or opcode is None:
             continue
         result, text = found[2][: opcode.start()], found[2][opcode.end() :]
@@ -137,18 +96,26 @@ def executions(
         if once is not None:
             yield Execution(instruction=instruction, body=body, once=once, times=times, loop_unknown=unknown)
         elif instruction.opcode == "while":
-            trips, inner = _trips(instruction, computations), _BODY.search(instruction.text)
-            assert inner is not None
+            trips, (inner,) = _trips(instruction, computations), called_by(instruction)
             count = 1 if trips is None else trips
-            yield from executions(computations, inner[1], measure, None, times * count, unknown or trips is None)
+            yield from executions(computations, inner, measure, None, times * count, unknown or trips is None)
         elif instruction.opcode == "conditional":
-            names = [one or several for one, several in _BRANCHES.findall(instruction.text)]
-            branches = [name.strip().lstrip("%") for several in names for name in several.split(",")]
+            branches = called_by(instruction)
             found = [list(executions(computations, branch, measure, None, times, unknown)) for branch in branches]
             yield from max(found, key=lambda each: sum(e.once * e.times for e in each), default=[])
         else:
-            for called in _CALLED.findall(instruction.text):
+            for called in called_by(instruction):
                 yield from executions(computations, called, measure, body, times, unknown)
+
+
+def called_by(instruction: Instruction) -> list[str]:
+    """The computations that it runs: of a loop its body, of a conditional its branches."""
+    if instruction.opcode == "while":
+        return _BODY.findall(instruction.text)
+    if instruction.opcode == "conditional":
+        names = [one or several for one, several in _BRANCHES.findall(instruction.text)]
+        return [name.strip().lstrip("%") for several in names for name in several.split(",")]
+    return _CALLED.findall(instruction.text)
 
 
 def _trips(loop: Instruction, computations: Computations) -> Optional[int]:
@@ -172,36 +139,38 @@ def scope_of(instruction: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _flops(instruction: Instruction, shapes: Shapes) -> Optional[int]:
-    """FLOPs of one execution; None for what is no matrix product."""
-    if instruction.opcode == "dot":
-        contracting = _CONTRACTING.search(instruction.text)
-        lhs, _ = _operands(instruction, shapes)
-        assert instruction.shape is not None
-        summed = ints(contracting[1]) if contracting else ()
-        return 2 * math.prod(instruction.shape) * math.prod(lhs[d] for d in summed)
-    if instruction.opcode == "custom-call" and '"__onednn$matmul"' in instruction.text:
-        # The output may come in a tuple with scratch memory and either side may be transposed: go by sizes alone.
-        # [b, m, k] · [b, k, n] = [b, m, n], or [b, m, k] · [k, n].
-        lhs, rhs = _operands(instruction, shapes)
-        output = instruction.shape
-        if output is None:
-            raise ValueError(f"{instruction.name}: a oneDNN matmul with several outputs")
-        batch = math.prod(rhs[:-2])
-        k = math.isqrt(math.prod(lhs) * math.prod(rhs) // (math.prod(output) * batch))
-        return 2 * math.prod(output) * k
-    return None
+def module_of(scope: str) -> str:
+    """The names that say where in the model: 'jit(train_step)/jvp()/while/body/closed_call/attention/dot' is
+    'attention', and what lies under `transpose` is its backward pass."""
+    plumbing = ("while", "body", "closed_call", "shard_map", "checkpoint", "rematted_computation", "cond", "branch")
+    parts = [part for part in scope.split("/")[:-1] if part.isidentifier() and not part.startswith(plumbing)]
+    name = "/".join(parts) or "step"
+    return f"{name}, backward" if "transpose" in scope else name
 
 
-def _operands(instruction: Instruction, shapes: Shapes) -> tuple[Shape, Shape]:
-    """Shapes of the first two operands: written with them, or where they are defined."""
+def operand_shapes(instruction: Instruction, shapes: Shapes, count: int = 2) -> list[Shape]:
+    """Of the first operands: written with them, or where they are defined. Raises `ValueError` when they are not in the
+    text."""
     found = []
-    for inline, name in _OPERAND.findall(instruction.text)[:2]:
+    for inline, name in _OPERAND.findall(instruction.text)[:count]:
         shape = ints(inline) if inline else shapes.get(name)
         if shape is None:
             raise ValueError(f"{instruction.name}: the shape of its operand {name} is not in the text")
         found.append(shape)
-    return found[0], found[1]
+    return found
+
+
+def operands_of(instruction: Instruction) -> list[str]:
+    """The names of all operands."""
+    depth = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in instruction.text)
+    end = next((at for at, level in enumerate(depth) if level < 0), None)
+    return [name for _, name in _OPERAND.findall(instruction.text[:end])]
+
+
+def bytes_of(dtype: str) -> int:
+    """Of one number; a type has its bits in its name, as f32 and f8e4m3fn. A token has none."""
+    bits = re.search(r"\d+", dtype)
+    return int(dtype == "pred") if bits is None else max(1, int(bits[0]) // 8)
 
 
 def ints(text: str) -> Shape:

@@ -62,7 +62,7 @@ def layout(config: ExperimentConfig) -> Layout:
         saved = Counter()
         for kind, size in saved_for_backward(config, state, batch):
             saved[kind] += size
-    tensors = tuple(_tensors(state))
+    tensors = tuple(tensors_of(state))
     sizes = {"parameters": 0, "gradients": _bytes(state.params)} | dict.fromkeys(CLASSES.values(), 0)
     for tensor in tensors:
         sizes[tensor.kind] += tensor.bytes_per_device
@@ -78,7 +78,8 @@ def layout(config: ExperimentConfig) -> Layout:
     )
 
 
-def _tensors(state: TrainState) -> Iterator[Tensor]:
+def tensors_of(state: TrainState) -> Iterator[Tensor]:
+    """Every array of a state of shapes."""
     for field, kind in CLASSES.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, field), is_leaf=_is_variable):
             array = leaf.get_value() if _is_variable(leaf) else leaf

@@ -3,30 +3,20 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from sparsejax.plan.estimate import Plan
+from sparsejax.plan.format import bytes_, flops, mesh_name, print_tables, rows_of
+from sparsejax.plan.imbalance import Room
 from sparsejax.plan.layout import Layout
-from sparsejax.plan.pod import CompiledStep
+from sparsejax.plan.pod import CompiledStep, DoesNotFit
+from sparsejax.plan.pod_tables import step_tables
 from sparsejax.plan.work import Work
 
-UNWRAPPED = 10_000
-"""Columns of an output that is no terminal."""
 
-
-def print_plan(plan: Plan, compiled: Sequence[CompiledStep], file: TextIO) -> None:
+def print_plan(plan: Plan, compiled: Sequence[CompiledStep | DoesNotFit], file: TextIO) -> None:
     """Writes every table of `plan`, and of what was compiled, to `file`."""
-    console = Console(file=file, width=None if file.isatty() else UNWRAPPED, highlight=False, soft_wrap=False)
-    for title, table in (*_tables(plan), *_compiled(compiled)):
-        if table.row_count:
-            console.print(Text(title, style="bold"))
-            console.print(table)
-            console.print()
-    for note in plan.notes:
-        console.print(Text(f"- {note}"))
+    print_tables((*_tables(plan), *step_tables(compiled)), file, plan.notes)
 
 
 def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
@@ -35,28 +25,27 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
     yield f"Bytes per device, by mesh (data × expert × tensor); {step}", _bytes(plan.layouts)
     yield "Slots of the experts; FLOPs per token and layer, forward", _slots(plan)
     yield "Routers", _routers(plan.work)
-    yield "Unused settings", _rows(("setting", "why"), [], plan.unused.items())
+    yield "Unused settings", rows_of(("setting", "why"), [], plan.unused.items())
     yield "Tensors: logical axes, the mesh axes that split them, and bytes per device", _tensors(plan.layouts)
 
 
-def _compiled(steps: Sequence[CompiledStep]) -> Iterator[tuple[str, Table]]:
-    for step in steps:
-        name = f"{step.topology}, {mesh_name(step)}"
-        sizes = [(kind, bytes_(getattr(step, kind))) for kind in ("arguments", "temporaries", "others", "total")]
-        if step.memory is not None:
-            left = step.memory - step.total
-            sizes.append(("memory of a device", bytes_(step.memory)))
-            sizes.append(("left", bytes_(left) if left >= 0 else f"{bytes_(-left)} TOO LITTLE"))
-        yield f"Compiled for {name} in {step.seconds:.0f} s: bytes per device", _rows(("class",), ("bytes",), sizes)
-        rows = [
-            (each.kind, "+".join(each.axes) or "-", str(each.count), bytes_(each.bytes), "; ".join(each.scopes))
-            for each in step.traffic
-        ]
-        note = "; loops of unknown length count once" if step.loop_unknown else ""
-        yield (
-            f"What a device sends in a step on {name}{note}",
-            _rows(("collective", "mesh axes", "count", "bytes", "most of it from"), (), rows),
+def room_tables(load: str, percent: float, found: Sequence[Room]) -> Iterator[tuple[str, Table]]:
+    """What dropless buffers need."""
+    rows = [
+        (
+            mesh_name(each.mesh),
+            each.block if each.layer is None else each.layer,
+            f"{each.device_load_max_over_mean:.3f}",
+            f"{each.buffer_factor:g}",
+            f"{each.drop_fraction:.2%}",
+            f"{each.needed:.3f}",
+            bytes_(each.bytes),
         )
+        for each in found
+    ]
+    numbers = ("device load max/mean", "buffer_factor", "drops", "needed buffer_factor", "bytes of a buffer")
+    title = f"Room for rows from other devices, load {load}: at most {percent:g} % of the pairs dropped"
+    yield title, rows_of(("mesh", "block or layer"), numbers, rows)
 
 
 def _components(work: Work) -> Table:
@@ -65,7 +54,7 @@ def _components(work: Work) -> Table:
         rows.append((part.name, f"{part.parameters:,}", f"{part.active:,}", flops(part.forward), flops(part.training)))
     rows.append(("total", f"{work.parameters:,}", f"{work.active:,}", flops(of["forward"]), flops(of["training"])))
     rows.append(("  with every slot computed", "", "", flops(of["forward_padded"]), flops(of["training_padded"])))
-    return _rows(("component",), ("parameters", "active", "forward", "training"), rows)
+    return rows_of(("component",), ("parameters", "active", "forward", "training"), rows)
 
 
 def _bytes(layouts: Sequence[Layout]) -> Table:
@@ -74,7 +63,7 @@ def _bytes(layouts: Sequence[Layout]) -> Table:
     rows += [(f"estimate: {name}", *(bytes_(each.estimates[name]) for each in layouts)) for name in first.estimates]
     if len(layouts) == 1:
         rows += [(f"  saved {kind}", bytes_(size)) for kind, size in first.saved_largest.items()]
-    return _rows(("class",), [mesh_name(each) for each in layouts], rows)
+    return rows_of(("class",), [mesh_name(each.mesh) for each in layouts], rows)
 
 
 def _slots(plan: Plan) -> Table:
@@ -87,7 +76,7 @@ def _slots(plan: Plan) -> Table:
         work = (flops(row.ideal_flops), flops(row.padded_flops), f"{ratio:.3f}", flops(row.movement_flops))
         rows.append((row.block, row.mode, *selected, *given, *work))
     counts = ("layers", "experts", "k", "capacity factor", "group size", "groups/device", "slots/expert", "slots/token")
-    return _rows(("block", "mode"), (*counts, "ideal", "padded", "padded/ideal", "movement"), rows)
+    return rows_of(("block", "mode"), (*counts, "ideal", "padded", "padded/ideal", "movement"), rows)
 
 
 def _routers(work: Work) -> Table:
@@ -96,7 +85,7 @@ def _routers(work: Work) -> Table:
     rows = [(axis, *(str(r.axes[axis]) if axis in r.axes else "-" for r in work.routers)) for axis in axes]
     if rows:
         rows.append(("layers", *(", ".join(router.layers) for router in work.routers)))
-    return _rows(("axis", *(router.block for router in work.routers)), (), rows)
+    return rows_of(("axis", *(router.block for router in work.routers)), (), rows)
 
 
 def _tensors(layouts: Sequence[Layout]) -> Table:
@@ -106,42 +95,8 @@ def _tensors(layouts: Sequence[Layout]) -> Table:
         sizes = (bytes_(each.bytes_per_device) for each in (tensor, *others))
         shape = f"{tensor.dtype}[{','.join(map(str, tensor.shape))}]"
         rows.append((tensor.name, shape, axes, _dimensions(tensor.spec), *sizes))
-    return _rows(("tensor", "type", "axes", "split"), [mesh_name(each) for each in layouts], rows)
+    return rows_of(("tensor", "type", "axes", "split"), [mesh_name(each.mesh) for each in layouts], rows)
 
 
 def _dimensions(names: Sequence[Any]) -> str:
     return " ".join("-" if name is None else "+".join(name) if isinstance(name, tuple) else name for name in names)
-
-
-def _rows(texts: Sequence[str], numbers: Sequence[str], rows: Any) -> Table:
-    table = Table(box=SIMPLE, pad_edge=False, show_edge=False)
-    for header in texts:
-        table.add_column(header, overflow="fold")
-    for header in numbers:
-        table.add_column(header, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def mesh_name(layout: Layout | CompiledStep) -> str:
-    return "×".join(map(str, layout.mesh))
-
-
-def flops(count: float) -> str:
-    """'2.30 MFLOP'; '0' for none."""
-    return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
-
-
-def bytes_(count: float) -> str:
-    """'40.6 MiB'; '0' for none."""
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
-
-
-def _scaled(count: float, base: int, units: Sequence[str]) -> str:
-    if count == 0:
-        return "0"
-    power = 0
-    while count >= base and power < len(units) - 1:
-        count, power = count / base, power + 1
-    return f"{count:.3g} {units[power]}" if count < 1000 else f"{count:.0f} {units[power]}"

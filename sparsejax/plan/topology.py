@@ -1,38 +1,84 @@
-"""The real TPU compiler, for a pod that nobody here owns: `pip install -e '.[plan]'`, no TPU needed."""
+"""Accelerators that nobody here owns, described to the real compilers: TPUs (`pip install -e '.[plan]'`) and GPUs
+(`'.[plan-gpu]'`). Neither needs the hardware."""
 
 import contextlib
 import importlib.util
+import math
 import os
-from collections.abc import Iterator
-from typing import Any, Optional
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from sparsejax.base.errors import RequestError
+from sparsejax.base.errors import RequestError, did_you_mean
 from sparsejax.base.sharding import AXES, MeshConfig
+from sparsejax.plan.chips import CHIPS, Chip
+
+TARGETS = Path(__file__).with_name("targets")
+"""GPUs by name, as the XLA project describes them to its compiler."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """'v5e:4x4' is a slice of TPUs, 'h100:2x8' two hosts of eight GPUs."""
+
+    name: str
+    sizes: tuple[int, ...]  # after the colon
+    chip: Chip  # before it
+
+    @property
+    def device(self) -> Chip:
+        """What one device can do."""
+        return self.chip.of_device
+
+    @property
+    def backend(self) -> str:
+        """What its devices say they are: 'tpu' or 'gpu'."""
+        return "gpu" if self.chip.platform == "cuda" else "tpu"
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.sizes) * self.chip.cores
+
+    @property
+    def linked(self) -> int:
+        """How many devices in a row reach each other by links: those of a host, or a whole slice."""
+        return self.sizes[-1] if self.chip.platform == "cuda" else self.num_devices
+
+
+def parse_topology(text: str) -> Topology:
+    """Raises `RequestError` for what is no 'KIND:NxM'."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    if found is None:
+        raise RequestError(
+            f"--topology={text!r} is not KIND:NxM, such as v5e:4x4, v5p:8x8x8 or h100:2x8 (hosts × GPUs)"
+        )
+    kind, sizes = found[1], tuple(map(int, found[2].split("x")))
+    known = [name for name, chip in CHIPS.items() if chip.platform == "tpu" or _target(chip).is_file()]
+    if kind not in known:
+        near = did_you_mean(kind, known)
+        raise RequestError(f"--topology={text}: no description of {kind!r}; known: {', '.join(known)}.{near}")
+    if CHIPS[kind].platform == "cuda" and len(sizes) != 2:
+        raise RequestError(f"--topology={text}: GPUs are hosts × GPUs of a host, such as {kind}:2x8")
+    return Topology(name=text, sizes=sizes, chip=CHIPS[kind])
 
 
 @contextlib.contextmanager
 def described_mesh(topology: str, config: MeshConfig) -> Iterator[Mesh]:
-    """The explicit mesh of `config` on the first devices of a TPU topology such as 'v5e:4x4', in force as if they were
-    here: `jax.jit(...).lower(...).compile()` then compiles for them.
+    """The explicit mesh of `config` on the first devices of a topology, in force as if they were here:
+    `jax.jit(...).trace(...).lower(lowering_platforms=(platform,)).compile()` then compiles for them.
 
     Raises:
-      RequestError: libtpu is not installed, it knows no such topology, or that has too few devices.
+      RequestError: the compiler is not installed, it knows no such topology, or that has too few devices.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise RequestError("the TPU compiler is not installed: pip install -e '.[plan]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would look for a TPU machine's metadata
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run, so two compilers may live side by side
-    from jax.experimental import topologies
-
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        raise RequestError(f"no TPU topology {topology!r}: {str(error).splitlines()[0]}") from error
-    needed = int(np.prod(config.shape))
+    found = parse_topology(topology)
+    devices = (_gpus if found.chip.platform == "cuda" else _tpus)(found)
+    needed = math.prod(config.shape)
     if needed > len(devices):
         raise RequestError(f"{topology} has {len(devices)} devices, and the mesh {config.shape} needs {needed}")
     mesh = Mesh(np.array(devices[:needed]).reshape(config.shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -40,15 +86,39 @@ def described_mesh(topology: str, config: MeshConfig) -> Iterator[Mesh]:
         yield mesh
 
 
-def device_memory(device: Any) -> Optional[int]:
-    """Bytes of HBM of a TPU device, which may be a chip of two cores, by JAX's own table; None for what is not in
-    it."""
-    from jax.experimental.pallas import tpu
+SILENCE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # it would look for a TPU machine's metadata
+    "TPU_WORKER_HOSTNAMES": "localhost",  # … and complain that it found none
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so two compilers may live side by side
+}
+"""What libtpu is told about the machine, which is none of its own; the topology is told apart."""
 
-    kind = device.device_kind
-    versions = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-    version = versions.get(kind, kind.removeprefix("TPU ").removeprefix("TPU"))
+
+def _tpus(topology: Topology) -> Sequence[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise RequestError("the TPU compiler is not installed: pip install -e '.[plan]'")
+    for name, value in SILENCE.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
     try:
-        return tpu.get_tpu_info_for_chip(tpu.ChipVersion(version), getattr(device, "num_cores", 1)).hbm_capacity_bytes
-    except (ValueError, NotImplementedError):
-        return None
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    except Exception as error:
+        raise RequestError(f"no TPU topology {topology.name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _gpus(topology: Topology) -> Sequence[Any]:
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise RequestError("the GPU compiler is not installed: pip install -e '.[plan-gpu]'")
+    from jax.experimental import topologies
+
+    jax.devices("cpu")  # looks for plugins, and so finds the compiler
+    hosts, each = topology.sizes
+    target = _target(topology.chip).read_text()
+    sizes = f"1x{hosts}x{each}"
+    return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=sizes).devices
+
+
+def _target(chip: Chip) -> Path:
+    return TARGETS / f"{chip.name}.txtpb"

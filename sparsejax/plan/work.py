@@ -8,6 +8,7 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, causal_keys, component_costs, total
 from sparsejax.ops.grouped import common_slots
+from sparsejax.train.config import ExperimentConfig
 
 SlotMode = Literal["train", "eval"]
 
@@ -101,6 +102,40 @@ def work(config: ModelConfig, sequence_length: int) -> Work:
         slots=slots,
         routers=tuple(_router(config, name) for name in blocks),
     )
+
+
+def padded_flops(config: ExperimentConfig, backend: str) -> float:
+    """FLOPs of a training step over all devices if the compiler adds none: every slot or row that the experts have on
+    this mesh and kind of device, filled or not; causal attention exactly and no recompute, as in `work`."""
+    found = work(config.model, config.data.sequence_length)
+    rows = [row for row in found.slots if row.mode == "train"]
+    as_slots = TRAINING * sum(len(row.layers) * row.padded_flops for row in rows)
+    return _tokens(config) * (found.flops_per_token["training_padded"] - as_slots) + expert_flops(config, backend)
+
+
+def expert_flops(config: ExperimentConfig, backend: str) -> float:
+    """Those of the routed experts alone."""
+    found = work(config.model, config.data.sequence_length)
+    per_token = sum(
+        len(row.layers) * _rows_over_pairs(config, row, backend) * row.ideal_flops
+        for row in found.slots
+        if row.mode == "train"
+    )
+    return _tokens(config) * TRAINING * per_token
+
+
+def _rows_over_pairs(config: ExperimentConfig, row: Slots, backend: str) -> float:
+    spec = moe_blocks(config.model)[row.block]
+    if not spec.grouped("train"):
+        return row.padded_flops / row.ideal_flops
+    if config.mesh.expert > 1 and config.mesh.rules.experts == "expert":
+        return spec.buffer_factor
+    return 1.0 if spec.implementation(backend) != "slots" else row.padded_flops / row.ideal_flops
+
+
+def _tokens(config: ExperimentConfig) -> int:
+    """That go through the model in a step."""
+    return config.data.batch_size * config.data.sequence_length * config.train.passes
 
 
 def moe_blocks(config: ModelConfig) -> dict[str, MoESpec]:

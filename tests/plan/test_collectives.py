@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.plan.collectives import read_collectives
-from sparsejax.plan.pod import module_of
+from sparsejax.plan.hlo import module_of
 
 from support import on_mesh
 
@@ -75,6 +75,9 @@ def module(*lines):
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("expert",)),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("data",)),
         ("mesh['axis_0'=8] {'axis_0'}", ("data", "expert")),
+        ("mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", ("expert",)),
+        ("mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0','axis_2'}", ("data",)),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([8]) {'axis_1'}", ("expert",)),
         ("{}", ("data", "expert")),
         ("{{0,1},{2,3},{4,5},{6,7}}", None),
     ],
@@ -100,6 +103,21 @@ def test_several_arrays_in_one_and_asynchronous_pairs():
         "%d = f32[8]{0} all-gather-done(%b)",
     )
     assert moved(text) == [("all-reduce", ("expert",), 2 * 64 * 3 // 4), ("all-gather", ("expert",), 32 * 3 // 4)]
+
+
+@pytest.mark.parametrize(
+    ("result", "opcode", "size"),
+    [
+        ("((f32[8]{0}), f32[8]{0})", "all-to-all-start", 32 * 3 // 4),
+        ("((f32[8]{0}), f32[2]{0})", "reduce-scatter-start", 8 * 3),
+        ("(f32[8]{0}, f32[4]{0})", "all-reduce-start", 2 * 48 * 3 // 4),
+        ("(f32[8]{0}, f32[8]{0}, u32[], u32[])", "collective-permute-start", 32),
+    ],
+)
+def test_starts_name_their_operands_too(result, opcode, size):
+    groups = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+    groups = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}" if "permute" in opcode else groups
+    assert [each.bytes for each in read_collectives(module(f"%a = {result} {opcode}(%p), {groups}"), MESH)] == [size]
 
 
 def test_one_that_the_compiler_took_apart_counts_once():

@@ -18,7 +18,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import component_costs
 from sparsejax.plan.abstract import abstract_batch
-from sparsejax.plan.hlo import read_dots
+from sparsejax.plan.products import read_dots
 from sparsejax.plan.work import work
 from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK

@@ -24,8 +24,9 @@ from sparsejax.plan import command
 from sparsejax.plan.abstract import abstract_batch, abstract_mesh
 from sparsejax.plan.activations import saved_for_backward
 from sparsejax.plan.estimate import plan, what_is_left_out
+from sparsejax.plan.format import bytes_, flops
 from sparsejax.plan.layout import groups_per_device, layout
-from sparsejax.plan.tables import bytes_, flops, print_plan
+from sparsejax.plan.tables import print_plan
 from sparsejax.plan.work import work
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import Adafactor
@@ -243,7 +244,9 @@ def test_tables_fit_a_narrow_terminal(small, monkeypatch):
 def test_json_is_one_object_on_one_line(small, capsys, monkeypatch):
     plans = {(SMALL, ((1, 1, 1), (2, 2, 2))): small}
     monkeypatch.setattr(command, "plan", lambda config, meshes: plans[config, tuple(meshes)])
-    args = argparse.Namespace(mesh=[(1, 1, 1), (2, 2, 2)], format="json", topology=None)
+    args = argparse.Namespace(
+        mesh=[(1, 1, 1), (2, 2, 2)], format="json", topology=None, search=None, imbalance=None, load=None
+    )
     assert command.plan_command(Loaded(config=SMALL, provenance={}), args) == 0
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)

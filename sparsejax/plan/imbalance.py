@@ -1,0 +1,151 @@
+"""How much room dropless buffers need: rows that come to a device when experts are not equally popular.
+
+A device receives the pairs of all devices along the mesh axis `expert` whose experts it holds, and has room for
+`buffer_factor` times its share of an even load. Loads are drawn: pairs choose experts independently by their shares."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.base.errors import RequestError
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.plan.work import moe_blocks
+from sparsejax.train.config import ExperimentConfig
+
+DRAWS = 256
+Shares = dict[Optional[str], np.ndarray]
+"""Layer (None: all) → the part of the pairs that goes to each expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What one kind of block needs on one mesh. Fractions of all pairs; `bytes`: of a buffer with the needed factor."""
+
+    mesh: tuple[int, int, int]
+    block: str
+    layer: Optional[str]
+    device_load_max_over_mean: float
+    buffer_factor: float
+    drop_fraction: float  # with that
+    needed: float  # buffer_factor for which no more than asked is dropped
+    bytes: int
+
+
+def rooms(config: ExperimentConfig, load: str, most: float) -> list[Room]:
+    """For each dropless block on the config's own mesh, and for each of its layers when the load was measured. `most`:
+    the fraction of pairs that may be dropped.
+
+    Raises:
+      RequestError: the load is none, or nothing is exchanged on this mesh.
+    """
+    blocks = {name: spec for name, spec in moe_blocks(config.model).items() if spec.grouped("train")}
+    devices = config.mesh.expert
+    if not blocks or devices == 1 or config.mesh.rules.experts is None:
+        raise RequestError(
+            "--imbalance: nothing is exchanged without a block of dispatch=grouped and a mesh axis expert of at least 2"
+        )
+    found = []
+    for name, spec in blocks.items():
+        layers = {layer.name for layer in config.model.layers if layer.block == name}
+        for layer, shares in parse_load(load, spec).items():
+            if layer is None or layer in layers:
+                found.append(_room(config, name, spec, layer, shares, most))
+    if not found:
+        raise RequestError(f"--load={load}: none of its layers is one of this config")
+    return found
+
+
+def _room(
+    config: ExperimentConfig, block: str, spec: MoESpec, layer: Optional[str], shares: np.ndarray, most: float
+) -> Room:
+    devices, model = config.mesh.expert, config.model
+    if len(shares) != spec.num_experts:
+        raise RequestError(f"--load: {layer} has {len(shares)} experts there and {spec.num_experts} in the config")
+    rows = config.microbatch_size // config.mesh.data * config.data.sequence_length * spec.experts_per_token
+    of_device = shares.reshape(devices, -1).sum(-1)
+    drawn = np.random.default_rng(0).multinomial(rows, of_device / of_device.sum(), size=DRAWS)
+    even = rows / devices
+    return Room(
+        mesh=config.mesh.shape,
+        block=block,
+        layer=layer,
+        device_load_max_over_mean=float(drawn.max(-1).mean() / even),
+        buffer_factor=spec.buffer_factor,
+        drop_fraction=dropped(drawn / even, spec.buffer_factor),
+        needed=needed_factor(drawn / even, most),
+        bytes=round(needed_factor(drawn / even, most) * even) * model.d_model * jnp.dtype(model.dtype).itemsize,
+    )
+
+
+def dropped(loads: np.ndarray, factor: float) -> float:
+    """The fraction of rows that find no room. `loads`: `[draws, devices]`, over an even share."""
+    return float(np.maximum(loads - factor, 0).mean())
+
+
+def needed_factor(loads: np.ndarray, most: float) -> float:
+    """The least factor, to three digits after the point, that drops no more than `most`."""
+    low, high = 0, int(np.ceil(1000 * loads.max()))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if dropped(loads, middle / 1000) <= most else (middle + 1, high)
+    return low / 1000
+
+
+def parse_load(text: str, spec: MoESpec) -> Shares:
+    """'even'; 'zipf:A', the i-th expert being chosen as i^−A; 'one:F', one expert having that part of the pairs; or a
+    file of a run: routing/STEP.npz, or a trace. Assumed loads put the popular experts on the same device: the worst.
+
+    Raises:
+      RequestError: it is none of these.
+    """
+    kind, _, number = text.partition(":")
+    if kind == "even" and not number:
+        return {None: _limited(np.ones(spec.num_experts), spec.experts_per_token)}
+    if kind in ("zipf", "one"):
+        value = _number(number)
+        if value is None or (kind == "one" and value > 1):
+            allowed = "a positive exponent" if kind == "zipf" else "a part of the pairs in (0, 1]"
+            raise RequestError(f"--load={text}: {number!r} is not {allowed}")
+        if kind == "zipf":
+            return {None: _limited(np.arange(1, spec.num_experts + 1) ** -value, spec.experts_per_token)}
+        others = np.full(spec.num_experts - 1, (1 - value) / max(spec.num_experts - 1, 1))
+        return {None: _limited(np.concatenate([[value], others]), spec.experts_per_token)}
+    return _measured(Path(text), spec.num_experts)
+
+
+def _number(text: str) -> Optional[float]:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def _limited(weights: np.ndarray, k: int) -> np.ndarray:
+    """Shares by weight, none above 1/k: a token chooses an expert once."""
+    shares, full = weights / weights.sum(), np.zeros(len(weights), bool)
+    while (shares > 1 / k + 1e-12).any():
+        full |= shares > 1 / k
+        rest = weights * ~full
+        left = 1 - full.sum() / k
+        shares = np.where(full, 1 / k, left * rest / max(rest.sum(), 1e-300) if rest.any() else left / (~full).sum())
+    return shares
+
+
+def _measured(path: Path, num_experts: int) -> Shares:
+    try:
+        with np.load(path) as file:
+            counts = {name.removesuffix("/assigned"): file[name] for name in file if name.endswith("/assigned")}
+            for name in () if counts else (name for name in file if name.endswith("/experts")):
+                chosen = file[name]
+                counts[name.removesuffix("/experts")] = np.bincount(chosen[chosen >= 0], minlength=num_experts)
+    except (OSError, ValueError) as error:
+        allowed = "even, zipf:A, one:F or a file of a run that can be read"
+        raise RequestError(f"--load={path}: not {allowed} ({error})") from None
+    shares = {name: count[:num_experts] / max(count[:num_experts].sum(), 1) for name, count in counts.items()}
+    if not shares or any(share.sum() == 0 for share in shares.values()):
+        raise RequestError(f"--load={path}: holds no loads of experts: neither LAYER/assigned nor LAYER/experts")
+    return {name: np.asarray(share, float) for name, share in shares.items()}

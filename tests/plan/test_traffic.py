@@ -1,0 +1,124 @@
+"""What devices have to send at least, by hand; which collectives serve what; how long they take."""
+
+import dataclasses
+
+import pytest
+
+from sparsejax.base.sharding import MeshConfig
+from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.moe import MoESpec
+from sparsejax.data.config import DataConfig
+from sparsejax.model.config import ModelConfig
+from sparsejax.plan.chips import CHIPS
+from sparsejax.plan.layout import layout
+from sparsejax.plan.roofline import roofline
+from sparsejax.plan.traffic import (
+    EXCHANGE,
+    GATHERS,
+    GRADIENTS,
+    OTHER,
+    TENSOR,
+    Need,
+    Traffic,
+    least_bytes,
+    needs,
+    purpose_of,
+)
+from sparsejax.train.config import ExperimentConfig, TrainConfig
+
+BLOCKS = {"dense": DenseSpec(d_ff=32), "moe": MoESpec(num_experts=8, d_ff=32, router=MoESpec().router)}
+MODEL = ModelConfig(d_model=16, num_heads=4, vocab_size=64, repeats=1, dtype="bfloat16", blocks=BLOCKS)
+CONFIG = ExperimentConfig(
+    model=MODEL, data=DataConfig(batch_size=16, sequence_length=8), train=TrainConfig(accumulation=2)
+)
+TOKENS = 8 * 8  # of a microbatch
+
+
+def on(data, expert, tensor, config=CONFIG):
+    return dataclasses.replace(config, mesh=MeshConfig(data=data, expert=expert, tensor=tensor))
+
+
+def least(config):
+    return least_bytes(config, layout(config).tensors)
+
+
+def test_one_device_sends_nothing():
+    assert set(least(on(1, 1, 1)).values()) == {0}
+
+
+def test_the_exchange():
+    """Two microbatches; there and back, twice; two choices; three of four leave."""
+    config = on(2, 4, 1)
+    assert least(config)[EXCHANGE] == 2 * 4 * TOKENS // 8 * 2 * 16 * 2 * 3 // 4
+    fixed = dataclasses.replace(config.mesh, rules=dataclasses.replace(config.mesh.rules, experts=None))
+    assert least(dataclasses.replace(config, mesh=fixed))[EXCHANGE] == 0
+
+
+def test_parameters_are_gathered_and_their_gradients_scattered():
+    """All but the norms (5 × 16) are split over `data`; the norms' gradients are a sum that all get."""
+    found = layout(on(4, 1, 1))
+    parameters = sum(4 * t.bytes_per_device // 4 for t in found.tensors if t.kind == "parameters" and "data" in t.spec)
+    norms = 5 * 16
+    told = least(on(4, 1, 1))
+    assert told[GATHERS] == 2 * parameters * 2 * 3 // 4
+    assert told[GRADIENTS] == 2 * parameters * 2 * 3 // 4 + 2 * norms * 2 * 3 // 4
+    again = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat="full"))
+    embedding = 2 * 64 * 16 * 2 * 3 // 4
+    assert least(on(4, 1, 1, again))[GATHERS] == 2 * told[GATHERS] - embedding
+
+
+def test_tensor_parallelism_sums_the_outputs_of_layers():
+    told = least(on(1, 1, 4))
+    assert told[TENSOR] == 2 * (4 * 2 + 2) * 2 * TOKENS * 16 * 2 * 3 // 4 and told[GATHERS] == 0
+
+
+def row(kind, axes, size=100):
+    return Traffic(kind=kind, axes=axes, count=1, bytes=size, scopes=())
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "purpose"),
+    [
+        ("all-to-all", ("expert",), EXCHANGE),
+        ("ragged-all-to-all", ("expert",), EXCHANGE),
+        ("all-gather", ("data",), GATHERS),
+        ("reduce-scatter", ("data",), GRADIENTS),
+        ("all-reduce", ("data", "expert"), GRADIENTS),
+        ("all-reduce", ("tensor",), TENSOR),
+        ("all-gather", ("expert",), OTHER),
+        ("all-to-all", ("data",), OTHER),
+        ("collective-permute", (), OTHER),
+    ],
+)
+def test_what_a_collective_is_for(kind, axes, purpose):
+    assert purpose_of(row(kind, axes)) == purpose
+
+
+def test_sent_beside_least():
+    config = on(2, 4, 1)
+    told = {each.purpose: each for each in needs(config, layout(config), [row("all-to-all", ("expert",), 7)])}
+    assert told[EXCHANGE] == Need(purpose=EXCHANGE, sent=7, least=least(config)[EXCHANGE])
+    assert told[GATHERS].sent == 0 and TENSOR not in told and OTHER not in told
+
+
+def test_the_longest_of_three_bounds_a_step():
+    chip = CHIPS["v5e"]
+    time = roofline(chip, 197e12, 819e9 * 2, [row("all-gather", ("data",), 100 * 10**9)], (4, 4, 1), 16)
+    assert (time.products, time.memory, time.links) == (1, 2, 0.5)
+    assert (time.bound, time.shortest, time.longest) == ("memory", 2, 3.5)
+
+
+def test_what_goes_beyond_a_host_goes_at_the_speed_of_its_network():
+    """Two hosts of 8: the axis expert stays inside one."""
+    chip = CHIPS["h100"]
+    seconds = lambda axes: roofline(chip, 0, 0, [row("all-reduce", axes, 450 * 10**9)], (2, 8, 1), 8).links  # noqa: E731
+    assert seconds(("expert",)) == 1
+    assert seconds(("data",)) == seconds(("data", "expert")) == seconds(()) == 9
+
+
+def test_chips():
+    for chip in CHIPS.values():
+        assert chip.source.startswith("https://") and 1e14 < chip.flops < 1e16
+        assert chip.memory_bandwidth > chip.links > (chip.network or 0)
+        assert chip.of_device.flops * chip.cores == chip.flops
+    assert CHIPS["tpu7x"].of_device.memory == 96 * 1024**3
