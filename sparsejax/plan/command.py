@@ -29,6 +29,8 @@ def plan_command(loaded: Loaded[ExperimentConfig], args: argparse.Namespace) -> 
         args.load = "even"
     elif args.imbalance is None:
         raise RequestError("--load has no effect without --imbalance=P, the percent of pairs that may be dropped")
+    if args.imbalance is not None and (args.search is not None or args.topology is not None):
+        raise RequestError("--imbalance compiles nothing: give it without --topology and --search")
     if args.topology is not None:
         parse_topology(args.topology)  # before any work
     if args.search is not None:

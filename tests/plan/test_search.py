@@ -113,6 +113,7 @@ def test_no_mesh_at_all():
         (["--search", "--topology=v5e:2x2", "--mesh=4,1,1"], "takes no --mesh"),
         (["--search", "--topology=v5f:2x2"], "no description of 'v5f'; known: v4, v5e, v5p, v6e, tpu7x, h100"),
         (["--topology=h100:8"], "hosts × GPUs of a host, such as h100:2x8"),
+        (["--imbalance=1", "--topology=v5e:2x2"], "--imbalance compiles nothing"),
         (["--topology=v5e"], "is not KIND:NxM"),
     ],
 )
