@@ -107,10 +107,13 @@ def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Me
     """
     devices = list(jax.devices() if devices is None else devices)
     config = config.resolve(len(devices))
+    idle = len(devices) > math.prod(config.shape)
     devices = devices[: math.prod(config.shape)]
     types = (AxisType.Explicit,) * len(AXES)
     on_tpu = devices[0].platform == "tpu"  # GPUs count as slices what NVLink connects, and find their own ways
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if on_tpu and idle and slices == 1:  # which part of a slice this is, JAX cannot lay a mesh into
+        return Mesh(np.array(devices).reshape(config.shape), AXES, axis_types=types)
     if slices == 1:
         return jax.make_mesh(config.shape, AXES, axis_types=types, devices=devices)
     check_slices(config, slices)

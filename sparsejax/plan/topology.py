@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from sparsejax.base.errors import RequestError, did_you_mean
-from sparsejax.base.sharding import AXES, MeshConfig
+from sparsejax.base.sharding import MeshConfig, make_mesh
 from sparsejax.plan.chips import CHIPS, Chip
 
 TARGETS = Path(__file__).with_name("targets")
@@ -81,7 +80,7 @@ def described_mesh(topology: str, config: MeshConfig) -> Iterator[Mesh]:
     needed = math.prod(config.shape)
     if needed > len(devices):
         raise RequestError(f"{topology} has {len(devices)} devices, and the mesh {config.shape} needs {needed}")
-    mesh = Mesh(np.array(devices[:needed]).reshape(config.shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    mesh = make_mesh(config, devices)  # in the order in which a run would lay them out
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield mesh
 
