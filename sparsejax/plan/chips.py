@@ -34,7 +34,7 @@ _TPUS = "https://docs.cloud.google.com/tpu/docs"
 CHIPS = {
     chip.name: chip
     for chip in (
-        # Six links of 50 GB/s each way; table 4 of Jouppi et al., arXiv:2304.01433.
+        # Its six links are of 50 GB/s each way (Jouppi et al., arXiv:2304.01433).
         Chip(
             name="v4",
             flops=275e12,
@@ -43,7 +43,7 @@ CHIPS = {
             links=300e9,
             network=None,
             cores=2,
-            source="https://arxiv.org/abs/2304.01433",
+            source=f"{_TPUS}/v4",
         ),
         # Pages on TPUs give the interconnect in both directions together, and the network in bits.
         Chip(
