@@ -99,7 +99,11 @@ class _Watch(threading.Thread):
                 if not self.over.is_set():
                     _say(f"failed: {_who_is_gone(str(error))}")
                     _leave(1)
-            told = peek(FAILED)
+            if self.over.is_set():
+                return
+            told = None
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the next meeting tells who is gone
+                told = peek(FAILED)
             if told is not None and not self.failing.is_set():
                 status, line = json.loads(told)
                 _say(line)

@@ -262,7 +262,7 @@ class MoESpec(BlockSpec):
         width = {"d_ff": (ffn_width(backbone, self.d_ff), "mlp")}
         return width if self.replicated else width | {"num_experts": (self.num_experts, "experts")}
 
-    def decided_for(self, platform: str) -> list[str]:
+    def decided_for(self, platform: str, expert_devices: int) -> list[str]:
         kind = self.implementation(platform)
         if kind == "megablox" and platform != "tpu":
             message = f"'megablox' is a kernel for TPU and this is a {platform}; allowed here: auto, slots, ragged_dot"
@@ -275,7 +275,8 @@ class MoESpec(BlockSpec):
             dense = ", whose FLOPs this compiler does not tell"
         else:
             dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
-        moved = "" if self.replicated else f"; rows exchanged by {self.transport(platform)}"
+        alone = self.replicated or expert_devices == 1
+        moved = "" if alone else f"; rows exchanged by {self.transport(platform)}"
         told = [f"grouped products by {kind}{dense}{moved}"]
         return told if self.grouped("train") else []
 

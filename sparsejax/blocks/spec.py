@@ -93,7 +93,7 @@ class BlockSpec(abc.ABC):
         """Why a causal model must not have such a block, if it must not."""
         return None
 
-    def decided_for(self, platform: str) -> list[str]:
+    def decided_for(self, platform: str, expert_devices: int) -> list[str]:
         """What its config leaves to the platform, as sentences. Raises `ConfigError` when that cannot run it."""
         return []
 

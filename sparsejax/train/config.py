@@ -120,7 +120,9 @@ class ExperimentConfig:
             for key, (size, axis) in spec.splits(model).items():
                 # Activations of the hidden width are split whatever the rule for its parameters.
                 mesh_axis = rules.experts if axis == "experts" else "tensor"
-                _divides(size, f"model.blocks.{name}.{key}", mesh_axis, mesh)
+                whole = axis == "experts" and hasattr(spec, "replicated")
+                otherwise = "; replicated=true gives every device all of them" if whole else ""
+                _divides(size, f"model.blocks.{name}.{key}", mesh_axis, mesh, otherwise)
 
     def _check_groups(self) -> None:
         tokens = self.microbatch_size // self.mesh.batch_shards * self.data.sequence_length
@@ -134,12 +136,14 @@ class ExperimentConfig:
         return [(name, self.model.blocks[name]) for name in sorted(set(self.model.positions.values()))]
 
 
-def _divides(size: int, key: str, axis: Optional[str], mesh: MeshConfig) -> None:
+def _divides(size: int, key: str, axis: Optional[str], mesh: MeshConfig, otherwise: str = "") -> None:
     """Raises unless the mesh axis (None: no split) splits `size` evenly; says which axis sizes would."""
     if axis is not None and size % getattr(mesh, axis):
         fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise ConfigError(
-            key, f"{size} is not divisible by mesh.{axis}={getattr(mesh, axis)}; sizes of mesh.{axis} that fit: {fits}"
+            key,
+            f"{size} is not divisible by mesh.{axis}={getattr(mesh, axis)}; sizes of mesh.{axis} that fit: {fits}"
+            + otherwise,
         )
 
 

@@ -112,7 +112,7 @@ def check_devices(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[str
     decided = []
     for name in sorted(set(config.model.positions.values())):
         try:
-            told = config.model.blocks[name].decided_for(mesh.devices.flat[0].platform)
+            told = config.model.blocks[name].decided_for(mesh.devices.flat[0].platform, mesh.shape["expert"])
         except ConfigError as error:
             raise error.below(f"model.blocks.{name}") from None
         decided += [f"block {name}: {sentence}" for sentence in told]

@@ -71,7 +71,8 @@ time.sleep(60)
     for status, _, err in late:
         assert status == 1 and f"failed: {told}\nTraceback" in err, err
     status, _, err = missing
-    assert status == 1 and err.splitlines()[-1] in [f"failed: process {number}: {told}" for number in (0, 1)], err
+    lines = {f"failed: process {number}: {told}" for number in (0, 1)}
+    assert status == 1 and lines & set(err.splitlines()), err  # the runtime may have words after that
 
 
 def test_an_exception_ends_all_with_its_cause():

@@ -136,6 +136,6 @@ def test_a_compiler_that_tells_no_cost_is_not_taken_for_a_cheap_one(told, monkey
     ragged_dot_cost.cache_clear()
     monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda self: told)
     spec = MoESpec(dispatch="grouped", grouped_matmul="ragged_dot")
-    (line,) = spec.decided_for("cpu")
+    (line,) = spec.decided_for("cpu", 1)
     assert line.startswith("grouped products by ragged_dot, whose FLOPs this compiler does not tell")
     ragged_dot_cost.cache_clear()

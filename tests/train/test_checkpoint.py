@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from sparsejax.base.errors import RequestError, RunError
 from sparsejax.base.structs import struct
+from sparsejax.train import checksums
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.checksums import find_damage
 
@@ -209,6 +210,18 @@ def lose_everything(folder):
     shutil.rmtree(folder)
     folder.mkdir()
     return "checksums.json is missing"
+
+
+def test_of_very_large_checkpoints_sizes_are_compared(tmp_path, monkeypatch):
+    (tmp_path / "state").mkdir()
+    file = tmp_path / "state" / "array"
+    file.write_bytes(b"12345")
+    monkeypatch.setattr(checksums, "CHECKED_BYTES", 4)
+    checksums.write_checksums(tmp_path)
+    file.write_bytes(b"1234_")
+    assert find_damage(tmp_path) == ""
+    file.write_bytes(b"1234")
+    assert find_damage(tmp_path) == "state/array has 4 bytes, not 5"
 
 
 DAMAGES = [truncate, flip_a_bit, lose_an_array_file, garble_metadata, lose_checksums, garble_checksums, lose_everything]
