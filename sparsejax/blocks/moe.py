@@ -133,12 +133,21 @@ class MoESpec(BlockSpec):
             return self.grouped_matmul
         return "megablox" if platform == "tpu" else "slots"
 
+    def exchanges(self, expert_axis: int) -> bool:
+        """Whether tokens travel to their experts, which so many devices share out."""
+        return expert_axis > 1 and not self.replicated
+
+    def gathers(self, tokens: Optional[int] = None) -> bool:
+        """Whether dropless rows travel as tokens that every device gets, of devices that hold so many; None: many."""
+        few = tokens is not None and tokens * self.experts_per_token < self.num_experts
+        return self.exchange == "all_gather" or (self.exchange == "auto" and few)
+
     def transport(self, platform: str, tokens: Optional[int] = None) -> Transport | Literal["all_gather"]:
         """What moves dropless rows between devices that hold so many tokens each; None: many."""
+        if self.gathers(tokens):
+            return "all_gather"
         if self.exchange != "auto":
             return self.exchange
-        if tokens is not None and tokens * self.experts_per_token < self.num_experts:
-            return "all_gather"
         return "all_to_all" if platform == "cpu" else "ragged_all_to_all"
 
     @property

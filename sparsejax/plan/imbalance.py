@@ -3,6 +3,7 @@
 A device receives the pairs of all devices along the mesh axis `expert` whose experts it holds, and has room for
 `buffer_factor` times its share of an even load. Loads are drawn: pairs choose experts independently by their shares."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -39,7 +40,7 @@ def rooms(config: ExperimentConfig, load: str, most: float) -> list[Room]:
     the fraction of pairs that may be dropped.
 
     Raises:
-      RequestError: the load is none, or nothing is exchanged on this mesh.
+      RequestError: the load is none, or no block has a buffer for what is exchanged on this mesh.
     """
     blocks = {name: spec for name, spec in moe_blocks(config.model).items() if spec.grouped("train")}
     devices = config.mesh.expert
@@ -47,23 +48,33 @@ def rooms(config: ExperimentConfig, load: str, most: float) -> list[Room]:
         raise RequestError(
             "--imbalance: nothing is exchanged without a block of dispatch=grouped and a mesh axis expert of at least 2"
         )
+    tokens = config.microbatch_size // config.mesh.batch_shards * config.data.sequence_length
+    without = {name: _without_buffer(spec, devices, tokens) for name, spec in blocks.items()}
+    if all(without.values()):
+        reasons = "; ".join(f"config.model.blocks.{name}.{reason}" for name, reason in without.items())
+        raise RequestError(f"--imbalance: no block has a buffer to size: {reasons}")
     found = []
     for name, spec in blocks.items():
-        layers = {layer.name for layer in config.model.layers if layer.block == name}
-        for layer, shares in parse_load(load, spec).items():
-            if layer is None or layer in layers:
-                found.append(_room(config, name, spec, layer, shares, most))
+        if not without[name]:
+            layers = {layer.name for layer in config.model.layers if layer.block == name}
+            loads = parse_load(load, spec, layers)
+            found += [_room(config, name, spec, layer, shares, most) for layer, shares in loads.items()]
     if not found:
         raise RequestError(f"--load={load}: none of its layers is one of this config")
     return found
+
+
+def _without_buffer(spec: MoESpec, devices: int, tokens: int) -> str:
+    """The key, and why `buffer_factor` is nothing with it; '' where it counts."""
+    if not spec.exchanges(devices):
+        return "replicated=True exchanges nothing"
+    return f"exchange={spec.exchange} gathers, with room for everyone's pairs" if spec.gathers(tokens) else ""
 
 
 def _room(
     config: ExperimentConfig, block: str, spec: MoESpec, layer: Optional[str], shares: np.ndarray, most: float
 ) -> Room:
     devices, model = config.mesh.expert, config.model
-    if len(shares) != spec.num_experts:
-        raise RequestError(f"--load: {layer} has {len(shares)} experts there and {spec.num_experts} in the config")
     rows = config.microbatch_size // config.mesh.data * config.data.sequence_length * spec.experts_per_token
     of_device = shares.reshape(devices, -1).sum(-1)
     drawn = np.random.default_rng(0).multinomial(rows, of_device / of_device.sum(), size=DRAWS)
@@ -94,12 +105,13 @@ def needed_factor(loads: np.ndarray, most: float) -> float:
     return low / 1000
 
 
-def parse_load(text: str, spec: MoESpec) -> Shares:
+def parse_load(text: str, spec: MoESpec, layers: Collection[str] = ()) -> Shares:
     """'even'; 'zipf:A', the i-th expert being chosen as i^−A; 'one:F', one expert having that part of the pairs; or a
-    file of a run: routing/STEP.npz, or a trace. Assumed loads put the popular experts on the same device: the worst.
+    file of a run: routing/STEP.npz, or a trace, of which `layers` count. Assumed loads put the popular experts on the
+    same device: the worst.
 
     Raises:
-      RequestError: it is none of these.
+      RequestError: it is none of these, or of another number of experts.
     """
     kind, _, number = text.partition(":")
     if kind == "even" and not number:
@@ -113,7 +125,8 @@ def parse_load(text: str, spec: MoESpec) -> Shares:
             return {None: _limited(np.arange(1, spec.num_experts + 1) ** -value, spec.experts_per_token)}
         others = np.full(spec.num_experts - 1, (1 - value) / max(spec.num_experts - 1, 1))
         return {None: _limited(np.concatenate([[value], others]), spec.experts_per_token)}
-    return _measured(Path(text), spec.num_experts)
+    counts = _measured(Path(text), spec.scored_experts)
+    return {layer: _shares(text, layer, count, spec) for layer, count in counts.items() if layer in layers}
 
 
 def _number(text: str) -> Optional[float]:
@@ -135,7 +148,8 @@ def _limited(weights: np.ndarray, k: int) -> np.ndarray:
     return shares
 
 
-def _measured(path: Path, num_experts: int) -> Shares:
+def _measured(path: Path, num_experts: int) -> dict[str, np.ndarray]:
+    """Layer → pairs by expert, of at least so many."""
     try:
         with np.load(path) as file:
             counts = {name.removesuffix("/assigned"): file[name] for name in file if name.endswith("/assigned")}
@@ -145,7 +159,18 @@ def _measured(path: Path, num_experts: int) -> Shares:
     except (OSError, ValueError) as error:
         allowed = "even, zipf:A, one:F or a file of a run that can be read"
         raise RequestError(f"--load={path}: not {allowed} ({error})") from None
-    shares = {name: count[:num_experts] / max(count[:num_experts].sum(), 1) for name, count in counts.items()}
-    if not shares or any(share.sum() == 0 for share in shares.values()):
+    if not counts:
         raise RequestError(f"--load={path}: holds no loads of experts: neither LAYER/assigned nor LAYER/experts")
-    return {name: np.asarray(share, float) for name, share in shares.items()}
+    return counts
+
+
+def _shares(text: str, layer: str, counts: np.ndarray, spec: MoESpec) -> np.ndarray:
+    """Of the experts with a network, which come first."""
+    if len(counts) != spec.scored_experts:
+        raise RequestError(
+            f"--load={text}: {layer} has {len(counts)} experts there and {spec.scored_experts} in the config"
+        )
+    networks = np.asarray(counts[: spec.num_experts], float)
+    if networks.sum() == 0:
+        raise RequestError(f"--load={text}: {layer} has no pairs for experts with a network")
+    return networks / networks.sum()

@@ -123,7 +123,8 @@ def _time(config: ExperimentConfig, topology: Topology, tensors: Sequence[Tensor
     passes = config.train.accumulation * config.train.passes
     memory = 2 * state + 2 * parameters + passes * (4 * gathered + 2 * kept)
     sent = [
-        Traffic(kind=purpose, axes=ALONG[purpose], count=1, bytes=size, scopes=()) for purpose, size in least.items()
+        Traffic(purpose=purpose, kind=purpose, axes=ALONG[purpose], count=1, bytes=size, scopes=())
+        for purpose, size in least.items()
     ]
     return roofline(topology.device, products, memory, sent, mesh, topology.linked)
 

@@ -16,6 +16,7 @@ from sparsejax.plan.hlo import module_of
 from sparsejax.plan.layout import Layout
 from sparsejax.plan.live import Buffer
 from sparsejax.plan.products import Dot
+from sparsejax.plan.traffic import EXCHANGE, purpose_of
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.state import abstract_state, make_optimizer
 
@@ -111,7 +112,7 @@ def gathered_experts(found: Sequence[Collective]) -> Iterator[Finding]:
     """Gathers over the axes that experts and hidden widths are split along, which no layer needs."""
     for each in found:
         over = set(each.axes or ()) & {"expert", "tensor"}
-        if each.kind == "all-gather" and over and each.once >= SMALL:
+        if each.kind == "all-gather" and over and each.once >= SMALL and purpose_of(each) != EXCHANGE:
             yield Finding(
                 kind="gather of experts or tables",
                 what=f"all-gather along {'+'.join(each.axes or ())} in {module_of(each.scope)}",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import jax.numpy as jnp
 
@@ -18,8 +19,9 @@ SCOPES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """All collectives of a kind along the same axes of the mesh, in one step of one device."""
+    """All collectives of a kind along the same axes of the mesh for one purpose, in one step of one device."""
 
+    purpose: str
     kind: str
     axes: tuple[str, ...]  # empty where the devices of a group are no whole axes
     count: int
@@ -39,13 +41,16 @@ class Need:
 def by_kind(found: Sequence[Collective]) -> tuple[Traffic, ...]:
     """Most bytes first."""
     rows = []
-    for kind, axes in dict.fromkeys((each.kind, each.axes) for each in found):
-        same = [each for each in found if (each.kind, each.axes) == (kind, axes)]
+    groups: dict[tuple[str, str, Optional[tuple[str, ...]]], list[Collective]] = {}
+    for each in found:
+        groups.setdefault((purpose_of(each), each.kind, each.axes), []).append(each)
+    for (purpose, kind, axes), same in groups.items():
         scopes: dict[str, int] = {}
         for each in same:
             scopes[module_of(each.scope)] = scopes.get(module_of(each.scope), 0) + each.bytes
         rows.append(
             Traffic(
+                purpose=purpose,
                 kind=kind,
                 axes=axes or (),
                 count=sum(each.times for each in same),
@@ -63,9 +68,11 @@ TENSOR = "tensor parallelism"
 OTHER = "other"
 
 
-def purpose_of(row: Traffic) -> str:
-    """By its kind and axes: nothing else of a model goes along them."""
-    if row.kind in ("all-to-all", "ragged-all-to-all") and row.axes == ("expert",):
+def purpose_of(row: Collective) -> str:
+    """By its kind and axes: nothing else of a model goes along them. Only an exchange by gathers tells by its scope."""
+    to_all = row.kind in ("all-to-all", "ragged-all-to-all")
+    of_all = row.kind in ("all-gather", "reduce-scatter") and "/exchange/" in row.scope
+    if row.axes == ("expert",) and (to_all or of_all):
         return EXCHANGE
     if row.axes == ("tensor",):
         return TENSOR
@@ -81,7 +88,7 @@ def needs(config: ExperimentConfig, layout: Layout, traffic: Sequence[Traffic]) 
     least = least_bytes(config, layout.tensors)
     sent = dict.fromkeys((*least, OTHER), 0)
     for row in traffic:
-        sent[purpose_of(row)] += row.bytes
+        sent[row.purpose] += row.bytes
     rows = (Need(purpose=name, sent=size, least=least.get(name, 0)) for name, size in sent.items())
     return tuple(row for row in rows if row.sent or row.least)
 
@@ -89,7 +96,8 @@ def needs(config: ExperimentConfig, layout: Layout, traffic: Sequence[Traffic]) 
 def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str, int]:
     """Purpose → bytes that a device has to send in a step, of numbers in the type of computation.
 
-    * exchange: k pairs of every token there and back, forward and backward, (n − 1)/n of which leave the device;
+    * exchange: k pairs of every token there and back, forward and backward, (n − 1)/n of which leave the device; with
+      exchange=all_gather every token to all n devices, and nothing with replicated experts;
     * gathers: every parameter that is split over `data`, once a microbatch, twice where `model.remat` computes again;
     * gradients: a reduce-scatter of those, once a microbatch, and a sum of what a device holds over the axes of the
       batch that do not split it;
@@ -101,10 +109,9 @@ def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str
     tokens = config.microbatch_size // mesh.batch_shards * config.data.sequence_length
     remat = model.remat != "none"
     blocks = [model.blocks[layer.block] for layer in model.layers]
-    exchanged = sum(
-        spec.experts_per_token * spec.num_experts / spec.scored_experts for spec in blocks if isinstance(spec, MoESpec)
-    )
     split = mesh.expert if mesh.rules.experts == "expert" else 1
+    moe = [spec for spec in blocks if isinstance(spec, MoESpec) and spec.exchanges(split)]
+    exchanged = sum(_copies(spec, tokens, split) for spec in moe)
     exchange = passes * 4 * tokens * exchanged * d_model * number * _leaving(split)
     gathers = gradients = 0.0
     for tensor in (tensor for tensor in tensors if tensor.kind == "parameters"):
@@ -118,6 +125,13 @@ def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str
     tensor_parallel = passes * sums * 2 * tokens * d_model * number * _leaving(mesh.tensor)
     least = {EXCHANGE: exchange, GATHERS: gathers, GRADIENTS: gradients, TENSOR: tensor_parallel}
     return {name: round(size) for name, size in least.items()}
+
+
+def _copies(spec: MoESpec, tokens: int, devices: int) -> float:
+    """How often a token travels one way."""
+    if spec.grouped("train") and spec.gathers(tokens):
+        return devices
+    return spec.experts_per_token * spec.num_experts / spec.scored_experts
 
 
 def _leaving(devices: int) -> float:

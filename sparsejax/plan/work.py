@@ -128,7 +128,7 @@ def _rows_over_pairs(config: ExperimentConfig, row: Slots, backend: str) -> floa
     spec = moe_blocks(config.model)[row.block]
     if not spec.grouped("train"):
         return row.padded_flops / row.ideal_flops
-    if config.mesh.expert > 1 and config.mesh.rules.experts == "expert":
+    if config.mesh.rules.experts == "expert" and spec.exchanges(config.mesh.expert) and not spec.gathers():
         return spec.buffer_factor
     return 1.0 if spec.implementation(backend) != "slots" else row.padded_flops / row.ideal_flops
 

@@ -24,6 +24,11 @@ CONFIG = ExperimentConfig(
 )
 
 
+def of(**changes):
+    blocks = {"moe": dataclasses.replace(SPEC, **changes)}
+    return dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, blocks=blocks))
+
+
 @pytest.mark.parametrize(
     ("load", "shares"),
     [
@@ -72,6 +77,20 @@ def test_measured_loads(tmp_path):
     assert traced == found
 
 
+def test_experts_without_a_network_get_no_rows(tmp_path):
+    counts = np.array([70, 10, 5, 5, 4, 3, 2, 1])
+    np.savez(tmp_path / "100.npz", **{"00_moe/assigned": counts})
+    np.savez(tmp_path / "free.npz", **{"00_moe/assigned": np.append(counts, [40, 60])})
+    plain, free = CONFIG, of(zero_experts=2)
+    assert rooms(free, str(tmp_path / "free.npz"), 0.0) == rooms(plain, str(tmp_path / "100.npz"), 0.0)
+    for config, name in ((plain, "free.npz"), (free, "100.npz")):
+        with pytest.raises(RequestError, match=r"00_moe has .* experts there and .* in the config"):
+            rooms(config, str(tmp_path / name), 0.0)
+    np.savez(tmp_path / "trace.npz", **{"00_moe/experts": np.array([0, 1, 8, -1])})
+    with pytest.raises(RequestError, match="9 experts there and 8"):
+        rooms(plain, str(tmp_path / "trace.npz"), 0.0)
+
+
 @pytest.mark.parametrize(
     ("config", "load", "words"),
     [
@@ -79,6 +98,8 @@ def test_measured_loads(tmp_path):
         (CONFIG, "one:2", "--load=one:2: '2' is not a part of the pairs"),
         (CONFIG, "none.npz", "--load=none.npz: not even, zipf:A, one:F or a file"),
         (dataclasses.replace(CONFIG, mesh=MeshConfig(data=4)), "even", "nothing is exchanged"),
+        (of(replicated=True), "even", "config.model.blocks.moe.replicated=True exchanges nothing"),
+        (of(exchange="all_gather"), "even", "config.model.blocks.moe.exchange=all_gather gathers"),
     ],
 )
 def test_what_is_no_load_is_refused(config, load, words):

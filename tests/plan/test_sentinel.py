@@ -76,6 +76,7 @@ def gather(axes, size, scope="jit(step)/while/body/closed_call/feed_forward/shar
         (gather(("tensor",), 2**22), True),
         (gather(("data",), 2**22), False),  # parameters, as FSDP stores them
         (gather(("expert",), 4096), False),  # counts
+        (gather(("expert",), 2**22, "jit(step)/feed_forward/exchange/all_gather"), False),  # exchange=all_gather
         (dataclasses.replace(gather(("expert",), 2**22), kind="all-to-all"), False),
     ],
 )

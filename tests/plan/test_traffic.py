@@ -10,6 +10,7 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.plan.chips import CHIPS
+from sparsejax.plan.collectives import Collective
 from sparsejax.plan.layout import layout
 from sparsejax.plan.roofline import roofline
 from sparsejax.plan.traffic import (
@@ -19,7 +20,7 @@ from sparsejax.plan.traffic import (
     OTHER,
     TENSOR,
     Need,
-    Traffic,
+    by_kind,
     least_bytes,
     needs,
     purpose_of,
@@ -54,6 +55,17 @@ def test_the_exchange():
     assert least(dataclasses.replace(config, mesh=fixed))[EXCHANGE] == 0
 
 
+def test_replicated_experts_exchange_nothing_and_gathered_tokens_travel_to_all():
+    config = on(2, 4, 1)
+    of = lambda **changes: dataclasses.replace(  # noqa: E731
+        config,
+        model=dataclasses.replace(MODEL, blocks=BLOCKS | {"moe": dataclasses.replace(BLOCKS["moe"], **changes)}),
+    )
+    assert least(of(replicated=True))[EXCHANGE] == 0
+    assert least(of(dispatch="grouped", exchange="all_gather"))[EXCHANGE] == 2 * 4 * TOKENS // 8 * 3 * 16 * 2
+    assert least(of(exchange="all_gather")) == least(config), "slots are exchanged by all-to-all"
+
+
 def test_parameters_are_gathered_and_their_gradients_scattered():
     """All but the norms (5 × 16) are split over `data`; the norms' gradients are a sum that all get."""
     found = layout(on(4, 1, 1))
@@ -72,8 +84,11 @@ def test_tensor_parallelism_sums_the_outputs_of_layers():
     assert told[TENSOR] == 2 * (4 * 2 + 2) * 2 * TOKENS * 16 * 2 * 3 // 4 and told[GATHERS] == 0
 
 
-def row(kind, axes, size=100):
-    return Traffic(kind=kind, axes=axes, count=1, bytes=size, scopes=())
+def sent(kind, axes, size=100, scope="jit(step)/while/body/feed_forward/op"):
+    return Collective(kind=kind, axes=axes, scope=scope, once=size, times=1, loop_unknown=False)
+
+
+MOVED = "jit(step)/while/body/feed_forward/exchange/op"
 
 
 @pytest.mark.parametrize(
@@ -91,19 +106,29 @@ def row(kind, axes, size=100):
     ],
 )
 def test_what_a_collective_is_for(kind, axes, purpose):
-    assert purpose_of(row(kind, axes)) == purpose
+    assert purpose_of(sent(kind, axes)) == purpose
+
+
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter"])
+def test_gathers_of_tokens_are_known_by_their_scope(kind):
+    """They are a row of their own beside gathers along the same axis."""
+    rows = by_kind([sent(kind, ("expert",), 7, MOVED), sent(kind, ("expert",), 50), sent(kind, ("expert",), 2, MOVED)])
+    assert [row.bytes for row in rows if row.purpose == EXCHANGE] == [9]
+    assert [row.bytes for row in rows if row.purpose != EXCHANGE] == [50]
+    assert purpose_of(sent(kind, ("data",), scope=MOVED)) != EXCHANGE
 
 
 def test_sent_beside_least():
     config = on(2, 4, 1)
-    told = {each.purpose: each for each in needs(config, layout(config), [row("all-to-all", ("expert",), 7)])}
+    moved = by_kind([sent("all-to-all", ("expert",), 7)])
+    told = {each.purpose: each for each in needs(config, layout(config), moved)}
     assert told[EXCHANGE] == Need(purpose=EXCHANGE, sent=7, least=least(config)[EXCHANGE])
     assert told[GATHERS].sent == 0 and TENSOR not in told and OTHER not in told
 
 
 def test_the_longest_of_three_bounds_a_step():
     chip = CHIPS["v5e"]
-    time = roofline(chip, 197e12, 819e9 * 2, [row("all-gather", ("data",), 100 * 10**9)], (4, 4, 1), 16)
+    time = roofline(chip, 197e12, 819e9 * 2, by_kind([sent("all-gather", ("data",), 100 * 10**9)]), (4, 4, 1), 16)
     assert (time.products, time.memory, time.links) == (1, 2, 0.5)
     assert (time.bound, time.shortest, time.longest) == ("memory", 2, 3.5)
 
@@ -111,7 +136,8 @@ def test_the_longest_of_three_bounds_a_step():
 def test_what_goes_beyond_a_host_goes_at_the_speed_of_its_network():
     """Two hosts of 8: the axis expert stays inside one."""
     chip = CHIPS["h100"]
-    seconds = lambda axes: roofline(chip, 0, 0, [row("all-reduce", axes, 450 * 10**9)], (2, 8, 1), 8).links  # noqa: E731
+    moved = lambda axes: by_kind([sent("all-reduce", axes, 450 * 10**9)])  # noqa: E731
+    seconds = lambda axes: roofline(chip, 0, 0, moved(axes), (2, 8, 1), 8).links  # noqa: E731
     assert seconds(("expert",)) == 1
     assert seconds(("data",)) == seconds(("data", "expert")) == seconds(()) == 9
 
