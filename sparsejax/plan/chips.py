@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 GIB = 1024**3
 
@@ -10,7 +10,7 @@ GIB = 1024**3
 @dataclass(frozen=True, kw_only=True)
 class Chip:
     """Peak rates per second. `links`: bytes that leave it towards its neighbours in a slice or host, one direction;
-    `network`: towards other slices or hosts, None where it is not published."""
+    `network`: towards other slices or hosts."""
 
     name: str
     platform: Literal["tpu", "cuda"] = "tpu"
@@ -18,33 +18,21 @@ class Chip:
     memory: int  # bytes
     memory_bandwidth: float  # bytes
     links: float
-    network: Optional[float]
+    network: float
     cores: int = 1  # that JAX shows as devices of their own
     source: str
 
     @property
     def of_device(self) -> "Chip":
         """The share of one device."""
-        share = {name: getattr(self, name) / self.cores for name in ("flops", "memory_bandwidth", "links")}
-        network = None if self.network is None else self.network / self.cores
-        return dataclasses.replace(self, **share, memory=self.memory // self.cores, network=network, cores=1)
+        share = {name: getattr(self, name) / self.cores for name in ("flops", "memory_bandwidth", "links", "network")}
+        return dataclasses.replace(self, **share, memory=self.memory // self.cores, cores=1)
 
 
 _TPUS = "https://docs.cloud.google.com/tpu/docs"
 CHIPS = {
     chip.name: chip
     for chip in (
-        # Its six links are of 50 GB/s each way (Jouppi et al., arXiv:2304.01433).
-        Chip(
-            name="v4",
-            flops=275e12,
-            memory=32 * GIB,
-            memory_bandwidth=1200e9,
-            links=300e9,
-            network=None,
-            cores=2,
-            source=f"{_TPUS}/v4",
-        ),
         # Pages on TPUs give the interconnect in both directions together, and the network in bits.
         Chip(
             name="v5e",
@@ -84,36 +72,16 @@ CHIPS = {
             source=f"{_TPUS}/tpu7x",
         ),
         # NVLink is half of what is given for both directions; the network is that of NVIDIA's own DGX systems, one
-        # adapter of 200 (A100) or 400 Gb/s for each GPU.
-        Chip(
-            name="a100",
-            platform="cuda",
-            flops=312e12,
-            memory=80 * 10**9,
-            memory_bandwidth=2039e9,
-            links=300e9,
-            network=200e9 / 8,
-            source="https://www.nvidia.com/en-us/data-center/a100/",
-        ),
+        # adapter of 400 Gb/s for each GPU; the memory is what its compiler is told.
         Chip(
             name="h100",
             platform="cuda",
             flops=989.4e12,
-            memory=80 * 10**9,
+            memory=84978434048,
             memory_bandwidth=3350e9,
             links=450e9,
             network=400e9 / 8,
             source="https://www.nvidia.com/en-us/data-center/h100/",
-        ),
-        Chip(
-            name="b200",
-            platform="cuda",
-            flops=2250e12,
-            memory=180 * 10**9,
-            memory_bandwidth=8000e9,
-            links=900e9,
-            network=400e9 / 8,
-            source="https://www.nvidia.com/en-us/data-center/dgx-b200/",
         ),
     )
 }

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from sparsejax.plan.format import bytes_, flops, mesh_name, rows_of, seconds
 from sparsejax.plan.pod import CompiledStep, DoesNotFit
-from sparsejax.plan.search import Candidate, why
+from sparsejax.plan.search import Candidate, verdict, why
 
 
 def step_tables(steps: Sequence[CompiledStep | DoesNotFit]) -> Iterator[tuple[str, Table]]:
@@ -30,27 +30,17 @@ def search_tables(topology: str, found: Sequence[Candidate]) -> Iterator[tuple[s
     """The ranking, and what the compiler says of the best."""
     rows = []
     for place, each in enumerate(found, start=1):
+        name, against = (str(place), mesh_name(each.mesh)), why(each, found[0])
         if each.time is None:
-            rows.append((str(place), mesh_name(each.mesh), "-", "-", "-", "-", why(each, found[0])))
+            rows.append((*name, "-", "-", "-", "-", against))
             continue
         done = each.compiled
         compiled = (bytes_(done.total), seconds(done.time.shortest)) if isinstance(done, CompiledStep) else ("", "")
         predicted = (bytes_(each.bytes_per_device), seconds(each.time.shortest))
-        against = verdict(done) if done is not None and not done.fits else why(each, found[0])
-        rows.append((str(place), mesh_name(each.mesh), predicted[0], compiled[0], predicted[1], compiled[1], against))
+        rows.append((*name, predicted[0], compiled[0], predicted[1], compiled[1], against))
     headers = ("", "mesh", "bytes per device", "compiled", "shortest step", "compiled", "what speaks against it")
     yield f"Meshes of {topology} (data × expert × tensor), best first", rows_of(headers, (), rows)
     yield from step_tables([each.compiled for each in found if each.compiled is not None])
-
-
-def verdict(step: CompiledStep | DoesNotFit) -> str:
-    """Whether it fits, in a few words."""
-    if isinstance(step, CompiledStep):
-        left = step.memory - step.total
-        return f"fits, {bytes_(left)} left" if step.fits else f"does not fit: {bytes_(-left)} too much"
-    if step.needed is None or step.memory is None:
-        return f"does not fit: {step.message}"
-    return f"does not fit: needs {bytes_(step.needed)} of {bytes_(step.memory)}"
 
 
 def _memory(step: CompiledStep) -> Table:

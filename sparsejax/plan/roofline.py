@@ -45,4 +45,4 @@ def speed(chip: Chip, axes: Sequence[str], mesh: tuple[int, ...], linked: int) -
     """Bytes a second that a device sends along these axes; devices stand in the order of the mesh's axes."""
     # The devices of a group lie within this many in a row.
     spread = math.prod(mesh[min(AXES.index(axis) for axis in axes) :])
-    return chip.links if spread <= linked or chip.network is None else chip.network
+    return chip.links if spread <= linked else chip.network

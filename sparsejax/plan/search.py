@@ -14,6 +14,7 @@ from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.plan.abstract import abstract_batch, abstract_mesh, device_bytes
 from sparsejax.plan.activations import saved_for_backward
 from sparsejax.plan.estimate import on_mesh
+from sparsejax.plan.format import bytes_
 from sparsejax.plan.layout import Tensor, layout, tensors_of
 from sparsejax.plan.pod import CompiledStep, DoesNotFit, compile_step
 from sparsejax.plan.roofline import Roofline, roofline
@@ -41,14 +42,26 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        return self.refused is None and self.bytes_per_device <= self.memory
+        """As predicted, and as compiled where it is."""
+        compiled = self.compiled is None or self.compiled.fits
+        return self.refused is None and self.too_much == 0 and compiled
 
     @property
-    def rank(self) -> tuple[bool, int, float, float, Mesh]:
-        """Less is better: those that fit, by their time if all is done at once, then one after the other."""
-        shortest, longest = (self.time.shortest, self.time.longest) if self.time else (0.0, 0.0)
-        too_much = max(0, self.bytes_per_device - self.memory)
-        return self.refused is not None, too_much, shortest, longest, self.mesh
+    def too_much(self) -> int:
+        """Predicted bytes that a device has no room for."""
+        return max(0, self.bytes_per_device - self.memory)
+
+    @property
+    def compiled_time(self) -> Optional[Roofline]:
+        return self.compiled.time if isinstance(self.compiled, CompiledStep) else None
+
+    @property
+    def rank(self) -> tuple[bool, bool, int, bool, float, float, Mesh]:
+        """Less is better: those that fit, compiled before predicted, by their time if all is done at once, then one
+        after the other."""
+        time = self.compiled_time or self.time
+        times = (time.shortest, time.longest) if time else (0.0, 0.0)
+        return self.refused is not None, not self.fits, self.too_much, self.compiled_time is None, *times, self.mesh
 
     def to_dict(self) -> dict[str, Any]:
         record = {"mesh": self.mesh, "refused": self.refused, "fits": self.fits}
@@ -60,7 +73,7 @@ class Candidate:
 
 
 def search(config: ExperimentConfig, topology: str, compile_best: int) -> list[Candidate]:
-    """Every mesh of all devices of the topology, best first; of the first that fit, what the compiler says.
+    """Every mesh of all devices of the topology, best first; of the first by prediction, what the compiler says.
 
     Raises:
       RequestError: no mesh goes with this config, or the topology is none.
@@ -71,7 +84,8 @@ def search(config: ExperimentConfig, topology: str, compile_best: int) -> list[C
         raise RequestError(f"no mesh of {asked.num_devices} devices goes with this config: {found[0].refused}")
     ranked = sorted(found, key=lambda each: each.rank)
     best = [each for each in ranked if each.fits][:compile_best]
-    return [_compiled(config, topology, each) if each in best else each for each in ranked]
+    told = [_compiled(config, topology, each) if each in best else each for each in ranked]
+    return sorted(told, key=lambda each: each.rank)
 
 
 def meshes(devices: int) -> Iterator[Mesh]:
@@ -138,13 +152,28 @@ def why(candidate: Candidate, best: Candidate) -> str:
     """What speaks against a mesh, in a few words; '' for the best."""
     if candidate.refused is not None:
         return candidate.refused
-    if not candidate.fits:
-        return f"does not fit: {(candidate.bytes_per_device - candidate.memory) / 2**30:.3g} GiB too much"
+    if candidate.compiled is not None and not candidate.compiled.fits:
+        return verdict(candidate.compiled)
+    if candidate.too_much:
+        return f"does not fit: {candidate.too_much / 2**30:.3g} GiB too much"
     assert candidate.time is not None and best.time is not None
     if candidate.mesh == best.mesh:
         return ""
-    slower = candidate.time.shortest / best.time.shortest
+    time, least = candidate.time, best.time
+    if candidate.compiled_time is not None and best.compiled_time is not None:
+        time, least = candidate.compiled_time, best.compiled_time
+    slower = time.shortest / least.shortest
     if slower > 1.005:
-        return f"{slower:.2f} × the best: bound by {candidate.time.bound}"
-    parts = {name: getattr(candidate.time, name) - getattr(best.time, name) for name in ("products", "memory", "links")}
+        return f"{slower:.2f} × the best: bound by {time.bound}"
+    parts = {name: getattr(time, name) - getattr(least, name) for name in ("products", "memory", "links")}
     return f"as fast if all overlaps, else more {max(parts, key=lambda name: parts[name])}"
+
+
+def verdict(step: CompiledStep | DoesNotFit) -> str:
+    """Whether it fits, in a few words."""
+    if isinstance(step, CompiledStep):
+        left = step.memory - step.total
+        return f"fits, {bytes_(left)} left" if step.fits else f"does not fit: {bytes_(-left)} too much"
+    if step.needed is None or step.memory is None:
+        return f"does not fit: {step.message}"
+    return f"does not fit: needs {bytes_(step.needed)} of {bytes_(step.memory)}"

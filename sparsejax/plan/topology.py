@@ -52,16 +52,15 @@ class Topology:
 
 def parse_topology(text: str) -> Topology:
     """Raises `RequestError` for what is no 'KIND:NxM'."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text)
     if found is None:
         raise RequestError(
             f"--topology={text!r} is not KIND:NxM, such as v5e:4x4, v5p:8x8x8 or h100:2x8 (hosts × GPUs)"
         )
     kind, sizes = found[1], tuple(map(int, found[2].split("x")))
-    known = [name for name, chip in CHIPS.items() if chip.platform == "tpu" or _target(chip).is_file()]
-    if kind not in known:
-        near = did_you_mean(kind, known)
-        raise RequestError(f"--topology={text}: no description of {kind!r}; known: {', '.join(known)}.{near}")
+    if kind not in CHIPS:
+        near = did_you_mean(kind, list(CHIPS))
+        raise RequestError(f"--topology={text}: no description of {kind!r}; known: {', '.join(CHIPS)}.{near}")
     if CHIPS[kind].platform == "cuda" and len(sizes) != 2:
         raise RequestError(f"--topology={text}: GPUs are hosts × GPUs of a host, such as {kind}:2x8")
     return Topology(name=text, sizes=sizes, chip=CHIPS[kind])
@@ -99,25 +98,23 @@ def _tpus(topology: Topology) -> Sequence[Any]:
         raise RequestError("the TPU compiler is not installed: pip install -e '.[plan]'")
     for name, value in SILENCE.items():
         os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
-    except Exception as error:
-        raise RequestError(f"no TPU topology {topology.name!r}: {str(error).splitlines()[0]}") from error
+    return _described(topology, topology.name, platform="tpu")
 
 
 def _gpus(topology: Topology) -> Sequence[Any]:
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         raise RequestError("the GPU compiler is not installed: pip install -e '.[plan-gpu]'")
-    from jax.experimental import topologies
-
     jax.devices("cpu")  # looks for plugins, and so finds the compiler
     hosts, each = topology.sizes
-    target = _target(topology.chip).read_text()
-    sizes = f"1x{hosts}x{each}"
-    return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=sizes).devices
+    target = (TARGETS / f"{topology.chip.name}.txtpb").read_text()
+    return _described(topology, "", platform="cuda", target_config=target, topology=f"1x{hosts}x{each}")
 
 
-def _target(chip: Chip) -> Path:
-    return TARGETS / f"{chip.name}.txtpb"
+def _described(asked: Topology, name: str, **options: str) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(name, **options).devices
+    except Exception as error:
+        kind, cause = asked.backend.upper(), str(error).partition("\n")[0]
+        raise RequestError(f"no {kind} topology {asked.name!r}: {cause}") from error

@@ -1,6 +1,7 @@
 """The ranking of meshes: what the config allows, what fits, what is fast, and what is said of the others."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 
@@ -16,10 +17,11 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.plan import search as search_module
 from sparsejax.plan.format import print_tables
 from sparsejax.plan.layout import layout
-from sparsejax.plan.pod import DoesNotFit, out_of_memory
+from sparsejax.plan.pod import CompiledStep, DoesNotFit, Flops, out_of_memory
 from sparsejax.plan.pod_tables import search_tables
+from sparsejax.plan.roofline import Roofline
 from sparsejax.plan.search import meshes, search, why
-from sparsejax.plan.topology import parse_topology
+from sparsejax.plan.topology import described_mesh, parse_topology
 from sparsejax.train.config import ExperimentConfig
 
 CONFIG = ExperimentConfig(
@@ -93,11 +95,46 @@ def test_the_best_are_compiled(monkeypatch, ranking):
     monkeypatch.setattr(search_module, "compile_step", compile_step)
     monkeypatch.setattr(search_module, "layout", lambda config: None)
     found = search(CONFIG, "v5e:2x4", 2)
-    assert asked == [(each.mesh, "v5e:2x4") for each in ranking[:2]]
+    first = [each.mesh for each in ranking]
+    assert asked == [(mesh, "v5e:2x4") for mesh in first[:2]]
+    assert [each.mesh for each in found] == [*first[2:6], *first[:2], *first[6:]], "too large: behind those that fit"
+    assert why(found[0], found[0]) == "" and "of 16 GiB" in why(found[4], found[0])
     stream = io.StringIO()
     print_tables(search_tables("v5e:2x4", found), stream)
     assert stream.getvalue().count("does not fit: needs 20 GiB of 16 GiB") == 4, "in the ranking, and on its own"
     json.dumps([each.to_dict() for each in found])
+
+
+def test_what_is_compiled_ranks_by_that_before_what_is_predicted(monkeypatch, ranking):
+    """Of three compiled, the first is slower than the second by the compiler, and the third is too large."""
+    known, first = {each.mesh: each for each in ranking}, [each.mesh for each in ranking]
+    seconds, total = dict(zip(first, (9.0, 6.0, 1.0), strict=False)), dict(zip(first, (10, 10, 30), strict=False))
+
+    def compile_step(config, topology, layout):
+        mesh = config.mesh.shape
+        return CompiledStep(
+            topology=topology,
+            mesh=mesh,
+            seconds=1.0,
+            bytes_per_device={"parameters": total[mesh] * 2**30},
+            peak=0,
+            memory=16 * 2**30,
+            largest=(),
+            flops=Flops(ideal=1, ideal_attention=0, padded=1, compiled=1, attention=0),
+            time=Roofline(products=0.0, memory=seconds[mesh], links=0.0),
+            traffic=(),
+            needs=(),
+            findings=(),
+            loop_unknown=False,
+        )
+
+    monkeypatch.setattr(search_module, "_candidate", lambda config, mesh, *_: known[mesh])
+    monkeypatch.setattr(search_module, "compile_step", compile_step)
+    monkeypatch.setattr(search_module, "layout", lambda config: None)
+    found = search(CONFIG, "v5e:2x4", 3)
+    assert [each.mesh for each in found[:6]] == [first[1], first[0], *first[3:6], first[2]]
+    assert why(found[1], found[0]) == "1.50 × the best: bound by memory"
+    assert why(found[5], found[0]) == "does not fit: 14 GiB too much"
 
 
 def test_no_mesh_at_all():
@@ -111,7 +148,8 @@ def test_no_mesh_at_all():
     [
         (["--search"], "--search needs --topology"),
         (["--search", "--topology=v5e:2x2", "--mesh=4,1,1"], "takes no --mesh"),
-        (["--search", "--topology=v5f:2x2"], "no description of 'v5f'; known: v4, v5e, v5p, v6e, tpu7x, h100"),
+        (["--search", "--topology=v5f:2x2"], "no description of 'v5f'; known: v5e, v5p, v6e, tpu7x, h100"),
+        (["--search", "--topology=h100:0x4"], "'h100:0x4' is not KIND:NxM"),
         (["--topology=h100:8"], "hosts × GPUs of a host, such as h100:2x8"),
         (["--imbalance=1", "--topology=v5e:2x2"], "--imbalance compiles nothing"),
         (["--topology=v5e"], "is not KIND:NxM"),
@@ -121,6 +159,22 @@ def test_wrong_requests(flags, words, capsys):
     assert main(["plan", "--config=configs/tiny.py", *flags]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+def test_what_a_compiler_does_not_describe_is_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("no such thing\nand much more")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    compilers, find_spec = ("libtpu", "jax_plugins", "jax_plugins.xla_cuda13"), importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in compilers or find_spec(name))
+    monkeypatch.setattr("sparsejax.plan.topology.SILENCE", {})
+    for text, kind in (("h100:2x8", "GPU"), ("v5e:3x5", "TPU")):
+        with (
+            pytest.raises(RequestError, match=f"^no {kind} topology '{text}': no such thing$"),
+            described_mesh(text, MeshConfig()),
+        ):
+            pass
 
 
 def test_a_topology_knows_its_devices():

@@ -13,6 +13,7 @@ from sparsejax.plan.chips import CHIPS
 from sparsejax.plan.collectives import Collective
 from sparsejax.plan.layout import layout
 from sparsejax.plan.roofline import roofline
+from sparsejax.plan.topology import TARGETS
 from sparsejax.plan.traffic import (
     EXCHANGE,
     GATHERS,
@@ -145,6 +146,11 @@ def test_what_goes_beyond_a_host_goes_at_the_speed_of_its_network():
 def test_chips():
     for chip in CHIPS.values():
         assert chip.source.startswith("https://") and 1e14 < chip.flops < 1e16
-        assert chip.memory_bandwidth > chip.links > (chip.network or 0)
+        assert chip.memory_bandwidth > chip.links > chip.network
         assert chip.of_device.flops * chip.cores == chip.flops
     assert CHIPS["tpu7x"].of_device.memory == 96 * 1024**3
+
+
+@pytest.mark.parametrize("chip", [chip for chip in CHIPS.values() if chip.platform == "cuda"], ids=lambda c: c.name)
+def test_a_gpu_has_the_memory_that_its_compiler_is_told_of(chip):
+    assert f"device_memory_size: {chip.memory}\n" in (TARGETS / f"{chip.name}.txtpb").read_text()
