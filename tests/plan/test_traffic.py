@@ -26,6 +26,7 @@ from sparsejax.plan.traffic import (
     needs,
     purpose_of,
 )
+from sparsejax.plan.work import expert_flops
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 
 BLOCKS = {"dense": DenseSpec(d_ff=32), "moe": MoESpec(num_experts=8, d_ff=32, router=MoESpec().router)}
@@ -38,6 +39,11 @@ TOKENS = 8 * 8  # of a microbatch
 
 def on(data, expert, tensor, config=CONFIG):
     return dataclasses.replace(config, mesh=MeshConfig(data=data, expert=expert, tensor=tensor))
+
+
+def with_experts(config, **changes):
+    blocks = BLOCKS | {"moe": dataclasses.replace(BLOCKS["moe"], **changes)}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=blocks))
 
 
 def least(config):
@@ -58,13 +64,16 @@ def test_the_exchange():
 
 def test_replicated_experts_exchange_nothing_and_gathered_tokens_travel_to_all():
     config = on(2, 4, 1)
-    of = lambda **changes: dataclasses.replace(  # noqa: E731
-        config,
-        model=dataclasses.replace(MODEL, blocks=BLOCKS | {"moe": dataclasses.replace(BLOCKS["moe"], **changes)}),
-    )
-    assert least(of(replicated=True))[EXCHANGE] == 0
-    assert least(of(dispatch="grouped", exchange="all_gather"))[EXCHANGE] == 2 * 4 * TOKENS // 8 * 3 * 16 * 2
-    assert least(of(exchange="all_gather")) == least(config), "slots are exchanged by all-to-all"
+    assert least(with_experts(config, replicated=True))[EXCHANGE] == 0
+    gathered = with_experts(config, dispatch="grouped", exchange="all_gather")
+    assert least(gathered)[EXCHANGE] == 2 * 4 * TOKENS // 8 * 3 * 16 * 2
+    assert least(with_experts(config, exchange="all_gather")) == least(config), "slots are exchanged by all-to-all"
+
+
+@pytest.mark.parametrize("changes", [{"replicated": True}, {"exchange": "all_gather"}])
+def test_without_a_buffer_its_factor_adds_no_rows(changes):
+    of = lambda **more: expert_flops(with_experts(on(2, 4, 1), dispatch="grouped", **more), "tpu")  # noqa: E731
+    assert of(buffer_factor=3.0, **changes) == of(**changes) == of() / 2 == of(buffer_factor=3.0) / 3
 
 
 def test_parameters_are_gathered_and_their_gradients_scattered():
