@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from sparsejax.base.errors import RequestError
-from sparsejax.launch.job import KILLED, STOPPED, Rendered, Request, check_value, default_name, shared_folder
+from sparsejax.launch.job import KILLED, STOPPED, WRONG, Rendered, Request, check_value, default_name, shared_folder
 from sparsejax.launch.topology import GPUS, Slice, parse_slice
 from sparsejax.launch.xla_flags import environment
 
@@ -118,9 +118,11 @@ def _job(models: Any, hosts: int, pod: Any) -> Any:
     """The job of one slice. It fails as a whole; its reason, and message, tell the JobSet what to make of it."""
     stopped = models.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[STOPPED, KILLED])
     taken = models.V1PodFailurePolicyOnPodConditionsPattern(type="DisruptionTarget", status="True")
+    wrong = models.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[WRONG])
     rules = [
         models.V1PodFailurePolicyRule(action="FailJob", on_exit_codes=stopped),
         models.V1PodFailurePolicyRule(action="FailJob", on_pod_conditions=[taken]),
+        models.V1PodFailurePolicyRule(action="FailJob", on_exit_codes=wrong),
     ]
     spec = models.V1JobSpec(
         parallelism=hosts,
@@ -136,6 +138,13 @@ def _job(models: Any, hosts: int, pod: Any) -> Any:
 def _jobset(name: str, args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     # A slice has a node pool of its own, which no other job of the set may use.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    # All rules of the job give the same reason; its message ends in "… with exit code 2 matching FailJob rule at …".
+    wrong = {
+        "name": "wrong",
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureMessagePatterns": [f"exit code {WRONG} "],
+    }
     preempted = {
         "name": "preempted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
@@ -151,7 +160,7 @@ def _jobset(name: str, args: argparse.Namespace, job: dict[str, Any]) -> dict[st
         },
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {"maxRestarts": args.max_restarts, "rules": [preempted]},
+            "failurePolicy": {"maxRestarts": args.max_restarts, "rules": [wrong, preempted]},
             "replicatedJobs": [{"name": JOB, "replicas": args.slices, "template": job}],
         },
     }

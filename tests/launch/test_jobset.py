@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -107,12 +108,27 @@ def test_preemptions_are_not_counted_as_failures():
     jobset, _ = manifest(*FLAGS["slices"])
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 9
-    assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [
-        ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
-    ]
-    stopped, taken = job_of(jobset)["podFailurePolicy"]["rules"]
+    last = policy["rules"][-1]
+    assert last["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert last["onJobFailureReasons"] == ["PodFailurePolicy"]
+    stopped, taken, _ = job_of(jobset)["podFailurePolicy"]["rules"]
     assert stopped == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [75, 143]}}
     assert taken["action"] == "FailJob" and taken["onPodConditions"][0]["type"] == "DisruptionTarget"
+
+
+@needs_client
+def test_a_wrong_request_is_made_once():
+    """Status 2, and neither a preemption nor 20 or 12, by what Kubernetes says of the job."""
+    jobset, _ = manifest(*FLAGS["slices"])
+    wrong = job_of(jobset)["podFailurePolicy"]["rules"][-1]
+    assert wrong == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
+    first = jobset["spec"]["failurePolicy"]["rules"][0]
+    assert (first["action"], first["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    (pattern,) = first["onJobFailureMessagePatterns"]
+    message = (
+        "Container train for pod default/tiny-workers-0-2 failed with exit code {} matching FailJob rule at index 2"
+    )
+    assert [code for code in (2, 12, 20, 75, 143) if re.search(pattern, message.format(code))] == [2]
 
 
 @needs_client
