@@ -6,6 +6,9 @@ set -u
 slice=quickstart
 place=(--project=lab --zone=us-east5-a)
 resources=(gcloud compute tpus queued-resources)
+command -v gcloud >/dev/null || { echo "failed: there is no gcloud here" >&2; exit 1; }
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
 
 # What each host runs.
 IFS= read -r -d '' worker <<'WORKER' || :
@@ -26,8 +29,13 @@ echo "$$" >/dev/shm/quickstart.pid
 exec python3 -m sparsejax train --config=configs/quickstart.py --workdir=/mnt/runs/quickstart --mesh=4,4,1 --config.model.blocks.moe.group_size=512 --config.data.batch_size=64 --expect-processes=4 --stopped-status=75 --distributed=tpu
 WORKER
 
+# Prints nothing where there is no slice. Any other error, such as one of the network, says nothing about it.
 state() {
-  "${resources[@]}" describe "$slice" "${place[@]}" --format='value(state.state)' 2>/dev/null
+  until "${resources[@]}" describe "$slice" "${place[@]}" --format='value(state.state)' 2>"$errors"; do
+    grep -q NOT_FOUND "$errors" && return
+    cat "$errors" >&2
+    sleep 30
+  done
 }
 
 failures=0
@@ -57,7 +65,8 @@ while :; do
     SUSPENDED) "${resources[@]}" delete "$slice" "${place[@]}" --quiet --force ;;
     '')
       "${resources[@]}" create "$slice" "${place[@]}" \
-        --accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --node-count=2 --node-prefix=quickstart --spot || exit 1
+        --accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --node-count=2 --node-prefix=quickstart --spot ||
+        [ -n "$(state)" ] || exit 1 # else it was made, and only the answer was lost
       ;;
   esac
   sleep 30

@@ -46,13 +46,21 @@ set -u
 slice={name}
 place=({place})
 resources=(gcloud compute tpus queued-resources)
+command -v gcloud >/dev/null || {{ echo "failed: there is no gcloud here" >&2; exit 1; }}
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
 
 # What each host runs.
 IFS= read -r -d '' worker <<'{end}' || :
 {worker}{end}
 
+# Prints nothing where there is no slice. Any other error, such as one of the network, says nothing about it.
 state() {{
-  "${{resources[@]}}" describe "$slice" "${{place[@]}}" --format='value(state.state)' 2>/dev/null
+  until "${{resources[@]}}" describe "$slice" "${{place[@]}}" --format='value(state.state)' 2>"$errors"; do
+    grep -q NOT_FOUND "$errors" && return
+    cat "$errors" >&2
+    sleep 30
+  done
 }}
 
 failures=0
@@ -82,7 +90,8 @@ while :; do
     SUSPENDED) "${{resources[@]}}" delete "$slice" "${{place[@]}}" --quiet --force ;;
     '')
       "${{resources[@]}}" create "$slice" "${{place[@]}}" \\
-        {create} || exit 1
+        {create} ||
+        [ -n "$(state)" ] || exit 1 # else it was made, and only the answer was lost
       ;;
   esac
   sleep 30

@@ -1,5 +1,6 @@
 """The script for Cloud TPU, on a `gcloud` that plays a slice which comes and goes."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -51,7 +52,7 @@ def test_accelerator_types_count_as_the_cloud_does():
     assert "v6e-8" in job("--topology=v6e:2x4", "--mesh=1,8,1") and "--distributed" not in job("--topology=v6e:1x1")
 
 
-def run(text, folder, states, statuses):
+def run(text, folder, states, statuses, create=0):
     """The script's status and what it asked of gcloud, where the slice is in these states and training ends so."""
     calls = folder / "calls"
     calls.touch()
@@ -66,7 +67,10 @@ past = open(path).read().split()
 print(verb, file=open(path, "a"))
 if verb == "describe":
     state = ({states!r} + ["ACTIVE"] * 9)[past.count("describe")]
-    exit(print(state) if state else 1)
+    print("a warning", file=sys.stderr)
+    exit(state if state.startswith("ERROR") else print(state) if state else "ERROR: NOT_FOUND: no such resource")
+if verb == "create":
+    exit({create})
 if verb == "ssh":
     exit({statuses!r}[past.count("ssh")])
 """,
@@ -90,6 +94,8 @@ if verb == "ssh":
             ["ssh", "delete", "create", "ssh", "ssh", "ssh", "delete"],
         ),
         (["FAILED"], [], 1, ["delete"]),
+        # an answer that does not come is asked for again: the slice is neither made twice, nor is this a failure
+        (["ERROR: UNAVAILABLE", "ACTIVE", "ERROR: UNAVAILABLE"], [1, 1, 0], 0, ["ssh", "ssh", "ssh", "delete"]),
     ],
 )
 def test_the_slice_is_asked_for_until_the_run_is_finished(states, statuses, status, calls, tmp_path):
@@ -97,10 +103,17 @@ def test_the_slice_is_asked_for_until_the_run_is_finished(states, statuses, stat
 
 
 def test_a_request_that_the_cloud_refuses_is_made_once(tmp_path):
-    text = job(*SLICE).replace("resources=(gcloud", "resources=(refuse")
-    program(tmp_path, "refuse", "exit(sys.argv[4] == 'create' or 1)")
-    done = subprocess.run(["bash", "-c", text], env=with_programs(tmp_path), capture_output=True, timeout=30)
-    assert done.returncode == 1
+    assert run(job(*SLICE), tmp_path, ["", ""], [], create=1) == (1, ["create"])
+
+
+def test_a_request_that_the_cloud_took_without_saying_so_is_not_lost(tmp_path):
+    assert run(job(*SLICE), tmp_path, ["", "CREATING"], [0], create=1) == (0, ["create", "ssh", "delete"])
+
+
+def test_without_gcloud_nothing_is_asked(tmp_path):
+    bash = shutil.which("bash") or ""
+    done = subprocess.run([bash, "-c", job(*SLICE)], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "failed: there is no gcloud here\n")
 
 
 def test_words_reach_the_hosts_as_they_are(tmp_path):
