@@ -4,28 +4,31 @@ import argparse
 import shlex
 import sys
 
-from sparsejax.launch.job import Rendered, Request, exports
+from sparsejax.base.job import HEARD, HEARTBEAT
+from sparsejax.launch.job import KILLED, Rendered, Request, exports
 
-KILL_AFTER = 10  # seconds that the others have to say what they know when one process has failed
+KILL_AFTER = 2 * HEARTBEAT + HEARD + 5
+"""Seconds that the others have when one process has failed: to miss it, and to say of what they fail."""
 
 SCRIPT = """\
 #!/usr/bin/env bash
 {comment}
-# Lines begin with the process they are from. TERM reaches all through this script, Ctrl-C by itself; they save
-# and end. When one fails, the others are killed {kill_after} seconds later; its exit status is the script's.
+# Lines begin with the process they are from. TERM and Ctrl-C reach all through this script; they save and end.
+# When one fails, the others are killed {kill_after} seconds later; its exit status is the script's.
 set -u
 {exports}
 {before}
-pids=()
-for ((id = 0; id < {processes}; id++)); do
+pids=() stopped=0
+# TERM for Ctrl-C, too: what a script starts in the background ignores that until it has a handler for it.
+trap 'stopped=1; kill -TERM $(jobs -p) 2>/dev/null' INT TERM
+for ((id = 0; id < {processes} && !stopped; id++)); do
   {train} > >(
     trap '' INT
     while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\\n' "$id" "$line"; done
   ) 2>&1 &
   pids+=("$!")
 done
-trap 'kill -TERM "${{pids[@]}}" 2>/dev/null' TERM
-trap : INT
+[ "${{#pids[@]}}" -gt 0 ] || exit {killed}
 
 status=0 deadline=
 while [ "${{#pids[@]}}" -gt 0 ]; do
@@ -66,6 +69,7 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
     text = SCRIPT.format(
         comment=request.comment,
         kill_after=KILL_AFTER,
+        killed=KILLED,
         exports="\n".join(exports(variables)),
         before=COORDINATOR.format(python=shlex.quote(python)) if several else "",
         processes=args.processes,

@@ -77,6 +77,7 @@ def test_both_streams_are_told_apart_and_unfinished_lines_are_kept(script):
 def test_a_signal_reaches_all(script, number):
     """TERM as a scheduler sends it, to the script alone; INT as a terminal does, to all of them."""
     text = script(f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # after the first signal, as in training
 signal.signal({int(number)}, lambda *_: (print("saved"), exit(0)))
 print("ready", flush=True)
 time.sleep(20)
@@ -91,6 +92,27 @@ exit(3)
         out, _ = job.communicate(timeout=15)
         assert job.returncode == 0
         assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_has_no_handler_yet(script, number):
+    text = script("time.sleep(60)")
+    with subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True, start_new_session=True) as job:
+        assert job.stdout is not None
+        assert all("process" in job.stdout.readline() for _ in range(2))
+        send = os.kill if number == signal.SIGTERM else os.killpg
+        send(job.pid, number)
+        job.communicate(timeout=15)
+        assert job.returncode == 143
+
+
+def test_after_a_signal_nothing_more_is_started(script):
+    text = script("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    slowly = text.replace('  pids+=("$!")\n', '  pids+=("$!")\n  sleep 2\n')
+    assert slowly != text
+    assert run(slowly)[:2] == (143, ["[0] process 0 of 1"])
+    at_once = text.replace("for ((id", "kill -TERM $$\nfor ((id")
+    assert run(at_once) == (143, [], "")
 
 
 def test_words_reach_the_command_as_they_are(tmp_path):
