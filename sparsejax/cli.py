@@ -14,7 +14,15 @@ from typing import Any
 
 from sparsejax.base import flags
 from sparsejax.base.errors import RequestError, did_you_mean, tell
-from sparsejax.launch.flags import TARGETS, launch_flags, read_target, top_parser
+from sparsejax.launch.flags import (
+    START_TIMEOUT,
+    TARGETS,
+    begin_flags,
+    launch_flags,
+    read_target,
+    start_timeout,
+    top_parser,
+)
 
 VERBS = {
     "train": "train, or resume what --workdir holds",
@@ -117,7 +125,7 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
     count = max(max(data, 1) * expert * tensor for data, expert, tensor in needed)
-    with job(place, args.start_timeout):
+    with job(place, args.start_timeout or START_TIMEOUT):
         prepare_devices(-(-count // (1 if place is None else place.num_processes)))
         if verb == "train":
             options = (args.allow_config_change, args.init_from, args.stopped_status)
@@ -229,16 +237,13 @@ def _process_flags(add: Callable[..., Any]) -> None:
         "--distributed", choices=_CLUSTERS, help="several processes, which JAX finds by itself; none: this one is alone"
     )
     add("--expect-processes", type=flags.whole(1), metavar="N", help="refuse a job of another size")
-    seconds = "how long processes wait for each other at the start (default: 300)"
-    add("--start-timeout", type=flags.whole(1), default=300, metavar="SECONDS", help=seconds)
+    start_timeout(add)
 
 
 def _train_flags(add: Callable[..., Any]) -> None:
-    add("--allow-config-change", action="store_true", help="resume although the config differs from the checkpoint's")
+    begin_flags(add)
     status = "exit status when a signal stops the run before its end (default: 0), for a script that is to resume it"
-    add("--stopped-status", type=flags.whole(0), default=0, metavar="N", help=status)
-    begin = "begin with the parameters of another run's newest checkpoint"
-    add("--init-from", type=flags.folder, metavar="RUN", help=begin)
+    add("--stopped-status", type=flags.stopped_status, default=0, metavar="N", help=status)
 
 
 def _eval_flags(add: Callable[..., Any]) -> None:

@@ -53,6 +53,8 @@ def find_place(args: argparse.Namespace) -> Optional[Place]:
     if args.expect_processes not in (None, size):
         found = "this process is alone" if place is None else f"the job has {size}"
         raise RequestError(f"--expect-processes={args.expect_processes}: {found}")
+    if size == 1 and args.start_timeout is not None:
+        raise RequestError(f"--start-timeout={args.start_timeout} has no effect on one process, which waits for none")
     return None if size == 1 else place
 
 

@@ -61,6 +61,12 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def stopped_status(text: str) -> int:
+    if not text.isdecimal() or int(text) in (1, 2) or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 3 … 255: 1 is a failure, 2 a wrong request")
+    return int(text)
+
+
 def number(least: float, most: float | None) -> Callable[[str], float]:
     def parse(text: str) -> float:
         wanted = f"a number of at least {least}" if most is None else f"a number from {least} to {most}"

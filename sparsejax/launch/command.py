@@ -25,7 +25,16 @@ def launch_command(
     args: argparse.Namespace,
 ) -> int:
     """Prints the job, or runs it with `--submit`. A wrong request is refused before anything is printed."""
-    request = Request(config=loaded.config, file=file, workdir=workdir, overrides=overrides, words=args.words)
+    request = Request(
+        config=loaded.config,
+        file=file,
+        workdir=workdir,
+        overrides=overrides,
+        init_from=args.init_from,
+        allow_config_change=args.allow_config_change,
+        start_timeout=args.start_timeout,
+        words=args.words,
+    )
     rendered = RENDER[args.target](request, args)
     if args.submit:
         return submit(rendered)

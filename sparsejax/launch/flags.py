@@ -1,4 +1,5 @@
-"""The flags of `launch`, target by target. Imports nothing heavy: `--help` answers at once."""
+"""The flags of `launch`, target by target, and those of `train` that it passes on. Imports nothing heavy: `--help`
+answers at once."""
 
 import argparse
 import re
@@ -15,6 +16,9 @@ TARGETS = {
     "jobset": "a JobSet of a Kubernetes cluster, on slices of TPUs or hosts of GPUs",
     "tpu-vm": "a queued resource of Cloud TPU",
 }
+
+START_TIMEOUT = 300
+"""Seconds that several processes wait for each other, unless `--start-timeout` says otherwise."""
 
 Add = Callable[..., Any]
 
@@ -73,6 +77,20 @@ def launch_flags(target: str, add: Add) -> None:
     add("--submit", action="store_true", help="run it, instead of printing it")
     add("--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="set for training; repeatable")
     _FLAGS[target](add)
+    begin_flags(add)
+    start_timeout(add)
+
+
+def begin_flags(add: Add) -> None:
+    """How training begins, or goes on."""
+    add("--allow-config-change", action="store_true", help="resume although the config differs from the checkpoint's")
+    begin = "begin with the parameters of another run's newest checkpoint"
+    add("--init-from", type=folder, metavar="RUN", help=begin)
+
+
+def start_timeout(add: Add) -> None:
+    seconds = f"how long several processes wait for each other at the start (default: {START_TIMEOUT})"
+    add("--start-timeout", type=whole(1), metavar="SECONDS", help=seconds)
 
 
 def _local(add: Add) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal, Optional, cast
 
 import jax
 import numpy as np
@@ -37,6 +37,9 @@ class Request:
     file: str
     workdir: Path
     overrides: Sequence[tuple[str, str]]
+    init_from: Optional[Path]
+    allow_config_change: bool
+    start_timeout: Optional[int]
     words: Sequence[str]
 
     def __post_init__(self):
@@ -62,7 +65,7 @@ class Request:
           slices: in which the devices come.
 
         Raises:
-          RequestError: the config does not go with these devices.
+          RequestError: the config does not go with these devices, or a flag has no effect on one process.
         """
         config = self._checked(processes * devices, platform)
         check_slices(config.mesh, slices)
@@ -70,7 +73,18 @@ class Request:
         settings = [(key, value) for key, value in self.overrides if key not in [f"mesh.{axis}" for axis in AXES]]
         overrides = [f"--config.{key}={value}" for key, value in settings]
         words = ["-m", "sparsejax", "train", f"--config={self.file}", f"--workdir={self.workdir}", f"--mesh={mesh}"]
-        return words + overrides + ([f"--expect-processes={processes}"] if processes > 1 else [])
+        words += overrides
+        words += [f"--init-from={self.init_from}"] if self.init_from is not None else []
+        words += ["--allow-config-change"] if self.allow_config_change else []
+        return words + self._together(processes)
+
+    def _together(self, processes: int) -> list[str]:
+        wait = [] if self.start_timeout is None else [f"--start-timeout={self.start_timeout}"]
+        if processes > 1:
+            return [f"--expect-processes={processes}", *wait]
+        if wait:
+            raise RequestError(f"{wait[0]} has no effect on a job of one process, which waits for none")
+        return []
 
     def _checked(self, devices: int, platform: Platform) -> ExperimentConfig:
         mesh = self.config.mesh.resolve(devices)

@@ -54,6 +54,13 @@ def test_without_flags_a_process_is_alone():
     assert place("--coordinator=host:1", "--num-processes=1", "--process-id=0") is None
 
 
+def test_one_process_waits_for_none():
+    said = "--start-timeout=9 has no effect on one process"
+    assert said in refusal("--start-timeout=9")
+    assert said in refusal("--start-timeout=9", "--coordinator=host:1", "--num-processes=1", "--process-id=0")
+    assert place("--start-timeout=9", *FLAGS) == place(*FLAGS)
+
+
 def test_flags_say_the_place():
     assert place(*FLAGS, "--expect-processes=4") == Place(num_processes=4, process_id=1, coordinator="host:1234")
 

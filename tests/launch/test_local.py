@@ -44,6 +44,14 @@ def test_one_process_needs_no_coordinator():
     assert "coordinator" not in text and "expect" not in text
 
 
+def test_flags_of_train_are_passed_on():
+    flags = ["--init-from=runs/a b", "--allow-config-change", "--start-timeout=900"]
+    text = printed("local", "--processes=2", "--mesh=2,1,1", *flags)
+    check_script(text)
+    passed = "'--init-from=runs/a b' --allow-config-change --expect-processes=2 --start-timeout=900 --coordinator="
+    assert f" --mesh=2,1,1 {passed}" in text
+
+
 def test_each_process_knows_the_others(script):
     text = script("print(sys.argv)")
     check_script(text)
@@ -148,6 +156,7 @@ def test_two_processes_train_as_one(tmp_path):
         (["--devices=3", "--mesh=-1,1,1"], "8 rows do not split evenly"),
         (["--processes=4", "--devices=4", "--mesh=1,16,1", "--config.data.batch_size=16"], "num_experts: 8 is not"),
         (["--config.model.attention=splash"], "kernel for TPU and this is a cpu"),
+        (["--start-timeout=900"], "--start-timeout=900 has no effect on a job of one process"),
         (["--processes=0"], "'0' is not an int of at least 1"),
         (["--nodes=2"], "unknown flag '--nodes=2' for launch local"),
         (["--env=1A=2"], "'1A=2' is not NAME=VALUE"),
