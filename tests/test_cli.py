@@ -175,6 +175,8 @@ def test_parity_needs_no_run_and_leaves_the_config_alone(run):
         (["train", "--config=nope.py"], "--config=nope.py: no such file."),
         (["train", "--config=runs/a/config.json"], "needs --workdir=DIR"),
         (["train", "--mesh=2,4"], "argument --mesh: '2,4' is not D,E,T"),
+        (["train", "--mesh=2,--4,1"], "argument --mesh: '2,--4,1' is not D,E,T"),
+        (["train", "--mesh=2,²,1"], "argument --mesh: '2,²,1' is not D,E,T"),
         (
             ["train", "--config=nope.py", "--mesh=1,1,1", "--mesh=1,1,2"],
             "--mesh is given 2 times; train takes one mesh",

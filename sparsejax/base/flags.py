@@ -2,6 +2,7 @@
 is allowed."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -46,7 +47,7 @@ def folder(text: str) -> Path:
 
 def mesh(text: str) -> Mesh:
     sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+    if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", size.strip(), re.ASCII) for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r} is not D,E,T: three ints, for example 2,4,1")
     data, expert, tensor = map(int, sizes)
     return data, expert, tensor
