@@ -5,14 +5,18 @@ save and end with a status of their own (`--stopped-status`), by which the scrip
 that is finished: a job that ends before SLURM kills it is otherwise taken for completed, and never requeued."""
 
 import argparse
+import os
 import shlex
 import sys
+from pathlib import Path
 
 from sparsejax.base.errors import RequestError
 from sparsejax.launch.job import KILLED, STOPPED, WRONG, Rendered, Request, check_value, default_name, exports
 from sparsejax.launch.xla_flags import environment
 
 LINGER = 60  # seconds that the others have once one process has ended, to save or to say why they cannot go on
+
+LOCAL = ("/tmp", "/var/tmp", "/dev/shm")
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -43,10 +47,8 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
     """The script for `sbatch`. One process for each GPU, as JAX expects it under SLURM."""
     gpus, per_node, devices = _layout(args)
     processes = args.nodes * per_node
-    if args.nodes > 1 and request.workdir.is_relative_to("/dev/shm"):
-        raise RequestError(
-            f"--workdir={request.workdir} is a node's own memory; {args.nodes} nodes need a shared folder"
-        )
+    if args.nodes > 1 and _is_local(request.workdir, args.submit):
+        raise RequestError(f"--workdir={request.workdir} is each node's own; {args.nodes} nodes need a shared folder")
     train = request.train(processes, devices, "gpu" if gpus else "cpu")
     train += [f"--stopped-status={STOPPED}"] + (["--distributed=slurm"] if processes > 1 else [])
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER}"]
@@ -64,6 +66,13 @@ def render(request: Request, args: argparse.Namespace) -> Rendered:
         srun=shlex.join([*srun, args.python or sys.executable, *train]),
     )
     return Rendered(text=text, program=("sbatch",), from_stdin=True)
+
+
+def _is_local(workdir: Path, submit: bool) -> bool:
+    """Whether each node has this folder for itself. A relative one begins where sbatch is called: here, to submit."""
+    known = submit or workdir.is_absolute()
+    folders = (workdir, Path(os.path.realpath(workdir))) if known else ()
+    return any(folder.is_relative_to(local) for folder in folders for local in LOCAL)
 
 
 def _layout(args: argparse.Namespace) -> tuple[int, int, int]:

@@ -3,7 +3,9 @@
 import re
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,13 +94,24 @@ def test_what_becomes_of_a_run_that_ended(statuses, status, calls, tmp_path):
         (["--time=soon"], "--time=soon: allowed are minutes, hours"),
         (["--sbatch=qos=high"], "--sbatch=qos=high: allowed are --FLAG or --FLAG=VALUE"),
         (["--sbatch=--comment=a b"], "--sbatch=--comment=a b: allowed are"),
-        (["--nodes=2", "--mesh=2,1,1", "--workdir=/dev/shm/run"], "2 nodes need a shared folder"),
         (["--image=x"], "unknown flag '--image=x' for launch slurm"),
         (["--config.model.attention=splash", "--gpus-per-node=1"], "kernel for TPU and this is a gpu"),
     ],
 )
 def test_what_would_not_start_is_refused(flags, said):
     assert said in here("launch", "slurm", CONFIG, *flags).error
+
+
+@pytest.mark.parametrize("local", ["/tmp", "/var/tmp", "/dev/shm"])
+def test_nodes_do_not_share_what_is_temporary(local, monkeypatch):
+    nodes = ["launch", "slurm", CONFIG, "--nodes=2", "--mesh=2,1,1"]
+    said = "is each node's own; 2 nodes need a shared folder"
+    for workdir in (f"{local}/run", f"/home/..{local}/run"):
+        assert f"--workdir={workdir} {said}" in here(*nodes, f"--workdir={workdir}").error
+    monkeypatch.chdir(local)
+    assert f"--workdir=run {said}" in here(*nodes, "--workdir=run", "--submit").error
+    for flags in (["--nodes=2", "--mesh=2,1,1", "--workdir=run"], [f"--workdir={local}/run"]):
+        assert "srun" in printed("slurm", *flags)  # from elsewhere, or for one node
 
 
 def test_submit_without_a_cluster_is_refused(monkeypatch, tmp_path):
@@ -131,18 +144,25 @@ def wait_until(condition, seconds=240):
         time.sleep(0.2)
 
 
+@pytest.fixture
+def shared():
+    """A folder in the user's own, which the nodes of a cluster share."""
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no SLURM here (sbatch)")
-def test_a_real_cluster_trains_preempts_requeues_and_finishes(tmp_path):
+def test_a_real_cluster_trains_preempts_requeues_and_finishes(shared):
     """The nodes are taken away by a signal to the processes, as when their time is up or another job is preferred, and
     then by `scontrol requeue`. The losses are those of an uninterrupted run in one process."""
     more = {"train__steps": 150, "train__log_every": 1, "checkpoint__every": 1000, "eval__every": 1000}
-    alone, workdir = tmp_path / "alone", tmp_path / "run"
+    alone, workdir = shared / "alone", shared / "run"
     mesh = f"--mesh={NODES},1,1"
     assert process(*arguments("train", f"--workdir={alone}", mesh, **more)).status == 0
     words = arguments("launch", f"--workdir={workdir}", mesh, f"--nodes={NODES}", "--name=test", "--submit", **more)
     words.insert(1, "slurm")
-    done = subprocess.run([*command(*words)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run([*command(*words)], cwd=shared, env=environment(), capture_output=True, text=True)
     job = re.fullmatch(r"Submitted batch job (\d+)\n", done.stdout)[1]
 
     def state():
@@ -166,7 +186,7 @@ def test_a_real_cluster_trains_preempts_requeues_and_finishes(tmp_path):
         wait_until(lambda: state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"))
     finally:
         subprocess.run(["scancel", job], check=False)
-    log = (tmp_path / f"test-{job}.log").read_text()
+    log = (shared / f"test-{job}.log").read_text()
     shown = cluster("scontrol", "show", "job", job)
     assert "JobState=COMPLETED" in shown and "Restarts=2" in shown and "ExitCode=0:0" in shown, log
     assert log.count("resumed from checkpoint") == 2 and log.count("stopped by SIGTERM") == 2
