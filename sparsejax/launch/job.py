@@ -93,7 +93,9 @@ class Request:
                 "mesh", f"{'×'.join(map(str, mesh.shape))} leaves some of the job's {devices} devices idle"
             )
         config = dataclasses.replace(self.config, mesh=mesh)
-        described: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+        described: Any = SimpleNamespace(
+            shape=dict(zip(AXES, mesh.shape, strict=True)), devices=np.array([SimpleNamespace(platform=platform)])
+        )
         check_devices(config, cast(jax.sharding.Mesh, described))
         return config
 
