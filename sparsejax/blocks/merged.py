@@ -21,7 +21,7 @@ from sparsejax.blocks.spec import BlockSpec, Cost
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import normal, param
 from sparsejax.nn.mlp import Experts, ffn_weights, ffn_width
-from sparsejax.ops.ffn import Activation, expert_ffn
+from sparsejax.ops.ffn import Activation, expert_ffn, whole_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,7 @@ class MergedLayer(nnx.Module):
         def local(x_BTD, mask_BT, router_DE, *weights):
             rows = x_BTD.shape[0]
             router_DE = whole(router_DE, router_spec, x_BTD)
-            narrow = [weight.astype(x_BTD.dtype) for weight in weights]
-            weights = [whole(w, spec, x_BTD, BATCH_AXES) for w, spec in zip(narrow, weight_specs, strict=True)]
+            weights = whole_weights(weights, weight_specs, x_BTD, BATCH_AXES)
             x_BNSD, mask_BNS = in_segments(x_BTD, size), in_segments(mask_BT, size)
             with jax.named_scope("route"):
                 logits_BNE = segment_logits(x_BNSD, mask_BNS, router_DE)

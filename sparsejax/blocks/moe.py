@@ -284,8 +284,7 @@ class MoESpec(BlockSpec):
             dense = ", whose FLOPs this compiler does not tell"
         else:
             dense = f", compiled here to dense products: {cost:.1f} times the FLOPs of the pairs" if cost > 1.5 else ""
-        alone = self.replicated or expert_devices == 1
-        moved = "" if alone else f"; rows exchanged by {self.transport(platform)}"
+        moved = f"; rows exchanged by {self.transport(platform)}" if self.exchanges(expert_devices) else ""
         told = [f"grouped products by {kind}{dense}{moved}"]
         return told if self.grouped("train") else []
 

@@ -4,6 +4,7 @@ The halves are apart because a dropless layer keeps the hidden layer between its
 a combine weight is cheapest applied to the hidden layer."""
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, Optional
 
 import jax
@@ -26,11 +27,11 @@ Specs = tuple[P, ...]
 """How each of them is split for storage, inside `on_each_device`."""
 
 
-def whole_weights(weights: Weights, specs: Optional[Specs], like: Array) -> Weights:
-    """Stored weights as they are used beside the rows `like`: in their dtype, not split over `data`. None: they are not
-    split at all."""
+def whole_weights(weights: Weights, specs: Optional[Specs], like: Array, over: Sequence[str] = ("data",)) -> Weights:
+    """Stored weights as they are used beside the rows `like`: in their dtype, gathered over the mesh axes `over`. None:
+    they are not split at all."""
     narrow = tuple(weight.astype(like.dtype) for weight in weights)
-    return narrow if specs is None else tuple(whole(w, spec, like) for w, spec in zip(narrow, specs, strict=True))
+    return narrow if specs is None else tuple(whole(w, spec, like, over) for w, spec in zip(narrow, specs, strict=True))
 
 
 def expert_up(z_END: Float[Array, "*E N D"], weights: Weights) -> tuple[Float[Array, "*E N F"], ...]:
