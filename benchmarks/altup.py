@@ -17,7 +17,7 @@ from sparsejax.base.sharding import MeshConfig, make_mesh
 from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import causal_keys, total
+from sparsejax.model.cost import mean_keys, total
 
 from model_step import Step
 from timing import interleaved, quartiles
@@ -42,7 +42,7 @@ def main() -> None:
     with jax.set_mesh(make_mesh(MeshConfig())):
         steps = {name: Step(model, flags.rows, flags.length) for name, model in MODELS.items()}
         seconds = interleaved(steps, flags.rounds)
-    keys = causal_keys(flags.length)
+    keys = mean_keys(PLAIN, flags.length)
     print(f"{flags.rows} × {flags.length} tokens; step / plain step: median [quartiles]; the same ratio of FLOPs")
     for name, model in MODELS.items():
         work = total(model).flops(keys) / total(PLAIN).flops(keys)

@@ -21,7 +21,7 @@ from sparsejax.memory.learned import Softmax
 from sparsejax.memory.lsh import Hyperplanes
 from sparsejax.memory.projections import Concat
 from sparsejax.memory.token_ids import TokenId
-from sparsejax.model.cost import causal_keys, total
+from sparsejax.model.cost import mean_keys, total
 from sparsejax.train.config import ExperimentConfig
 
 ADDRESSES = {"token_id": TokenId(), "lsh": Hyperplanes(bits=8), "softmax": Softmax(entries=256)}
@@ -57,4 +57,4 @@ def flops_at(config, d_ff: int) -> float:
     for name in set(config.model.pattern):
         config.model.blocks[name].d_ff = d_ff
     model = from_config_dict(ExperimentConfig, config).model
-    return total(model).flops(causal_keys(config.data.sequence_length))
+    return total(model).flops(mean_keys(model, config.data.sequence_length))

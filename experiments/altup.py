@@ -28,7 +28,6 @@ from arms import (
     noise,
     parameters,
     seeds_of,
-    step_milliseconds,
     table,
 )
 
@@ -40,9 +39,9 @@ REPORTS = ("stream cosine", "innovation")
 
 
 def figures(run: Path) -> Figures:
-    """The loss of the last evaluation and what the streams are in it, the time of a step and of the run."""
+    """The loss of the last evaluation and what the streams are in it, and the time of the run."""
     last = last_rows(run)["eval"]
-    found = {LOSS: last[LOSS], "seconds": last["seconds"], "step_ms": step_milliseconds(run)}
+    found = {LOSS: last[LOSS], "seconds": last["seconds"]}
     found["flops"] = flops_per_token(STUDY.experiment(run.parent.name))
     return found | {name: last[name] for name in SHOWN if name in last}
 
@@ -66,9 +65,9 @@ def page(results: Results) -> str:
         "`configs/altup_arm.py` is the experiment: four layers, bytes. `dense_D` is the plain model of width D;",
         "`altup_K` and `recycled_K` have K streams of width 64.",
         f"Means over {seeds_of(results)} seeds, ± the deviation of one run; bits per byte and reports on 64",
-        "batches spread over the validation split, steps at the median. Plain, at equal FLOPs or equal time, is the",
-        "loss of a widened plain model that costs as much as the arm, interpolated between the widths trained; none",
-        "where the arm costs less than the narrowest or more than the widest.",
+        "batches spread over the validation split; a step of all arms in turn, at the median. Plain, at equal FLOPs",
+        "or equal time, is the loss of a widened plain model that costs as much as the arm, interpolated between the",
+        "widths trained; none where the arm costs less than the narrowest or more than the widest.",
         "",
     ]
     rows = []
@@ -103,7 +102,7 @@ def draw(results: Results, path: Path) -> None:
 
 def main() -> None:
     flags, more = STUDY.flags(__doc__)
-    results = STUDY.results(flags, more, figures)
+    results = STUDY.timed(STUDY.results(flags, more, figures))
     STUDY.write(flags.out, results, page(results))
     draw(results, flags.out / "altup.svg")
 

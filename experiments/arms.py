@@ -12,15 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sparsejax.base.config import load
+from sparsejax.base.sharding import MeshConfig, make_mesh
 from sparsejax.cli import main as sparsejax
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import causal_keys, component_costs, total
+from sparsejax.model.cost import component_costs, mean_keys, total
 from sparsejax.train.config import ExperimentConfig
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from model_step import Step  # noqa: E402
+from timing import interleaved  # noqa: E402
+
 LOSS = "bits_per_byte"
 READING = "## Reading"
 
@@ -70,6 +77,19 @@ class Study:
                 found.append(figures(run))
         return arms
 
+    def timed(self, results: Results, rounds: int = 20) -> Results:
+        """The results with `step_ms`, the median time of a training step of every arm: all in this process and in turn,
+        for runs that were trained one after the other met a machine that was busy or not."""
+        experiments = {arm: self.experiment(arm) for arm in results}
+        with jax.set_mesh(make_mesh(MeshConfig())):
+            steps = {
+                arm: Step(each.model, each.data.batch_size, each.data.sequence_length)
+                for arm, each in experiments.items()
+            }
+            seconds = interleaved(steps, rounds)
+        middle = {arm: 1e3 * float(np.median(taken)) for arm, taken in seconds.items()}
+        return {arm: [run | {"step_ms": middle[arm]} for run in runs] for arm, runs in results.items()}
+
     def write(self, out: Path, results: Results, page: str) -> None:
         """`NAME.json` and `NAME.md`; of a page that is there already, what stands under `READING` is kept."""
         path = out / f"{self.name}.md"
@@ -84,13 +104,6 @@ def last_rows(run: Path) -> dict[str, dict[str, Any]]:
     return {row["split"]: row for row in rows}
 
 
-def step_milliseconds(run: Path) -> float:
-    """Of one training step: the median of the rows after the first, in whose steps there is the compilation."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["step_seconds"] for row in rows if row["split"] == "train"]
-    return 1e3 * float(np.median(seconds[1:] or seconds))
-
-
 def minutes(results: Results) -> str:
     """Of all runs' training and evaluation, as a sentence's part."""
     return f"{sum(run['seconds'] for runs in results.values() for run in runs) / 60:.0f} minutes"
@@ -98,7 +111,7 @@ def minutes(results: Results) -> str:
 
 def flops_per_token(experiment: ExperimentConfig) -> float:
     """Of a forward pass on a row of one document."""
-    return total(experiment.model).flops(causal_keys(experiment.data.sequence_length))
+    return total(experiment.model).flops(mean_keys(experiment.model, experiment.data.sequence_length))
 
 
 def parameters(model: ModelConfig) -> tuple[int, int, int]:

@@ -24,7 +24,6 @@ from arms import (
     noise,
     parameters,
     seeds_of,
-    step_milliseconds,
     table,
 )
 
@@ -35,9 +34,9 @@ REPORTS = ("bucket entropy", "largest load", "rows touched")
 
 
 def figures(run: Path) -> Figures:
-    """The loss of the last evaluation and what the table was asked for in it, the time of a step and of the run."""
+    """The loss of the last evaluation and what the table was asked for in it, the time of the run."""
     last = last_rows(run)["eval"]
-    found = {LOSS: last[LOSS], "seconds": last["seconds"], "step_ms": step_milliseconds(run)}
+    found = {LOSS: last[LOSS], "seconds": last["seconds"]}
     return found | {name: last[name] for name in SHOWN if name in last}
 
 
@@ -70,7 +69,7 @@ def page(results: Results) -> str:
 
 def main() -> None:
     flags, more = STUDY.flags(__doc__)
-    results = STUDY.results(flags, more, figures)
+    results = STUDY.timed(STUDY.results(flags, more, figures))
     STUDY.write(flags.out, results, page(results))
     draw_runs(flags.out / "lookup.svg", results, {LOSS: "bits per byte (validation)", SHOWN[0]: "bucket entropy"})
 

@@ -118,8 +118,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     from sparsejax.base.job import job
 
     place = find_place(args)
-    if place is not None and (verb == "generate" or (verb == "eval" and args.parity)):
-        what = "generate" if verb == "generate" else "eval --parity"
+    if place is not None and (verb == "generate" or (verb == "eval" and (args.parity or args.exit_table))):
+        what = "generate" if verb == "generate" else f"eval --{'parity' if args.parity else 'exit-table'}"
         raise RequestError(f"{what} runs in one process, and this job has {place.num_processes}")
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
@@ -130,6 +130,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
         if verb == "train":
             options = (args.allow_config_change, args.init_from, args.stopped_status)
             return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
+        if verb == "eval" and args.exit_table is not None:
+            return _function("sparsejax.infer.exit_evaluation", "exit_table_command")(loaded, args.workdir, args)
         if verb == "eval":
             return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
         return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
@@ -143,9 +145,13 @@ def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
     if verb == "eval" and args.parity and args.step is not None:
         raise RequestError("--step has no effect with --parity, which restores no checkpoint")
     if verb == "eval" and args.parity:
+        for flag in ("trace", "replay", "exit-table"):
+            if getattr(args, flag.replace("-", "_")) is not None:
+                raise RequestError(f"--{flag} has no effect with --parity")
+    if verb == "eval" and args.exit_table is not None:
         for flag in ("trace", "replay"):
             if getattr(args, flag) is not None:
-                raise RequestError(f"--{flag} has no effect with --parity")
+                raise RequestError(f"--{flag} has no effect with --exit-table, which writes no decisions")
     if verb == "generate" and args.temperature == 0:
         for flag, value in (("--top-k", args.top_k), ("--top-p", args.top_p)):
             if value is not None:
@@ -250,6 +256,8 @@ def _eval_flags(add: Callable[..., Any]) -> None:
     add("--step", type=flags.whole(0), help="checkpoint to restore (default: the newest)")
     add("--parity", action="store_true", help="compare loss, gradients and ledger on every --mesh with one device")
     add("--trace", type=flags.file, metavar="FILE", help="write the routers' decisions, token by token")
+    table = "write what every exit says of every token, for rules and guarantees offline"
+    add("--exit-table", type=flags.file, metavar="FILE.npz", help=table)
     add("--replay", type=flags.file, metavar="FILE", help="take the decisions of a trace again")
 
 
@@ -262,6 +270,14 @@ def _generate_flags(add: Callable[..., Any]) -> None:
     add("--top-k", type=flags.whole(1), help="sample among the k likeliest tokens")
     add("--top-p", type=flags.number(0, 1), help="sample among the likeliest tokens of this total probability")
     add("--seed", type=flags.whole(0), default=0, help="(default: 0)")
+    rule = "leave at the first exit that satisfies it: max_prob, margin, entropy, state_similarity, patience"
+    add("--exit-rule", metavar="RULE", help=rule)
+    add("--exit-threshold", type=flags.number(0, None), metavar="X", help="of the rule (default: 0.9); 1 never leaves")
+    keys = "what skipped layers remember: propagate (default), evict, share; monotone: depth by a schedule"
+    add("--exit-policy", metavar="POLICY", help=keys)
+    add("--exit-decay", type=flags.number(0, None), metavar="TAU", help="lower the threshold of later tokens")
+    add("--draft-layers", type=flags.whole(1), metavar="E", help="draft with the first E layers, check with the rest")
+    add("--draft-length", type=flags.whole(1), metavar="M", help="tokens of a draft (default: 4)")
     add("--format", choices=("text", "json"), default="text", help="(default: text)")
 
 

@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from sparsejax.base.reports import MemoryReport
 from sparsejax.base.sharding import BATCH_AXES
-from sparsejax.base.structs import Batch
+from sparsejax.base.structs import Batch, struct
 from sparsejax.memory.addresses import ADDRESSES
 from sparsejax.memory.config import MemorySpec
 from sparsejax.memory.consumes import CONSUMES
 from sparsejax.memory.contents import CONTENTS
-from sparsejax.memory.layer import MemoryCache, MemoryLayer, MemoryOutput
+from sparsejax.memory.layer import MemoryCache, MemoryLayer
 from sparsejax.model.config import ModelConfig
 
 from support import host_params, to_numpy
@@ -33,6 +34,7 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "softmax": {"softmax_1": {"entries": 6}, "softmax_3": {"entries": 6, "k": 3, "weight": "share"}},
     "product_keys": {
         "product_keys": {"keys": 4, "heads": 2, "k": 3, "width": 4},
+        "product_keys_normed": {"keys": 4, "heads": 2, "k": 3, "width": 4, "norm_query": True},
         "product_keys_relu": {"keys": 4, "heads": 2, "k": 1, "width": 4, "weight": "relu"},
     },
     "clusters": {"clusters": {"clusters": 5, "heads": 2}},
@@ -119,6 +121,16 @@ def _rows(ids_BTK: jax.Array, table: jax.Array, places: jax.Array) -> jax.Array:
     return jax.shard_map(local, in_specs=(by_row, P(), P()), out_specs=by_row)(ids_BTK, table, places)
 
 
+@struct
+class Outcome:
+    """What the layer returned, and what it asked for."""
+
+    delta: Any
+    report: MemoryReport
+    cache: Optional[MemoryCache]
+    ids: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Gradients:
     """Of a function of the layer's output: with respect to its variables, the table, the rows fetched and the input."""
@@ -136,24 +148,30 @@ def runner(spec: MemorySpec):
 
     @jax.jit
     def run(variables: nnx.State, table: Any, x: Any, batch: Batch, places: Any, cache: Optional[MemoryCache]):
-        def of(variables, table, more, x) -> tuple[jax.Array, MemoryOutput]:
+        def of(variables, table, more, x) -> tuple[jax.Array, Outcome]:
+            asked = []
+
+            def fetch(ids):
+                asked.append(ids)
+                return _rows(ids, table, places) + more
+
             out = nnx.merge(graph, variables)(
                 x,
                 batch,
-                lambda ids: _rows(ids, table, places) + more,
+                fetch,
                 h_BTD=None if spec.own_norm else x,
                 embedded_BTD=x * 0.5 if spec.consume.reads_embedding else None,
                 cache=cache,
-                record=True,
             )
-            return jnp.square(out.delta).sum() + out.delta.sum(), out
+            outcome = Outcome(delta=out.delta, report=out.report, cache=out.cache, ids=asked[0])
+            return jnp.square(out.delta).sum() + out.delta.sum(), outcome
 
         shape = (*x.shape[:2], spec.address.lookups, table.shape[1])
         more = jnp.zeros(shape, out_sharding=P(BATCH_AXES))
         gradients, out = jax.grad(of, argnums=(0, 1, 2, 3), has_aux=True)(variables, table, more, x)
         return out, gradients
 
-    def call(variables, table, x, batch, places=None, cache=None) -> tuple[MemoryOutput, Gradients]:
+    def call(variables, table, x, batch, places=None, cache=None) -> tuple[Outcome, Gradients]:
         places = np.arange(len(table)) if places is None else places
         out, gradients = to_numpy(run(variables, table, x, batch, places, cache))
         return out, Gradients(**dict(zip(("variables", "table", "rows", "x"), gradients, strict=True)))

@@ -193,7 +193,8 @@ SOFTMAX = address("softmax") | {f"{LOOKUP}.address.entries": "6", f"{LOOKUP}.add
 LOOKUP_KEYS: dict[str, Row] = {
     "name": row("lookup", "tests/memory/test_config.py::test_what_cannot_be_is_refused"),
     "blocks": row("(dense, moe)", parameters, **OF_LOOKUP),
-    "place": row("parallel", parameters, **OF_LOOKUP),
+    "place": row("parallel", evaluation, **OF_LOOKUP),
+    "streams": row("(1,)", "tests/blocks/test_stream_memories.py::test_what_is_looked_up_goes_to_the_streams_named"),
     "shared": row(True, parameters, **(OF_LOOKUP | {f"{LOOKUP}.blocks": "(dense, moe)"})),
     "storage": row("rows", layout, **OF_LOOKUP, mesh__data=2),
     "address.name": row("hyperplanes", parameters, **OF_LOOKUP),
@@ -219,6 +220,7 @@ LOOKUP_KEYS: dict[str, Row] = {
     "address.heads (product_keys)": row(3, parameters, **PRODUCT_KEYS),
     "address.k (product_keys)": row(4, evaluation, **PRODUCT_KEYS),
     "address.width (product_keys)": row(6, parameters, **PRODUCT_KEYS),
+    "address.norm_query (product_keys)": row(True, parameters, **PRODUCT_KEYS),
     "address.weight (product_keys)": row("relu", evaluation, **PRODUCT_KEYS),
     "address.clusters (clusters)": row(7, parameters, **CLUSTERS),
     "address.heads (clusters)": row(2, parameters, **CLUSTERS),
@@ -261,6 +263,18 @@ for lsh in ("hyperplanes", "euclidean", "cross_polytope"):
             0.1, "tests/memory/test_addresses.py::test_the_floor_of_a_collapse_is_that_of_the_config"
         ),
     }
+CLASSIFY = {"data.task": "classify", "data.task.classes": "3", "model.head": "classes", "model.head.classes": "3"}
+EXITS = {"model.exits": "heads", "model.exits.layers": "(1,)", "model.repeats": "2"}
+EXIT_KEYS: dict[str, Row] = {
+    "layers": row("(2,)", gradients, **EXITS),
+    "head": row("own", parameters, **EXITS),
+    "norm": row("shared", parameters, **EXITS),
+    "weights": row("uniform", gradients, **EXITS),
+    "scale": row(0.5, gradients, **EXITS),
+    "distill": row(0.5, gradients, **EXITS),
+    "equilibrium": row(True, gradients, **EXITS),
+    "curriculum": row("alternating", gradients, **EXITS),
+}
 ADAFACTOR = {"optimizer": "adafactor"}
 WSD = {"optimizer__schedule": "wsd"}
 SPREAD = {"mesh__data": 2, "mesh__expert": 2, "mesh__tensor": 2}
@@ -296,6 +310,41 @@ def of_streams() -> dict[str, Row]:
     return found
 
 
+ENCODER = CLASSIFY | {"model.causal": "false", "model.pattern": "(dense,)", "model.repeats": "2", "model.scan": "false"}
+SCHEDULE = {"model.skim.shares": "(0.9, 0.7)"}
+LADDER, HARD = {"model.skim.ladder": "(0.8, 0.6)"}, {"model.skim.stage": "hard"}
+OF_SKIM = {
+    "stage": row("hard", gradients),
+    "execution": row("compact", evaluation, **LADDER),
+    "ladder": row("(0.8, 0.5)", evaluation),
+    "coefficient": row(0.7, gradients),
+    "threshold (ltp)": row(0.02, evaluation),
+    "temperature (ltp)": row(0.1, gradients),
+    "rate (ltp)": row(3.0, evaluation),
+    "bins (power_bert)": row(5, parameters),
+    "rate (power_bert)": row(3.0, evaluation),
+    "bias (transkimmer)": row(2.0, initial),
+    "shares (schedule)": row("(0.9, 0.6)", evaluation),
+    "by (schedule)": row("place", evaluation),
+    "merge (tome)": row(0.5, evaluation),
+}
+
+
+def of_skim() -> dict[str, Row]:
+    """The rows of `OF_SKIM`, those of no kind for each kind: traced for one, for all in the contract's tests."""
+    found = {"model.skim.name": row("ltp", parameters, **ENCODER)}
+    for key, change in OF_SKIM.items():
+        for kind in (key.partition(" (")[2].rstrip(")"),) if " (" in key else SKIMS:
+            given = ENCODER | {"model.skim": kind} | dict(change.given) | (SCHEDULE if kind == "schedule" else {})
+            elsewhere = " (" not in key and kind != "ltp"
+            where = "tests/contracts/test_skim_contract.py::TestEveryMethod" if elsewhere else change.where
+            found[f"model.skim.{key.partition(' ')[0]} ({kind})"] = Row(change.value, where, tuple(given.items()))
+    return found
+
+
+SKIMS = ("ltp", "power_bert", "transkimmer", "schedule", "tome")
+
+
 def of_sequence() -> dict[str, Row]:
     """Rows of layers that compute on some tokens, for each kind."""
     narrow = {"model.blocks.narrow": "dense", "model.pattern": "(dense, narrow)"}
@@ -306,6 +355,19 @@ def of_sequence() -> dict[str, Row]:
         for key, value in {"stride": 2, "blocks": "(narrow,)", "documents": 1}.items():
             found[f"model.sequence.{key} ({kind})"] = row(value, evaluation, **given)
     return found | {"model.sequence.allow_leak (pool)": row(True, leak)}
+
+
+def of_selection() -> dict[str, Row]:
+    """Rows of layers that compute on chosen tokens, for each kind."""
+    narrow = {"model.blocks.narrow": "dense", "model.pattern": "(dense, narrow)"}
+    found = {"model.select.name": row("mixture_of_depths", parameters, **narrow)}
+    for kind in ("mixture_of_depths", "random"):
+        for key, value in {"capacity": 0.5, "blocks": "(narrow,)", "execution": "masked"}.items():
+            found[f"model.select.{key} ({kind})"] = row(value, gradients, **narrow, **{"model.select": kind})
+    given = narrow | {"model.select": "mixture_of_depths"}
+    found["model.select.gate (mixture_of_depths)"] = row("sigmoid", evaluation, **given)
+    found["model.select.serving (mixture_of_depths)"] = row("router", parameters, **given)
+    return found | {"model.select.serving_loss (mixture_of_depths)": row(0.5, gradients, **given)}
 
 
 TABLE: dict[str, Row] = {
@@ -353,6 +415,9 @@ TABLE: dict[str, Row] = {
     f"{SOFT}.gated": row(True, parameters, **OF_SOFT),
     f"{SOFT}.activation": row("relu", evaluation, **OF_SOFT),
     f"{SOFT}.allow_leak": row(True, "tests/blocks/test_soft.py::test_a_language_model_has_to_allow_the_leak"),
+    "model.blocks.attention.name": row(
+        "attention", "tests/blocks/test_attention.py::test_neither_its_weights_nor_its_products_are_there"
+    ),
     f"{MERGED}.name": row("merged", "tests/blocks/test_merged.py::test_a_language_model_has_to_allow_the_leak"),
     f"{MERGED}.num_experts": row(4, parameters, **OF_MERGED),
     f"{MERGED}.d_ff": row(24, parameters, **OF_MERGED),
@@ -466,8 +531,17 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.output_masking": row(0.1, gradients),
     **of_streams(),
     **of_sequence(),
+    **of_selection(),
     **{f"{LOOKUP}.{key}": of_key for key, of_key in LOOKUP_KEYS.items()},
     **{f"{TABLES}.{key}": of_key for key, of_key in TABLE_KEYS.items()},
+    **of_skim(),
+    "model.causal": row(False, evaluation, **CLASSIFY),
+    "model.head.name": row("classes", "tests/train/test_tasks.py::TestRefused"),
+    "model.head.classes (classes)": row(4, "tests/train/test_tasks.py::TestRefused"),
+    "model.head.pool (classes)": row("first", evaluation, **CLASSIFY, model__causal=False),
+    "model.exits.name": row("heads", "tests/model/test_exits.py::test_what_cannot_be_is_refused"),
+    **{f"model.exits.{key} (heads)": of_key for key, of_key in EXIT_KEYS.items()},
+    "model.layer_dropout": row(0.1, gradients),
     "model.tied_head": row(False, parameters),
     "model.logit_soft_cap": row(30.0, evaluation),
     "model.scan": row(False, evaluation),
@@ -477,6 +551,11 @@ TABLE: dict[str, Row] = {
     "data.path": row("x.txt", "tests/train/test_resume.py::test_another_text_is_flagged", data__name="text"),
     "data.text_feature": row("body", "tests/train/test_bad_input.py::test_a_file_that_holds_no_documents"),
     "data.validation_fraction": row(0, "tests/train/test_bad_input.py::test_texts_that_cannot_be_trained_on"),
+    "data.task.name": row("masked", "tests/train/test_tasks.py::TestRefused"),
+    "data.task.rate (masked)": row(0.5, rows, data__task="masked", model__causal=False),
+    "data.task.classes (classify)": row(4, "tests/train/test_tasks.py::TestRefused"),
+    "data.task.validation_fraction (classify)": row(0.5, rows, **CLASSIFY),
+    "data.task.validation_rows (classify)": row(5, "tests/data/test_tasks.py::TestClassify"),
     "data.tokenizer": row("x.json", "tests/train/test_bad_input.py::test_wrong_values"),
     "data.sequence_length": row(16, rows),
     "data.batch_size": row(8, rows),

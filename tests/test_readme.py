@@ -15,6 +15,7 @@ from sparsejax.base.config import load
 from sparsejax.base.shapes import LEGEND
 from sparsejax.blocks import RESIDUALS
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.infer.exit_rules import RULES
 from sparsejax.memory import presets as lookup_presets
 from sparsejax.memory.addresses import ADDRESSES
 from sparsejax.memory.consumes import CONSUMES
@@ -109,6 +110,7 @@ def test_make_quickstart(tmp_path):
         ("altup", ["--rounds=1"]),
         ("memory", ["--rounds=1", "--rows=1", "--length=64", "--small"]),
         ("train_step", ["--blocks=3"]),
+        ("decode", ["--rounds=1", "--tokens=4"]),
     ],
 )
 def test_benchmark_runs(name, flags):
@@ -160,6 +162,14 @@ def test_config_keys_of_the_table_exist():
 @pytest.mark.parametrize("entries", (ADDRESSES, CONTENTS, CONSUMES, RESIDUALS, lookup_presets.PRESETS), ids=len)
 def test_what_can_be_chosen_for_lookups_and_streams_is_named(entries):
     assert not [name for name in entries if f"`{name}`" not in README]
+
+
+def test_early_exits_offline_run_and_save(capsys):
+    (code,) = [block for block in PYTHON if "exit_table(" in block]
+    exec(code, {})
+    assert 0.1 < float(capsys.readouterr().out) < 0.9
+    section = README.partition("## Early exits, offline")[2].partition("\n## ")[0]
+    assert set(RULES) <= set(re.findall(r"`(\w+)`", section))
 
 
 @pytest.mark.parametrize("edit", [block for block in PYTHON if "config." in block])

@@ -10,9 +10,10 @@ class Cost:
     """Of one component. `active` are the parameters that a token's forward pass uses: k of E experts, all else whole.
 
     FLOPs are 2 × the multiply-adds of matrix products, forward: `per_token` for every token, `per_key` for every key
-    that a query attends to, `routed` for a token all of whose k pairs are processed, `per_row` for what experts do once
-    for a row of the batch, however long it is. An embedding table counts whole among the active parameters, as is
-    usual, though a token reads one row of it; of a memory's table the rows that a token looks up count.
+    that a query attends to, `routed` for a token all of whose k pairs are processed, `per_row` for what experts,
+    or a head of classes, do once for a row of the batch, however long it is. An embedding table counts whole among the
+    active parameters, as is usual, though a token reads one row of it; of a memory's table the rows that a token looks
+    up count.
 
     `gathered` are bytes of table rows that one token's forward pass fetches."""
 
@@ -27,7 +28,7 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
 
-    def every_kth(self, k: int) -> "Cost":
+    def every_kth(self, k: float) -> "Cost":
         """Of the same parameters when they see every k-th token alone, and those only each other."""
         less = {name: getattr(self, name) / k for name in ("per_token", "routed", "gathered")}
         return dataclasses.replace(self, **less, per_key=self.per_key / k**2)

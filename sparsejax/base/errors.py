@@ -25,6 +25,11 @@ class ConfigError(RequestError):
         return ConfigError(f"{prefix}.{self.key}" if self.key else prefix, self.message)
 
 
+def leaks(key: str, reason: str) -> ConfigError:
+    """That at `key` a causal model would let a token see later ones."""
+    return ConfigError(key, f"{reason}, which a causal model must not see; allow_leak=true accepts that")
+
+
 class RunError(Exception):
     """A run failed for a reason we can name; the trace follows the line."""
 

@@ -95,8 +95,8 @@ class MoEReport:
 
 @struct
 class MemoryReport:
-    """One lookup layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums float32. `ids`
-    alone is no sum: it is taken out, as decisions are, before reports are added."""
+    """One lookup layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
+    float32."""
 
     loads: Int[Array, "*R N"]  # lookups of each row, or, of a table with more than 65,536, of each bin of hashed rows
     lookups: Int[Array, "*R"]
@@ -104,7 +104,8 @@ class MemoryReport:
     masked: Int[Array, "*R"]  # padding: looks nothing up and is counted nowhere else
     gate_sum: Optional[Float[Array, "*R"]] = None  # Σ over tokens of how far the gate was open
     measured: Optional[Float[Array, "..."]] = None  # what the address adds to its running sums
-    ids: Optional[Int[Array, "*R B T K"]] = None  # the rows looked up, when the model is asked to record; −1: none
+    fetches: Optional[Int[Array, "*R"]] = None  # times that the layer was given rows
+    rounds: Optional[Int[Array, "*R"]] = None  # Σ over them of the rounds of exchange until all rows had arrived
 
 
 @struct
@@ -131,6 +132,31 @@ class SequenceReport:
 
 
 @struct
+class SelectionReport:
+    """One layer that computes on chosen tokens (leading axes: repeats of the layer). Counts are int32, sums float32."""
+
+    tokens: Int[Array, "*R"]  # unmasked tokens
+    chosen: Int[Array, "*R"]  # of them, those that it computed on
+    agreed: Int[Array, "*R"]  # those of whom the causal choice says the same as the choice among the whole row
+    gate_sum: Float[Array, "*R"]  # Σ over chosen tokens
+    surprise_sum: Float[Array, "*R"]  # Σ over tokens of the cross entropy of the causal choice with the other, nats
+
+
+@struct
+class SkimReport:
+    """One layer after which fewer tokens are left (leading axes: repeats of the layer). Counts are int32, sums
+    float32."""
+
+    tokens: Int[Array, "*R"]  # unmasked tokens of the batch
+    kept: Int[Array, "*R"]  # of them, those that are left
+    keep_sum: Float[Array, "*R"]  # Σ of their weights
+    unplaced: Int[Array, "*R"]  # those that should have stayed, but had no room
+    attended: Int[Array, "*R"]  # tokens with any weight when attention begins
+    keys: Float[Array, "*R"]  # (query, key) pairs among them
+    left: Int[Array, "*R"]  # tokens with any weight after it
+
+
+@struct
 class Report:
     """What one block returns: a part for each kind of conditional computation in it, None where there is none."""
 
@@ -138,6 +164,8 @@ class Report:
     memory: dict[str, MemoryReport] = dataclasses.field(default_factory=dict)  # by name
     streams: Optional[StreamReport] = None
     sequence: Optional[SequenceReport] = None
+    selection: Optional[SelectionReport] = None
+    skim: Optional[SkimReport] = None
 
 
 Reports = Mapping[str, Report]
@@ -195,6 +223,25 @@ def sequence_ratios(report: SequenceReport) -> dict[str, float]:
     }
 
 
+def selection_ratios(report: SelectionReport) -> dict[str, float]:
+    """The `select/…` metrics of one layer, from its unstacked host report."""
+    tokens = max(float(report.tokens), 1.0)
+    return {
+        "select/keep_fraction": float(report.chosen / tokens),
+        "select/agreement": float(report.agreed / tokens),
+        "select/gate": float(report.gate_sum / max(float(report.chosen), 1.0)),
+    }
+
+
+def skim_ratios(report: SkimReport) -> dict[str, float]:
+    """The `select/…` metrics of one layer, from its unstacked host report."""
+    tokens = max(float(report.tokens), 1.0)
+    return {
+        "select/keep_fraction": float(report.kept / tokens),
+        "select/unplaced_fraction": float(report.unplaced / tokens),
+    }
+
+
 def moe_ratios(report: MoEReport, experts_per_token: int, free: int = 0) -> dict[str, float]:
     """The `moe/…` metrics of one layer, from its unstacked host report (`to_host`). `free` of its experts, the last
     ones, have no slots."""
@@ -243,12 +290,14 @@ def memory_ratios(report: MemoryReport, tables: Sequence[int], row_bytes: int) -
         # With hardly an empty bin there is nothing to estimate from.
         counted = {"memory/rows_touched": touched, "memory/dead_rows": rows - touched} if empty >= 64 else {}
     tokens = max(float(report.tokens), 1.0)
+    counted["memory/bytes_per_token"] = float(report.lookups * row_bytes / tokens)
+    if report.rounds is not None and report.fetches is not None:
+        counted["memory/fetch_rounds"] = float(report.rounds / report.fetches)
     gate = {} if report.gate_sum is None else {"memory/mean_gate": float(report.gate_sum / tokens)}
     return gate | {
         "memory/bucket_entropy": float(np.mean([_entropy(part) / max(math.log(len(part)), 1e-9) for part in parts])),
         "memory/max_load": float(np.mean([part.max() / max(part.sum(), 1.0) for part in parts])),
         **counted,
-        "memory/bytes_per_token": float(report.lookups * row_bytes / tokens),
     }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -210,6 +211,12 @@ def host_rows(mesh: Mesh, batch_size: int, accumulation: int) -> np.ndarray:
     held = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((size,)).values()
     rows = np.unique(np.concatenate([np.arange(size)[index] for index in held]))
     return np.concatenate([part * size + rows for part in range(accumulation)])
+
+
+def zeros_of(function: Callable[..., Any], *args: Any) -> Any:
+    """Zeros in the shapes, dtypes and layouts of what `function` would return."""
+    shapes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
 
 
 def to_numpy(array: Any) -> np.ndarray:

@@ -3,15 +3,23 @@ pattern, of the residuals that join them, and of what they compute on along a ro
 
 from sparsejax.base.registry import Registry
 from sparsejax.blocks.altup import AltUp, DynamicAltUp
+from sparsejax.blocks.attention import AttentionSpec
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
-from sparsejax.blocks.sequence import AveragePooling, EveryToken, SequenceAltUp, StrideAndSkip
+from sparsejax.blocks.selection import MixtureOfDepths, RandomTokens
+from sparsejax.blocks.sequence import AveragePooling, SequenceAltUp, StrideAndSkip
+from sparsejax.blocks.skim import NoSkim
+from sparsejax.blocks.skim_methods import LearnedThreshold, PowerBert, Schedule, TokenMerging, Transkimmer
 from sparsejax.blocks.soft import SoftSpec
 from sparsejax.blocks.streams import OneStream
+from sparsejax.blocks.tokens import EveryToken
 
-BLOCKS = Registry("block", {"dense": DenseSpec, "moe": MoESpec, "soft": SoftSpec, "merged": MergedSpec})
+BLOCKS = Registry(
+    "block",
+    {"dense": DenseSpec, "moe": MoESpec, "soft": SoftSpec, "merged": MergedSpec, "attention": AttentionSpec},
+)
 RESIDUALS = Registry(
     "residual",
     {
@@ -24,4 +32,16 @@ RESIDUALS = Registry(
 )
 SEQUENCES = Registry(
     "sequence", {"none": EveryToken, "altup": SequenceAltUp, "skip": StrideAndSkip, "pool": AveragePooling}
+)
+SELECTIONS = Registry("selection", {"none": EveryToken, "mixture_of_depths": MixtureOfDepths, "random": RandomTokens})
+SKIMS = Registry(
+    "skim",
+    {
+        "none": NoSkim,
+        "ltp": LearnedThreshold,
+        "power_bert": PowerBert,
+        "transkimmer": Transkimmer,
+        "schedule": Schedule,
+        "tome": TokenMerging,
+    },
 )

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
-from sparsejax.base.errors import ConfigError
+from sparsejax.base.errors import ConfigError, leaks
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
 from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
 from sparsejax.blocks.context import Context, Mode
@@ -55,12 +55,11 @@ class MergedSpec(BlockSpec):
             reasons["allow_leak"] = "no token sees a later one"
         return reasons
 
-    @property
-    def leak(self) -> Optional[str]:
+    def check_causal(self) -> None:
         if self.allow_leak or (self.segment_length is not None and self.first_segment == "uniform"):
-            return None
+            return
         where = "row" if self.segment_length is None else "first segment"
-        return f"tokens of the {where} would share a network that later ones helped to choose"
+        raise leaks("allow_leak", f"tokens of the {where} would share a network that later ones helped to choose")
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:

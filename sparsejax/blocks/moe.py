@@ -107,6 +107,12 @@ class MoESpec(BlockSpec):
                 "router.balance.expert_groups", "an expert without a network is in no group; allowed: none"
             )
 
+    def check_causal(self) -> None:
+        try:
+            self.router.check_causal()
+        except ConfigError as error:
+            raise error.below("router") from None
+
     @property
     def experts_per_token(self) -> int:
         return self.router.selection.experts_per_token
@@ -295,6 +301,10 @@ class MoESpec(BlockSpec):
             lacks = f"{name} needs the vectors of the whole document, which generation lacks"
             raise ConfigError("router.logits", f"{lacks}; such a model can be trained and evaluated")
 
+    def check_some_tokens(self) -> None:
+        if self.router.selection.traits.reinforce:
+            raise ConfigError("", "its policy is rewarded with the loss of every token")
+
     def check_tokens(self, tokens: int) -> None:
         size = self.group_size
         if size is not None and tokens % size:
@@ -318,9 +328,7 @@ class MoESpec(BlockSpec):
         value, summed over the layers stacked in `report`."""
         moe, k = _moe(report), self.experts_per_token
         all_pairs = None if counted is None else _moe(counted)
-        balance = balance_loss(
-            moe, self.router.balance, k, totals.tokens, totals.rows, totals.microbatches, counted=all_pairs
-        )
+        balance = balance_loss(moe, self.router.balance, k, totals.rows, totals.microbatches, counted=all_pairs)
         z = moe.z_sum / jnp.maximum(totals.tokens, 1)
         # Nothing presses on a table, nor on a router without parameters.
         balance = jnp.zeros_like(balance) if self.router.selection.traits.fixed else balance

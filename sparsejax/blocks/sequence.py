@@ -14,21 +14,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
-from sparsejax.base.errors import ConfigError
+from sparsejax.base.errors import ConfigError, leaks
 from sparsejax.base.reports import SequenceReport
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context
+from sparsejax.blocks.tokens import NOWHERE, ROWS, Tokens, context_at, report_of
+from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import param
 from sparsejax.ops.anchors import Places, at, places, room, window_means
-
-NOWHERE = 2**30
-"""A place beyond the end of every cache."""
-
-BY_ROW: Any = P(BATCH_AXES)
 
 
 @struct
@@ -80,44 +77,8 @@ class Everything(Sharing):
         return Spread(own=y_BSD, carried=y_BSD, kept=jnp.zeros(()))
 
 
-class Sequence:
-    """A config's description of which tokens layers compute on: the base of the frozen dataclasses in
-    `blocks.SEQUENCES`."""
-
-    blocks: tuple[str, ...] = ()
-
-    def around(self, block: nnx.Module) -> nnx.Module:
-        """`block`, run on some tokens."""
-        return block
-
-    def room(self, length: int, cached: bool = False) -> int:
-        """Tokens that the block has room for, of `length` in a row; cached, of one document."""
-        return length
-
-    def empty_anchor(self, rows: int, d_model: int) -> Optional[Float[Array, "B D"]]:
-        """What a cache carries to tokens before there is an anchor."""
-        return None
-
-    def costs(self, of_block: dict[str, Cost]) -> dict[str, Cost]:
-        """Component → cost of a layer, from that of its block on every token."""
-        return of_block
-
-    @property
-    def leak(self) -> Optional[str]:
-        """Why a causal model must not do so, if it must not."""
-        return None
-
-    def check_cached(self) -> None:
-        """Raises `ConfigError` when layers cannot go on from a cache, as generation does."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class EveryToken(Sequence):
-    """The plain model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EveryKth(Sequence, abc.ABC):
+class EveryKth(Tokens, abc.ABC):
     """What all ways to compute on every k-th token can be told."""
 
     stride: int = 4  # k
@@ -139,16 +100,16 @@ class EveryKth(Sequence, abc.ABC):
     def sharing(self) -> Sharing:
         """Of one layer."""
 
-    def around(self, block: nnx.Module) -> "SequenceBlock":
+    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> "SequenceBlock":
         return SequenceBlock(block, self.sharing(), self)
 
     def room(self, length: int, cached: bool = False) -> int:
         return room(length, self.stride, 1 if cached else self.documents)
 
-    def empty_anchor(self, rows: int, d_model: int) -> Float[Array, "B D"]:
-        return jnp.zeros((rows, d_model), jnp.float32, out_sharding=P(BATCH_AXES, None))
+    def empty_cache(self, rows: int, d_model: int) -> dict[str, Array]:
+        return {"anchor": jnp.zeros((rows, d_model), jnp.float32, out_sharding=P(BATCH_AXES, None))}
 
-    def costs(self, of_block: dict[str, Cost]) -> dict[str, Cost]:
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
         return {name: cost.every_kth(self.stride) for name, cost in of_block.items()}
 
 
@@ -160,8 +121,8 @@ class SequenceAltUp(EveryKth):
     def sharing(self) -> Correction:
         return Correction()
 
-    def costs(self, of_block):
-        return super().costs(of_block) | {"sequence": Cost(parameters=3, active=3)}
+    def costs(self, of_block, backbone):
+        return super().costs(of_block, backbone) | {"sequence": Cost(parameters=3, active=3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +144,10 @@ class AveragePooling(EveryKth):
     def sharing(self) -> Everything:
         return Everything()
 
-    @property
-    def leak(self) -> Optional[str]:
+    def check_causal(self) -> None:
         ahead = self.stride - 1
-        return f"a token is averaged with up to {ahead} after it" if ahead and not self.allow_leak else None
+        if ahead and not self.allow_leak:
+            raise leaks("allow_leak", f"a token is averaged with up to {ahead} after it")
 
     def unused(self) -> dict[str, str]:
         alone = {"allow_leak": "stride=1: a token is averaged with itself alone"} if self.stride == 1 else {}
@@ -207,41 +168,36 @@ class SequenceBlock(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], context: Context, cache: Optional[BlockCache] = None
     ) -> BlockOutput:
         with jax.named_scope("anchors"):
-            x_BSD, batch, where = self._gathered(x_BTD, context.batch, cached=cache is not None)
-        out = self.block(x_BSD, dataclasses.replace(context, batch=batch), cache)
+            x_BSD, where = self._gathered(x_BTD, context.batch, cached=cache is not None)
+            seen = context_at(context, where.token_BS)
+        out = self.block(x_BSD, dataclasses.replace(seen, batch=self._placed(seen.batch)), cache)
         before = None if cache is None else cache.anchor
         with jax.named_scope("correct"):
             spread = self.sharing(x_BSD.astype(jnp.float32), out.x.astype(jnp.float32))
             y_BTD, latest = _spread(x_BTD, where, spread, before)
         after = None if out.cache is None else dataclasses.replace(out.cache, anchor=latest)
-        report = dataclasses.replace(out.report, sequence=_report(context.batch, where))
+        report = report_of(out.report, where.token_BS, x_BTD.shape[1])
+        report = dataclasses.replace(report, sequence=_report(context.batch, where))
         return dataclasses.replace(out, x=y_BTD, report=report, cache=after)
 
     def _gathered(
         self, x_BTD: Float[Array, "B T D"], batch: Batch, cached: bool
-    ) -> tuple[Float[Array, "B S D"], Batch, Places]:
+    ) -> tuple[Float[Array, "B S D"], Places]:
         """What the block computes on, and where it comes from."""
         stride, slots = self.settings.stride, self.settings.room(x_BTD.shape[1], cached)
 
-        def local(x_BTD: Array, batch: Batch) -> tuple[Array, Batch, Places]:
+        def local(x_BTD: Array, batch: Batch) -> tuple[Array, Places]:
             where = places(batch.segments, batch.positions, stride, slots)
             pooled = self.settings.pools
             x_BSD = window_means(x_BTD, where.slot_BT, slots) if pooled else at(x_BTD, where.token_BS)
-            return x_BSD, _anchors_of(batch, where, stride), where
+            return x_BSD, where
 
-        return on_each_device(local, (BY_ROW, BY_ROW), (BY_ROW, BY_ROW, BY_ROW))(x_BTD, batch)
+        return on_each_device(local, (ROWS, ROWS), (ROWS, ROWS))(x_BTD, batch)
 
-
-def _anchors_of(batch: Batch, where: Places, stride: int) -> Batch:
-    """The batch of the anchors, each at its own position; empty slots are padding."""
-    fields = ("tokens", "targets", "segments", "positions", "loss_mask", "domains")
-    taken = {name: at(getattr(batch, name), where.token_BS) for name in fields}
-    return dataclasses.replace(
-        batch,
-        **taken,
-        previous=at(batch.preceding(), where.token_BS, otherwise=-1),
-        places=jnp.where(taken["segments"] > 0, taken["positions"] // stride, NOWHERE),
-    )
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch of the anchors, with their places in a cache."""
+        places_BS = jnp.where(batch.segments > 0, batch.positions // self.settings.stride, NOWHERE)
+        return dataclasses.replace(batch, places=places_BS)
 
 
 def _spread(
@@ -264,9 +220,9 @@ def _spread(
         return y_BTD.astype(x_BTD.dtype), at(carried_BSD, last_B)[:, 0]
 
     whole: Any = P()
-    in_slots: Any = Spread(own=BY_ROW, carried=BY_ROW, kept=whole)
-    specs = (BY_ROW, BY_ROW, in_slots, BY_ROW)
-    return on_each_device(local, specs, (BY_ROW, BY_ROW))(x_BTD, where, spread, before_BD)
+    in_slots: Any = Spread(own=ROWS, carried=ROWS, kept=whole)
+    specs = (ROWS, ROWS, in_slots, ROWS)
+    return on_each_device(local, specs, (ROWS, ROWS))(x_BTD, where, spread, before_BD)
 
 
 def _report(batch: Batch, where: Places) -> SequenceReport:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
-from sparsejax.base.errors import ConfigError
+from sparsejax.base.errors import ConfigError, leaks
 from sparsejax.base.reports import MoEReport, Report, moe_ratios
 from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
 from sparsejax.blocks.context import Context, Mode
@@ -43,9 +43,9 @@ class SoftSpec(BlockSpec):
             if value is not None and value <= 0:
                 raise ConfigError(name, f"{value} is not positive")
 
-    @property
-    def leak(self) -> Optional[str]:
-        return None if self.allow_leak else "a token's output would depend on the tokens after it"
+    def check_causal(self) -> None:
+        if not self.allow_leak:
+            raise leaks("allow_leak", "a token's output would depend on the tokens after it")
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:

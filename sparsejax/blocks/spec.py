@@ -5,7 +5,7 @@ A new kind is one file with a `BlockSpec`, and one line in `blocks.BLOCKS`; mode
 the spec and know no kind by name."""
 
 import abc
-from typing import Optional
+from typing import ClassVar, Optional
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -20,6 +20,9 @@ from sparsejax.nn.backbone import Backbone
 
 class BlockSpec(abc.ABC):
     """A config's description of one kind of block: the base of the frozen dataclasses in `blocks.BLOCKS`."""
+
+    has_network: ClassVar[bool] = True
+    """Whether there is a feed-forward part, with a norm before it."""
 
     @abc.abstractmethod
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module:
@@ -57,10 +60,8 @@ class BlockSpec(abc.ABC):
         """Config field → (size, logical axis) of what the mesh must split evenly."""
         return {}
 
-    @property
-    def leak(self) -> Optional[str]:
-        """Why a causal model must not have such a block, if it must not."""
-        return None
+    def check_causal(self) -> None:
+        """Raises `ConfigError` when a causal model must not have such a block."""
 
     def decided_for(self, platform: str, expert_devices: int) -> list[str]:
         """What its config leaves to the platform, as sentences. Raises `ConfigError` when that cannot run it."""

@@ -24,7 +24,7 @@ from sparsejax.blocks.stream_ends import Collapse, OneEnd, Spread, StreamEnds
 from sparsejax.blocks.stream_report import stream_report
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear
-from sparsejax.ops.streams import Streams, updated
+from sparsejax.ops.streams import Streams, added, updated
 
 Active = int | Int[Array, ""]
 """The stream that a layer computes on: a number that the compiler knows, where all layers of a position agree on it."""
@@ -61,6 +61,11 @@ class Residual:
     def ends(self, key: PRNGKeyArray, backbone: Backbone) -> OneEnd:
         """Where it begins and ends."""
         return OneEnd()
+
+    @property
+    def count(self) -> int:
+        """K: streams that there are."""
+        return 1
 
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         """Component → cost of what comes to each layer."""
@@ -113,6 +118,10 @@ class StreamSettings(Residual, abc.ABC):
         if self.streams == 1:
             return dict.fromkeys(("select", "seed", "embedding", "collapse", "final_norm"), "there is but one stream")
         return {} if self.select == "random" else {"seed": f"select={self.select} draws nothing"}
+
+    @property
+    def count(self) -> int:
+        return self.streams
 
     def active(self, layer: int) -> int:
         """The stream that layer number `layer` of the model computes on."""
@@ -197,8 +206,10 @@ class StreamedBlock(nnx.Module):
             gain = self.mixer.gain(prediction, out.x)
             coefficients = (prediction.transition, gain, prediction.expected)
             new = updated(streams, out.x, *coefficients)
+            for after, delta_BTD in out.aside.items():
+                new = added(new, delta_BTD, (active + after) % len(new))
         report = out.report
         if context.mode != "generate":
             own = stream_report(streams, new, out.x, *coefficients, mask_BT=context.batch.segments > 0)
             report = dataclasses.replace(report, streams=own)
-        return dataclasses.replace(out, x=new, report=report)
+        return dataclasses.replace(out, x=new, report=report, aside={})

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Optional
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.base.registry import choice
+from sparsejax.data.tasks import TASKS, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +17,7 @@ class DataConfig:
     path: Optional[str] = None  # a .txt (one document) or .jsonl file (one document a line), or a glob of them
     text_feature: str = "text"  # the feature (TFDS) or key (.jsonl) that holds a document's text
     validation_fraction: float = 0.05  # the tail of each file at `path` is kept for validation
+    task: Task = choice(TASKS, "next_token")  # what is predicted
     tokenizer: Optional[str] = None  # a tokenizer.json or a SentencePiece .model; None: the bytes of UTF-8
     sequence_length: int = 128  # tokens per row
     batch_size: int = 32  # rows per step, over all hosts

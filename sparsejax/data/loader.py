@@ -4,7 +4,6 @@ Row i of step s is row s * batch_size + i of an endless sequence of epochs, whoe
 step alone, on any number of hosts, each of which reads its own `row_indices` of every batch.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Optional
 
@@ -14,47 +13,10 @@ import numpy as np
 from sparsejax.base.errors import ConfigError
 from sparsejax.data.config import DataConfig
 from sparsejax.data.corpus import Corpus
-from sparsejax.data.packing import Plan, num_rows, pack, sequential_plan, shuffled_plan
-from sparsejax.data.store import TokenStore
+from sparsejax.data.packing import num_rows
+from sparsejax.data.rows import Arrays, Rows
 
-Arrays = dict[str, np.ndarray]
 ENDLESS = 2**40  # steps; row numbers stay far below 2**63
-
-
-class RowSource:
-    """Rows of `store`, by number. With a seed, epoch after epoch, each in its own order; without, one pass in order."""
-
-    def __init__(self, store: TokenStore, length: int, seed: Optional[int] = None):
-        self.store, self.length, self.seed = store, length, seed
-        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)  # two: a batch may lie in two epochs
-
-    def _make_plan(self, epoch: int) -> Plan:
-        if self.seed is None:
-            return sequential_plan(self.store.offsets, self.store.domains, self.length)
-        return shuffled_plan(self.store.offsets, self.store.domains, self.length, self.seed, epoch)
-
-    def __len__(self) -> int:
-        """Rows per epoch."""
-        return num_rows(len(self.store.tokens), self.length)
-
-    def __getitem__(self, row: int) -> Arrays:
-        """One row: arrays [T] with the names of `Batch`'s fields. The epoch is `row // len(self)`."""
-        return {name: array[0] for name, array in self.rows(np.array([row])).items()}
-
-    def rows(self, numbers: np.ndarray) -> Arrays:
-        """The rows with these numbers [n], stacked: [n, T]. Without a seed, rows past the end are empty."""
-        if self.seed is None:
-            return pack(self._plan(0), self.store.tokens, numbers)
-        epochs, rows = np.divmod(numbers, len(self))
-        present = np.unique(epochs)
-        if len(present) == 1:
-            return pack(self._plan(int(present[0])), self.store.tokens, rows)
-        out: Arrays = {}
-        for epoch in present:
-            chosen = epochs == epoch
-            for name, array in pack(self._plan(int(epoch)), self.store.tokens, rows[chosen]).items():
-                out.setdefault(name, np.zeros((len(numbers), self.length), array.dtype))[chosen] = array
-        return out
 
 
 class _Steps:
@@ -62,7 +24,7 @@ class _Steps:
 
     def __init__(
         self,
-        source: RowSource,
+        source: Rows,
         batch_size: int,
         row_indices: Optional[Sequence[int] | np.ndarray],
         numbers: Sequence[int],
@@ -80,13 +42,14 @@ class _Steps:
         return {**batch, "rows": self.indices.astype(np.int32)}
 
 
-def train_rows(corpus: Corpus, config: DataConfig, seed: int) -> RowSource:
-    """The rows of the training split, in the order that `seed` gives."""
-    return RowSource(corpus.train, config.sequence_length, seed)
+def train_rows(corpus: Corpus, config: DataConfig, seed: int) -> Rows:
+    """The rows of the training split, in the order that `seed` gives. Raises `ConfigError` when the task finds too
+    little in the corpus."""
+    return config.task.train(corpus, config.sequence_length, seed)
 
 
 def batches(
-    source: RowSource,
+    source: Rows,
     *,
     batch_size: int,
     start_step: int = 0,
@@ -123,13 +86,13 @@ def eval_batches(
     chosen = range(total) if batches is None or batches >= total else [n * total // batches for n in range(batches)]
     count = num_eval_batches(corpus, config, size)
     numbers = [number for batch in chosen for number in range(batch * parts, (batch + 1) * parts) if number < count]
-    source = RowSource(corpus.validation, config.sequence_length)
+    source = config.task.evaluation(corpus, config.sequence_length)
     return _read(_Steps(source, size, row_indices, numbers), 0, config.prefetch, config.workers)
 
 
 def num_eval_batches(corpus: Corpus, config: DataConfig, batch_size: int) -> int:
     """How many batches the validation split has. Raises `ConfigError` when it is empty."""
-    steps = num_rows(num_rows(len(corpus.validation.tokens), config.sequence_length), batch_size)
+    steps = num_rows(len(config.task.evaluation(corpus, config.sequence_length)), batch_size)
     if steps == 0:
         if config.name == "text":
             message = f"{config.validation_fraction} of each file leaves nothing to evaluate on"

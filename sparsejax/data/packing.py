@@ -34,10 +34,11 @@ def num_rows(num_tokens: int, length: int) -> int:
 
 def permutation(size: int, *key: int) -> np.ndarray:
     """[size] int64. The order of raw draws of Philox: unlike NumPy's shuffles, the same in every version of NumPy."""
-    return np.argsort(_draws(size, *key), kind="stable")
+    return np.argsort(draws(size, *key), kind="stable")
 
 
-def _draws(size: int, *key: int) -> np.ndarray:
+def draws(size: int, *key: int) -> np.ndarray:
+    """[size] uint64, raw, from Philox seeded with `key`."""
     return np.random.Philox(np.random.SeedSequence([part % 2**64 for part in key])).random_raw(size)
 
 
@@ -55,7 +56,7 @@ def shuffled_plan(offsets: np.ndarray, domains: np.ndarray, length: int, seed: i
         starts=starts,
         shifts=offsets[:-1][order] - starts[:-1],
         domains=domains[order],
-        phase=int(_draws(1, seed, epoch, 1)[0]) % min(length, num_tokens),
+        phase=int(draws(1, seed, epoch, 1)[0]) % min(length, num_tokens),
         windows=permutation(num_rows(num_tokens, length), seed, epoch, 2),
         length=length,
     )

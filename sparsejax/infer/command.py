@@ -13,6 +13,9 @@ from sparsejax.base.config import Loaded
 from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import make_mesh
 from sparsejax.data.tokenizers import load_tokenizer
+from sparsejax.infer.early_exit import RULES, EarlyExit
+from sparsejax.infer.generate import Decoding
+from sparsejax.infer.self_speculation import SelfSpeculation
 from sparsejax.infer.text import START, Sample, encode_prompts, sample_text
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.record import check_tokenizer
@@ -24,7 +27,8 @@ def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
 
     Text goes to standard output, what it took to standard error. With `--format=json` the last line of standard output
     is an object with `step`, `samples` (each `prompt`, `text`: prompt and continuation, `tokens`: ids of the
-    continuation), `tokens_per_second` (of decoding, without compilation), and the settings of the sampling.
+    continuation), `tokens_per_second` (of decoding, without compilation), what came of `exits` and `drafts` (null
+    without), and the settings of the sampling.
     """
     assert workdir is not None  # the command line sees to it
     config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
@@ -33,17 +37,49 @@ def generate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     prompts = read_prompts(args.prompt, args.prompts_file)
     encode_prompts(tokenizer, prompts)  # a bad prompt is told before anything is restored
     settings = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
+    decoding = read_decoding(args)
+    if decoding is not None:
+        decoding.check(config.model)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         variables, _, step = restore_variables(config, workdir, mesh, args.step)
-        result = sample_text(config, variables, tokenizer, prompts, **settings)
+        result = sample_text(config, variables, tokenizer, prompts, decoding=decoding, **settings)
     if args.format == "json":
         print(json.dumps({"step": step, **dataclasses.asdict(result), **settings}))
     else:
         print(as_text(result.samples))
         sampled = f"{len(prompts)} × {args.max_tokens} tokens"
         print(f"step {step}: {sampled}, {result.tokens_per_second:,.0f} tokens/s", file=sys.stderr)
+        if result.exits is not None:
+            print(f"layers run: {result.exits['mean_layer']:.2f} on average", file=sys.stderr)
+        if result.drafts is not None:
+            print(f"tokens a round: {result.drafts['mean_tokens']:.2f} on average", file=sys.stderr)
     return 0
+
+
+def read_decoding(args: argparse.Namespace) -> Optional[Decoding]:
+    """How the flags want tokens decoded. Raises `RequestError` for a flag without what it belongs to."""
+    monotone = args.exit_policy == "monotone"
+    exits = {"rule": args.exit_rule, "threshold": args.exit_threshold, "decay": args.exit_decay}
+    if monotone:
+        for name, value in exits.items():
+            if value is not None:
+                raise RequestError(f"--exit-{name} has no effect with --exit-policy=monotone, which asks no rule")
+    elif args.exit_rule is None:
+        for name in ("threshold", "policy", "decay"):
+            if getattr(args, f"exit_{name}") is not None:
+                raise RequestError(f"--exit-{name} has no effect without --exit-rule ({', '.join(RULES)})")
+    if args.draft_layers is None and args.draft_length is not None:
+        raise RequestError("--draft-length has no effect without --draft-layers")
+    if args.draft_layers is not None and (monotone or args.exit_rule is not None):
+        raise RequestError("--draft-layers with early exits: drafts are checked by all layers, exits are not")
+    given = {**exits, "keys": args.exit_policy}
+    if monotone or args.exit_rule is not None:
+        return EarlyExit(**{name: value for name, value in given.items() if value is not None})
+    if args.draft_layers is not None:
+        length = {} if args.draft_length is None else {"length": args.draft_length}
+        return SelfSpeculation(layers=args.draft_layers, **length)
+    return None
 
 
 def read_prompts(given: list[str], file: Optional[Path]) -> list[str]:

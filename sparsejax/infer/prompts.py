@@ -3,8 +3,10 @@
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Optional
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -12,7 +14,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import BATCH_AXES
-from sparsejax.base.structs import struct
+from sparsejax.base.structs import Batch, struct
 
 SHORTEST = 16
 """Prompts are padded to this many tokens or the next power of two, so that few programs are compiled."""
@@ -73,3 +75,23 @@ def place_prompts(prompts: Sequence[np.ndarray], mesh: jax.sharding.Mesh) -> Pro
     }
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return Prompts(**{name: jax.device_put(array, sharding) for name, array in host.items()})
+
+
+def token_batch(
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    real_BT: Bool[Array, "B T"],
+    previous_BT: Optional[Int[Array, "B T"]] = None,
+) -> Batch:
+    """A batch without targets, each row one document."""
+    nothing = jnp.zeros_like(tokens_BT)
+    return Batch(
+        tokens=tokens_BT,
+        targets=nothing,
+        segments=real_BT.astype(jnp.int32),
+        positions=positions_BT,
+        loss_mask=nothing > 0,
+        domains=nothing,
+        rows=nothing[:, 0],
+        previous=previous_BT,
+    )

@@ -35,11 +35,23 @@ def sample(key: PRNGKeyArray, logits_V: Float[Array, " V"], sampling: Sampling) 
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
+    return jax.random.categorical(key, _allowed(logits_V, sampling)).astype(jnp.int32)
+
+
+def distribution(logits_V: Float[Array, " V"], sampling: Sampling) -> Float[Array, " V"]:
+    """The probabilities that `sample` draws with; one of them is 1 at temperature 0."""
+    if sampling.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits_V), logits_V.shape[0])
+    return jax.nn.softmax(_allowed(logits_V, sampling))
+
+
+def _allowed(logits_V: Float[Array, " V"], sampling: Sampling) -> Float[Array, " V"]:
+    """At the temperature, −∞ for tokens that may not be drawn."""
     # The largest becomes 0 first, so that no temperature is too small.
     logits_V = (logits_V - logits_V.max()) / sampling.temperature
-    if sampling.top_k is not None or sampling.top_p is not None:
-        logits_V = jnp.where(likeliest(logits_V, sampling.top_k, sampling.top_p), logits_V, -math.inf)
-    return jax.random.categorical(key, logits_V).astype(jnp.int32)
+    if sampling.top_k is None and sampling.top_p is None:
+        return logits_V
+    return jnp.where(likeliest(logits_V, sampling.top_k, sampling.top_p), logits_V, -math.inf)
 
 
 def likeliest(logits_V: Float[Array, " V"], top_k: Optional[int], top_p: Optional[float]) -> Bool[Array, " V"]:

@@ -58,7 +58,11 @@ class Address:
     known_at: ClassVar[KnownAt] = "layer"
 
     def tables(self, vocab_size: int) -> tuple[int, ...]:
-        """Rows of each of the tables that lie one after the other in one; a lookup goes to one of them."""
+        """Rows of each of the tables that lie one after the other in one. Here there is one for each lookup."""
+        return (self.rows_each(vocab_size),) * self.lookups
+
+    def rows_each(self, vocab_size: int) -> int:
+        """Rows of a table, where all tables have as many."""
         raise NotImplementedError
 
     def rows(self, vocab_size: int) -> int:

@@ -44,8 +44,8 @@ class Clusters(Address):
         if backbone.d_model % self.heads:
             raise ConfigError("heads", f"{self.heads} parts do not divide d_model={backbone.d_model}")
 
-    def tables(self, vocab_size: int) -> tuple[int, ...]:
-        return (self.clusters,) * self.heads
+    def rows_each(self, vocab_size: int) -> int:
+        return self.clusters
 
     @property
     def lookups(self) -> int:
@@ -94,8 +94,8 @@ class LatentBigrams(Clusters):
             )
             raise ConfigError("clusters", f"{message}; allowed: heads · clusters² < 2³²")
 
-    def tables(self, vocab_size: int) -> tuple[int, ...]:
-        return (self.buckets,) * self.heads
+    def rows_each(self, vocab_size: int) -> int:
+        return self.buckets
 
     @property
     def window(self) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ class MemorySpec:
     consume: Consume = choice(CONSUMES, "add")
     blocks: tuple[str, ...] = ()  # names in model.blocks; none goes with place=embedding
     place: Place = "before_feed_forward"  # parallel: beside the feed-forward network, on its input
+    streams: tuple[int, ...] = (0,)  # of model.streams that it is added to, counted from the one a layer computes on
     shared: bool = False  # one table for all its layers
     storage: Storage = "replicated"  # split by rows or features over the devices, or kept in the host's memory
 
@@ -39,6 +40,10 @@ class MemorySpec:
             raise ConfigError("consume", f"{consume} does not go with content={content}; it goes with content={fit}")
         if self.place == "embedding" and self.blocks:
             raise ConfigError("blocks", f"place=embedding is in no block; allowed: (), not {self.blocks}")
+        if not self.streams or min(self.streams) < 0 or list(self.streams) != sorted(set(self.streams)):
+            raise ConfigError("streams", f"{self.streams} are not ascending numbers ≥ 0; allowed: (1,) or the like")
+        if self.place == "embedding" and self.streams != (0,):
+            raise ConfigError("streams", f"{self.streams} with place=embedding, where there is but one; allowed: (0,)")
         if self.storage == "host" and self.address.known_at != "input":
             early = ", ".join(name for name, entry in ADDRESSES.items() if entry.known_at == "input")
             late = f"address={ADDRESSES.name_of(self.address)} is known in the layer alone"
@@ -61,14 +66,24 @@ class MemorySpec:
                 "content", f"consume={name} adds what is looked up to d_model={backbone.d_model} numbers, not {width}"
             )
 
+    def check_streams(self, streams: int) -> None:
+        """Raises `ConfigError` unless a residual of so many streams has those that it is added to."""
+        if max(self.streams) < streams:
+            return
+        message = f"{self.streams} reaches the {max(self.streams)}. stream after the one that a layer computes on"
+        if streams == 1:
+            raise ConfigError("streams", f"{message}, but there is no other; set model.streams=altup, or streams=(0,)")
+        raise ConfigError("streams", f"{message}, but there are {streams}; allowed: 0 … {streams - 1}")
+
     def unused(self) -> dict[str, str]:
         return {"shared": "place=embedding is one layer"} if self.place == "embedding" else {}
 
     @property
     def own_norm(self) -> bool:
-        """Whether its layers normalise their input themselves; in parallel they get that of the feed-forward
-        network."""
-        return self.place != "parallel"
+        """Whether its layers normalise their input themselves. In parallel they get that of the feed-forward network,
+        and elsewhere there may be nothing that reads it."""
+        reads = self.address.known_at == "layer" or self.content.reads_state or self.consume.reads_state
+        return reads and self.place != "parallel"
 
     def rows(self, vocab_size: int) -> int:
         """Of the table."""

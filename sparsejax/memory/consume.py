@@ -48,6 +48,8 @@ class Consume:
     """Whether the value has to be as wide as the model."""
     splits_value: ClassVar[bool] = False
     """Whether the mesh axis `tensor` splits the value as it does a hidden layer."""
+    reads_state: ClassVar[bool] = False
+    """Whether it reads the normalised state."""
     reads_embedding: ClassVar[bool] = False
     gated: ClassVar[bool] = False
     """Whether it reports a gate."""

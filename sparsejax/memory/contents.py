@@ -28,6 +28,8 @@ class Content:
 
     kind: ClassVar[Literal["value", "expert", "gate"]] = "value"
     """What consumptions go by: a value is added, projected or gated, a gate multiplies a hidden layer."""
+    reads_state: ClassVar[bool] = False
+    """Whether a token's value depends on its state, and not on its rows alone."""
 
     def parts(self, backbone: Backbone, zero: bool) -> tuple[Part, ...]:
         """How a row begins. With `zero`, whatever is looked up adds nothing at first."""
@@ -86,6 +88,7 @@ class PartialExpert(Content):
     activation: Activation = "gelu"
 
     kind = "expert"
+    reads_state = True
 
     def __post_init__(self):
         positive(self, "rank")
@@ -133,6 +136,8 @@ class KeyValues(Content):
     arXiv:2601.21461, where frequent ids have more pairs than rare ones; here all have the same)."""
 
     pairs: int = 4
+
+    reads_state = True
 
     def __post_init__(self):
         positive(self, "pairs")

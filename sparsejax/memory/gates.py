@@ -29,6 +29,7 @@ class GatedAdd(Consume):
     dilation: int = 3  # the order of the longest n-gram
 
     gated = True
+    reads_state = True
 
     def __post_init__(self):
         positive(self, "kernel", "dilation")
@@ -86,6 +87,7 @@ class PerLayer(Consume):
 
     starts_at_zero = True
     reads_embedding = True
+    reads_state = True
 
     def build(self, key: PRNGKeyArray, backbone: Backbone, value_width: int) -> nnx.Module:
         return FeatureGate(key, backbone, value_width)

@@ -63,7 +63,6 @@ class MemoryLayer(nnx.Module):
         h_BTD: Optional[Float[Array, "B T D"]] = None,
         embedded_BTD: Optional[Float[Array, "B T D"]] = None,
         cache: Optional[MemoryCache] = None,
-        record: bool = False,
     ) -> MemoryOutput:
         """Looks up and consumes.
 
@@ -72,11 +71,10 @@ class MemoryLayer(nnx.Module):
           h_BTD: its normalised form, where the layer has no norm of its own (`MemorySpec.own_norm`).
           embedded_BTD: the output of the model's embedding, if the consumption reads it.
           cache: what was remembered of the tokens before the rows; each row is then one document.
-          record: the report holds the ids.
         """
         if self.norm is not None:
             h_BTD = self.norm(x_BTD)
-        assert h_BTD is not None  # the block's norm has made it
+        h_BTD = x_BTD if h_BTD is None else h_BTD  # where nothing reads more of it than its shape
         windows = MemoryCache() if cache is None else cache
         with jax.named_scope("address"):
             addresses, report = self.look_up(batch, h_BTD, windows.address)
@@ -95,7 +93,7 @@ class MemoryLayer(nnx.Module):
             report = dataclasses.replace(report, gate_sum=jnp.where(real_BT, consumed.gate, 0).sum(dtype=jnp.float32))
         return MemoryOutput(
             delta=jnp.where(real_BT[..., None], consumed.delta, 0).astype(x_BTD.dtype),
-            report=dataclasses.replace(report, ids=addresses.ids) if record else report,
+            report=report,
             cache=None if cache is None else _remembered(cache, addresses.recent, consumed.recent, real_BT),
         )
 
@@ -126,6 +124,16 @@ class MemoryLayer(nnx.Module):
         specs = (jax.tree.map(lambda _: by_row, inputs), stored)
         ids, weights, recent, report = on_each_device(local, specs, (by_row, by_row, by_row, P()))(inputs, variables)
         return Addresses(ids=ids, weights=weights, recent=recent), report
+
+
+def early_ids(
+    spec: MemorySpec, batch: Batch, vocab_size: int, window: Optional[Int[Array, "B N *x"]] = None
+) -> Int[Array, "B T K"]:
+    """The addresses of a memory that are known from the input (`Address.known_at`): the same in all of its layers."""
+    by_row: Any = P(BATCH_AXES)
+    inputs = Inputs(tokens=batch.tokens, segments=batch.segments, window=window)
+    local = lambda inputs: (spec.address(inputs, {}, vocab_size).ids,)  # noqa: E731
+    return on_each_device(local, (jax.tree.map(lambda _: by_row, inputs),), (by_row,))(inputs)[0]
 
 
 def empty_cache(spec: MemorySpec, backbone: Backbone, rows: int) -> MemoryCache:

@@ -58,7 +58,8 @@ class Softmax(Address):
 class ProductKeys(Address):
     """Row (i, j) of `keys` × `keys` scores q₁ · a_i + q₂ · b_j, q₁ and q₂ being the halves of a head's query of `width`
     numbers; every head takes the k best, found exactly without all keys² scores (Lample et al., arXiv:1907.05242, and
-    Memory layers at scale, arXiv:2412.09764, both without their norm of the query).
+    Memory layers at scale, arXiv:2412.09764). With `norm_query` a head's query is divided by its root mean square and
+    scaled feature by feature, where Lample et al. have a batch norm, which would tie the rows of a batch together.
 
     Weights are the softmax over a head's k scores, or, as PEER's experts that do not compete (arXiv:2407.04153), each
     score's ReLU. The heads share one table."""
@@ -68,6 +69,7 @@ class ProductKeys(Address):
     k: int = 32
     width: int = 128
     weight: Literal["softmax", "relu"] = "softmax"
+    norm_query: bool = False
 
     def __post_init__(self):
         positive(self, "keys", "heads", "k", "width")
@@ -92,17 +94,23 @@ class ProductKeys(Address):
         query = normal(query_key, (d_model, self.heads, self.width), d_model**-0.5)
         bound = self.width**-0.5
         sub_keys = jax.random.uniform(keys_key, (2, self.heads, self.keys, half), minval=-bound, maxval=bound)
-        return {
+        made: dict[str, nnx.Variable] = {
             "query": param(query, ("embed", None, None), "router"),
             "sub_keys": param(sub_keys, (None, None, None, None), "router"),
         }
+        if self.norm_query:
+            made["query_scale"] = param(jnp.ones((self.heads, self.width), jnp.float32), (None, None), "norm")
+        return made
 
     def size(self, backbone: Backbone) -> tuple[int, int]:
         weights = self.heads * self.width * (backbone.d_model + self.keys)
-        return weights, weights
+        return weights + self.heads * self.width * self.norm_query, weights
 
     def __call__(self, inputs: Inputs, variables: Variables, vocab_size: int) -> Addresses:
         query_BTHq = _projected("btd,dhq->bthq", inputs, variables["query"])
+        if self.norm_query:
+            power = jnp.mean(jnp.square(query_BTHq), -1, keepdims=True)
+            query_BTHq = query_BTHq * jax.lax.rsqrt(power + 1e-6) * variables["query_scale"]
         halves = query_BTHq.reshape(*query_BTHq.shape[:3], 2, -1)
         scores = jnp.einsum("bthsq,shnq->sbthn", halves, variables["sub_keys"], precision=jax.lax.Precision.HIGHEST)
         values_BTHk, ids_BTHk = product_key_top_k(scores[0], scores[1], self.k)

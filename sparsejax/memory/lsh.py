@@ -42,19 +42,12 @@ class Centred(Address):
         within(self, "entropy_floor", 0, 1)
 
     @property
-    def buckets_each(self) -> int:
-        raise NotImplementedError
-
-    @property
     def columns_each(self) -> int:
         """Projections that a table's bucket is read from."""
         raise NotImplementedError
 
     def hashed(self, centred_BTD: Float[Array, "B T D"], variables: Variables) -> Int[Array, "B T H"]:
         raise NotImplementedError
-
-    def tables(self, vocab_size: int) -> tuple[int, ...]:
-        return (self.buckets_each,) * self.hashes
 
     @property
     def lookups(self) -> int:
@@ -109,8 +102,7 @@ class Hyperplanes(Centred):
         super().__post_init__()
         within(self, "bits", 0, 31)
 
-    @property
-    def buckets_each(self) -> int:
+    def rows_each(self, vocab_size: int) -> int:
         return 2**self.bits
 
     @property
@@ -135,8 +127,7 @@ class Euclidean(Centred):
         positive(self, "projections", "buckets")
         within(self, "width", 1e-6, math.inf)
 
-    @property
-    def buckets_each(self) -> int:
+    def rows_each(self, vocab_size: int) -> int:
         return self.buckets
 
     @property
@@ -163,8 +154,7 @@ class CrossPolytope(Centred):
         super().__post_init__()
         positive(self, "columns")
 
-    @property
-    def buckets_each(self) -> int:
+    def rows_each(self, vocab_size: int) -> int:
         return 2 * self.columns
 
     @property

@@ -66,28 +66,30 @@ def per_layer_embedding(**overrides: Any) -> MemorySpec:
 
 
 def product_key(**overrides: Any) -> MemorySpec:
-    """Four heads' 32 best of keys² vectors (arXiv:1907.05242), without the norm of the query."""
-    return _with(overrides, address=ProductKeys(), content=Vector(), consume=Add(), place="parallel")
+    """Four heads' 32 best of keys² vectors (arXiv:1907.05242). The query's norm is not over the batch but over its
+    features."""
+    return _with(overrides, address=ProductKeys(norm_query=True), content=Vector(), consume=Add(), place="parallel")
 
 
 def memory_plus(**overrides: Any) -> MemorySpec:
-    """`product_key` with a gate at the output and one table for all layers (arXiv:2412.09764)."""
+    """`product_key` with a gate at the output and one table for all layers (arXiv:2412.09764), and no norm of the
+    query."""
     return _with(
         overrides, address=ProductKeys(), content=Vector(), consume=GatedOutput(), place="parallel", shared=True
     )
 
 
 def peer(**overrides: Any) -> MemorySpec:
-    """Eight heads' 16 best of keys² experts of one neuron each (arXiv:2407.04153), without the norm of the query."""
-    return _with(
-        overrides, address=ProductKeys(heads=8, k=16), content=PartialExpert(rank=1), consume=Expert(), place="parallel"
-    )
+    """Eight heads' 16 best of keys² experts of one neuron each (arXiv:2407.04153). The query's norm is not over the
+    batch but over its features."""
+    keys = ProductKeys(heads=8, k=16, norm_query=True)
+    return _with(overrides, address=keys, content=PartialExpert(rank=1), consume=Expert(), place="parallel")
 
 
 def stem(**overrides: Any) -> MemorySpec:
-    """A gated network whose up-projection is looked up by token id (arXiv:2601.10639), beside the block's own network,
-    which the paper's replaces."""
-    return _with(overrides, address=TokenId(), content=GateRow(), consume=UpProjection(), place="parallel")
+    """A gated network whose up-projection is looked up by token id (arXiv:2601.10639). In the paper it is a layer's
+    only one: give it to blocks of attention alone (`model.blocks.NAME = "attention"`). Tables start at zero."""
+    return _with(overrides, address=TokenId(), content=GateRow(), consume=UpProjection(), place="after")
 
 
 def over_encoding(**overrides: Any) -> MemorySpec:

@@ -88,6 +88,7 @@ class GatedOutput(Consume):
     activation: Activation = "silu"
 
     splits_value = True
+    reads_state = True
 
     def build(self, key: PRNGKeyArray, backbone: Backbone, value_width: int) -> nnx.Module:
         return Gated(key, backbone, value_width, self.activation)
@@ -100,7 +101,7 @@ class GatedOutput(Consume):
 @dataclass(frozen=True, kw_only=True)
 class UpProjection(GatedOutput):
     """(act(h W_1) ⊙ row) W_2: a gated feed-forward network whose up-projection is looked up (STEM, arXiv:2601.10639).
-    It has matrices of its own and stands beside the block's network, not in its place."""
+    Its two matrices are its own: in a block of attention alone it is the network, in others one more."""
 
     accepts = ("gate",)
 

@@ -29,8 +29,8 @@ class TokenId(Address):
         elif self.hashes > 1:
             raise ConfigError("hashes", f"{self.hashes} hashes of an id that has a row of its own; set buckets, or 1")
 
-    def tables(self, vocab_size: int) -> tuple[int, ...]:
-        return (vocab_size if self.buckets is None else self.buckets,) * self.hashes
+    def rows_each(self, vocab_size: int) -> int:
+        return vocab_size if self.buckets is None else self.buckets
 
     @property
     def lookups(self) -> int:

@@ -6,13 +6,16 @@ from typing import Any, Literal, Optional
 
 from sparsejax.base.errors import ConfigError, did_you_mean
 from sparsejax.base.registry import choice, choices
-from sparsejax.blocks import BLOCKS, RESIDUALS, SEQUENCES
+from sparsejax.blocks import BLOCKS, RESIDUALS, SELECTIONS, SEQUENCES, SKIMS
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
-from sparsejax.blocks.sequence import EveryToken, Sequence
+from sparsejax.blocks.skim import Skim, Skimming
 from sparsejax.blocks.spec import BlockSpec
-from sparsejax.blocks.streams import Residual
+from sparsejax.blocks.streams import OneStream, Residual
+from sparsejax.blocks.tokens import EveryToken, Tokens
 from sparsejax.memory.config import MEMORIES, MemorySpec
+from sparsejax.model.exits import EXITS, Exits
+from sparsejax.model.heads import HEADS, HeadSpec
 from sparsejax.nn.backbone import Backbone
 
 Remat = Literal["none", "full", "dots", "names"]
@@ -55,7 +58,12 @@ class ModelConfig(Backbone):
     blocks: Mapping[str, BlockSpec] = choices(BLOCKS, dense=DenseSpec(), moe=MoESpec())
     memory: Mapping[str, MemorySpec] = choices(MEMORIES)  # lookup layers by name, each in the blocks that it names
     streams: Residual = choice(RESIDUALS, "none")  # of the residual; none: the plain one
-    sequence: Sequence = choice(SEQUENCES, "none")  # layers that compute on some tokens of a row; none: on all
+    sequence: Tokens = choice(SEQUENCES, "none")  # layers that compute on every k-th token of a row; none: on all
+    select: Tokens = choice(SELECTIONS, "none")  # layers that compute on tokens chosen for them; none: on all
+    skim: Skim = choice(SKIMS, "none")  # tokens that leave on the way; none: no token does
+    head: HeadSpec = choice(HEADS, "tokens")  # what is scored
+    exits: Exits = choice(EXITS, "none")  # output heads after some of the layers
+    layer_dropout: float = 0.0  # rows that skip the last layer in training; of those before, exponentially fewer do
     tied_head: bool = True  # the output head is the embedding table
     logit_soft_cap: Optional[float] = None  # c · tanh(logits / c)
     scan: bool = True  # compile the pattern once and scan over repeats; False unrolls, with the same parameters
@@ -73,7 +81,11 @@ class ModelConfig(Backbone):
         self._check_causality()
         self._check_memory()
         self._check_streams()
-        self._check_sequence()
+        self._check_tokens("sequence", self.sequence)
+        self._check_tokens("select", self.select)
+        self._check_tokens_apart()
+        self._check_skim()
+        self._check_exits()
         if self.vocab_size < 2:
             raise ConfigError("vocab_size", f"{self.vocab_size} is less than 2")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -106,13 +118,11 @@ class ModelConfig(Backbone):
                 )
 
     def _check_causality(self) -> None:
-        for name in dict.fromkeys(layer.block for layer in self.layers):
-            reason = self.blocks[name].leak
-            if reason is not None:
-                raise ConfigError(
-                    f"blocks.{name}.allow_leak",
-                    f"{reason}, which a language model must not see; allow_leak=true accepts that",
-                )
+        for name in dict.fromkeys(layer.block for layer in self.layers) if self.causal else ():
+            try:
+                self.blocks[name].check_causal()
+            except ConfigError as error:
+                raise error.below(f"blocks.{name}") from None
 
     def _check_memory(self) -> None:
         for name, spec in self.memory.items():
@@ -123,6 +133,9 @@ class ModelConfig(Backbone):
                     raise ConfigError(f"memory.{name}.blocks", message)
                 if block not in self.positions.values():
                     raise ConfigError(f"memory.{name}.blocks", f"no layer of prefix, pattern or suffix is a {block!r}")
+                if spec.place == "parallel" and not self.blocks[block].has_network:
+                    message = f"parallel, but {block} has no feed-forward network to be beside; allowed: after"
+                    raise ConfigError(f"memory.{name}.place", message)
             try:
                 spec.check(self, self.vocab_size)
             except ConfigError as error:
@@ -141,11 +154,16 @@ class ModelConfig(Backbone):
         return tuple(position for position in (EMBEDDING, *self.positions) if self.memories_at(position))
 
     def _check_streams(self) -> None:
-        if self.tied_head:
+        if self.ties_head:
             try:
                 self.streams.check_tied()
             except ConfigError as error:
                 raise error.below("streams") from None
+        for name, spec in self.memory.items():
+            try:
+                spec.check_streams(self.streams.count)
+            except ConfigError as error:
+                raise error.below(f"memory.{name}") from None
         if self.streams.table_width(self.d_model) == self.d_model:
             return
         for name, spec in self.memory.items():
@@ -156,22 +174,63 @@ class ModelConfig(Backbone):
                 message = "it reads the embedding, which is wider than d_model with streams.embedding=wide"
                 raise ConfigError(f"memory.{name}.consume", f"{message}; allowed: embedding=recycled or projected")
 
-    def _check_sequence(self) -> None:
-        if isinstance(self.sequence, EveryToken):
+    def _check_tokens(self, field: str, tokens: Tokens) -> None:
+        if isinstance(tokens, EveryToken):
             return
-        for name in self.sequence.blocks:
+        for name in tokens.blocks:
             if name not in self.positions.values():
                 known = sorted(set(self.positions.values()))
                 message = f"no layer of prefix, pattern or suffix is a {name!r}; known: {', '.join(known)}."
-                raise ConfigError("sequence.blocks", message + did_you_mean(name, known))
+                raise ConfigError(f"{field}.blocks", message + did_you_mean(name, known))
         wrong = {name: reason for name in self.positions.values() if (reason := self._not_shortened(name))}
-        named = next((name for name in wrong if self.sequence_of(name) is self.sequence), None)
+        named = next((name for name in wrong if _names(tokens, name)), None)
         if named is not None:
             fit = ", ".join(dict.fromkeys(name for name in self.positions.values() if name not in wrong)) or "none here"
-            raise ConfigError("sequence.blocks", f"{named}: {wrong[named]}; blocks that can be named: {fit}")
-        if self.sequence.leak is not None:
-            message = f"{self.sequence.leak}, which a language model must not see; allow_leak=true accepts that"
-            raise ConfigError("sequence.allow_leak", message)
+            raise ConfigError(f"{field}.blocks", f"{named}: {wrong[named]}; blocks that can be named: {fit}")
+        if self.causal:
+            try:
+                tokens.check_causal()
+            except ConfigError as error:
+                raise error.below(field) from None
+
+    def _check_tokens_apart(self) -> None:
+        both = next((n for n in self.positions.values() if _names(self.sequence, n) and _names(self.select, n)), None)
+        if both is not None:
+            message = f"{both} computes on every k-th token by model.sequence already; allowed: other blocks"
+            raise ConfigError("select.blocks", message)
+
+    def _check_skim(self) -> None:
+        if not isinstance(self.skim, Skimming):
+            return
+        name = SKIMS.name_of(self.skim)
+        if self.causal or self.head.of_tokens:
+            message = f"{name}: tokens that leave have no scores; it goes with causal=false and head=classes"
+            raise ConfigError("skim", message)
+        plain = isinstance(self.streams, OneStream) and self.sequence == self.select == EveryToken()
+        if not plain:
+            raise ConfigError("skim", f"{name} goes with streams=none, sequence=none and select=none")
+        if self.attention == "splash":
+            raise ConfigError("attention", f"splash keeps no weights for skim={name} to read; allowed: auto, xla")
+        for block in dict.fromkeys(self.positions.values()):
+            if self.blocks[block].has_router or self._not_shortened(block):
+                raise ConfigError("skim", f"{name}: layers that are {block!r} need all tokens; allowed: dense ones")
+        if self.skim.execution == "compact" and ((self.scan and self.repeats > 1) or self.remat != "none"):
+            message = "compact: every layer has a shape of its own; it goes with scan=false and remat=none"
+            raise ConfigError("skim.execution", message)
+        try:
+            self.skim.check(self.num_layers)
+        except ConfigError as error:
+            raise error.below("skim") from None
+
+    def _check_exits(self) -> None:
+        try:
+            self.exits.check(self.num_layers)
+        except ConfigError as error:
+            raise error.below("exits") from None
+        if self.exits.depths and (isinstance(self.skim, Skimming) or not self.head.of_tokens):
+            raise ConfigError("exits", "an exit scores all tokens; it goes with head=tokens and skim=none")
+        if not 0 <= self.layer_dropout < 1:
+            raise ConfigError("layer_dropout", f"{self.layer_dropout} is outside [0, 1)")
 
     def _not_shortened(self, block: str) -> Optional[str]:
         """Why layers with this block spec cannot compute on some tokens of a row."""
@@ -182,10 +241,17 @@ class ModelConfig(Backbone):
         memory = next((name for name, spec in self.memory.items() if block in spec.blocks), None)
         return None if memory is None else f"its memory {memory!r} reads a table for every token"
 
-    def sequence_of(self, block: str) -> Sequence:
+    def tokens_of(self, block: str) -> Tokens:
         """On which tokens the layers with this block spec compute."""
-        named = self.sequence.blocks
-        return self.sequence if not named or block in named else EveryToken()
+        return next((tokens for tokens in (self.sequence, self.select) if _names(tokens, block)), EveryToken())
+
+    @property
+    def generates(self) -> bool:
+        return self.causal and self.head.of_tokens
+
+    @property
+    def ties_head(self) -> bool:
+        return self.tied_head and self.head.of_tokens
 
     @property
     def num_layers(self) -> int:
@@ -206,12 +272,17 @@ class ModelConfig(Backbone):
 
     def unused(self) -> dict[str, str]:
         reasons = {}
+        if not self.head.of_tokens:
+            reasons["tied_head"] = "the embedding scores tokens, not classes"
         if self.remat != "names":
             reasons["remat_names"] = f"remat={self.remat}; names count only with remat=names"
         if not self.pattern:
             reasons["repeats"] = "the pattern is empty"
         if not self.pattern or self.repeats == 0:
             reasons["scan"] = "there is no repeated pattern"
+        if not self.causal:
+            accepting = [*(f"blocks.{name}{part}" for name in self.blocks for part in ("", ".router")), "sequence"]
+            reasons |= {f"{path}.allow_leak": "causal=false: tokens see those after them" for path in accepting}
         used = {layer.block for layer in self.layers}
         reasons |= {
             f"blocks.{name}": "no layer of prefix, pattern or suffix uses it"
@@ -219,3 +290,8 @@ class ModelConfig(Backbone):
             if name not in used
         }
         return reasons
+
+
+def _names(tokens: Tokens, block: str) -> bool:
+    """Whether layers with this block spec are to compute on some tokens alone."""
+    return not isinstance(tokens, EveryToken) and (not tokens.blocks or block in tokens.blocks)

@@ -1,6 +1,7 @@
 """The parameters of a model that begins with what another model has learned, layer by layer."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ Named = dict[str, Array]
 def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, trained: nnx.State) -> nnx.State:
     """The parameters `fresh` of a model of `config`, with what the model of `before` has learned.
 
-    The two may lay their blocks out differently in prefix, pattern and suffix. To be called under `jax.jit`.
+    The two may lay their blocks out differently in prefix, pattern and suffix. Memories that the trained model lacks
+    stay as they begin, which is as if they were not there. To be called under `jax.jit`.
 
     Raises:
       RequestError: depth or arrays do not fit.
@@ -31,10 +33,18 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
     whole = jax.tree.map(lambda array: jax.sharding.reshard(array, P()), trained)
     flat = dict(nnx.to_flat_state(fresh))
     (own, own_layers), (old, old_layers) = _by_layer(config, flat.items()), _by_layer(before, nnx.to_flat_state(whole))
-    outside, layers = copied(own, old), []
+    new = new_memories(config, before)
+    # Exits that it did not have begin as they are, and those that it had may be left behind.
+    exits, left = (({path for path in a if path.startswith("exits/")} - b.keys()) for a, b in ((own, old), (old, own)))
+    without = lambda arrays, paths: {path: array for path, array in arrays.items() if path not in paths}  # noqa: E731
+    outside = copied(without(_taken(own, new), exits), without(old, left))
+    outside = _kept(own, new) | {path: own[path] for path in exits} | outside
+    layers = []
     for layer, mine, learned in zip(config.layers, own_layers, old_layers, strict=True):
         try:
-            layers.append(config.blocks[layer.block].continued(mine, learned))
+            choosers = {name: mine[name] for name in mine if name.startswith("chooser/") and name not in learned}
+            rest = {name: array for name, array in _taken(mine, new).items() if name not in choosers}
+            layers.append(choosers | _kept(mine, new) | config.blocks[layer.block].continued(rest, learned))
         except RequestError as error:
             raise RequestError(f"layer {layer.name}: {error}") from None
     for path, variable in flat.items():
@@ -45,6 +55,24 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
         values = [layers[layer.index][name] for layer in config.layers if layer.position == position]
         flat[path] = variable.replace(jnp.stack(values) if path[1] == "units" else values[0])
     return nnx.from_flat_state(flat)
+
+
+def new_memories(config: ModelConfig, before: ModelConfig) -> set[str]:
+    """Names of the memories that `config` has and `before` has not."""
+    return set(config.memory) - set(before.memory)
+
+
+def of_memory(path: Sequence[Any], names: Collection[str]) -> bool:
+    """Whether a variable, or the table, is of one of these memories."""
+    return any(part in ("memories", "tables") and name in names for part, name in itertools.pairwise(path))
+
+
+def _kept(arrays: Named, new: set[str]) -> Named:
+    return {path: array for path, array in arrays.items() if of_memory(path.split("/"), new)}
+
+
+def _taken(arrays: Named, new: set[str]) -> Named:
+    return {path: array for path, array in arrays.items() if not of_memory(path.split("/"), new)}
 
 
 def _by_layer(config: ModelConfig, variables: Iterable[tuple[tuple, Any]]) -> tuple[Named, list[Named]]:

@@ -1,7 +1,7 @@
 """What a model costs, from its config alone: parameters, active parameters and FLOPs, by component.
 
 FLOPs are 2 × the multiply-adds of matrix products. A forward pass costs `per_token` for every token, `per_key` for
-every key that a query attends to (`causal_keys` on a row of one document), `routed` for every token whose k pairs are
+every key that a query attends to (`mean_keys` on a row of one document), `routed` for every token whose k pairs are
 all processed, and `per_row` for every row. Training is 3 × the forward pass; element-wise work, the optimizer and
 recomputation are left out.
 """
@@ -19,6 +19,7 @@ TRAINING = 3
 COMPONENTS = (
     "embedding",
     "head",
+    "exit_heads",
     "norm",
     "attention_projections",
     "attention_scores",
@@ -30,16 +31,19 @@ COMPONENTS = (
     "streams",
     "stream_projections",
     "sequence",
+    "selection",
+    "skim",
 )
 
 
 def component_costs(config: ModelConfig) -> dict[str, Cost]:
     """Component → cost over all layers: those of `COMPONENTS` that the model has, in that order, then any others."""
-    table = _table(config, config.streams.table_width(config.d_model), per_token=0)
-    costs = {"embedding": table, "head": _head(config), "norm": _norms(config)}
+    costs = {"embedding": _table(config), "head": _head(config), "norm": _norms(config)}
     costs |= config.streams.end_costs(config)
+    exits, streams = config.exits, config.streams
+    costs |= exits.costs(config.vocab_size, streams.head_width(config.d_model), streams.norm_width(config.d_model))
     for layer in config.layers:
-        for name, cost in _of_layer(config, layer.block).items():
+        for name, cost in layer_costs(config, layer.block).items():
             costs[name] = costs.get(name, Cost()) + cost
     for block, layers in Counter(layer.block for layer in config.layers).items():
         for name, cost in config.blocks[block].pool_costs(config, layers).items():
@@ -50,14 +54,19 @@ def component_costs(config: ModelConfig) -> dict[str, Cost]:
     return {name: costs[name] for name in dict.fromkeys([*COMPONENTS, *costs]) if name in costs}
 
 
+def layer_cost(config: ModelConfig, block: str) -> Cost:
+    """Of one layer with this block spec, attention included."""
+    return sum(layer_costs(config, block).values(), Cost())
+
+
 def total(config: ModelConfig) -> Cost:
     """The whole model's cost."""
     return sum(component_costs(config).values(), Cost())
 
 
-def causal_keys(sequence_length: int) -> float:
+def mean_keys(config: ModelConfig, sequence_length: int) -> float:
     """Keys that a token of a row attends to, on average, when the row is one document."""
-    return (sequence_length + 1) / 2
+    return (sequence_length + 1) / 2 if config.causal else sequence_length
 
 
 def forward_flops(
@@ -67,30 +76,31 @@ def forward_flops(
 
     Args: routed: FLOPs of the experts over all layers, Σ `BlockSpec.processed_flops`: ideal work is what was selected
       and not dropped. None: every token's k pairs and the work of `rows` rows, in every layer."""
-    cost = total(config)
-    of_experts = tokens * cost.routed + rows * cost.per_row if routed is None else routed
-    return tokens * cost.per_token + keys * cost.per_key + of_experts
+    cost, head = total(config), _head(config)
+    of_experts = tokens * cost.routed + rows * (cost.per_row - head.per_row) if routed is None else routed
+    return tokens * cost.per_token + keys * cost.per_key + rows * head.per_row + of_experts
 
 
-def _of_layer(config: ModelConfig, block: str) -> dict[str, Cost]:
+def layer_costs(config: ModelConfig, block: str) -> dict[str, Cost]:
+    """Component → cost of one layer with this block spec."""
     of_block = _attention(config) | config.blocks[block].costs(config)
-    return config.sequence_of(block).costs(of_block) | config.streams.costs(config)
+    of_layer = config.tokens_of(block).costs(of_block, config)
+    return of_layer | config.skim.costs(config) | config.streams.costs(config)
 
 
-def _table(config: ModelConfig, width: int, per_token: int) -> Cost:
-    size = config.vocab_size * width
-    return Cost(parameters=size, active=size, per_token=per_token)
+def _table(config: ModelConfig) -> Cost:
+    size = config.vocab_size * config.streams.table_width(config.d_model)
+    return Cost(parameters=size, active=size)
 
 
 def _head(config: ModelConfig) -> Cost:
-    width = config.streams.head_width(config.d_model)
-    flops = 2 * config.vocab_size * width
-    return Cost(per_token=flops) if config.tied_head else _table(config, width, per_token=flops)
+    return config.head.cost(config.vocab_size, config.streams.head_width(config.d_model), config.tied_head)
 
 
 def _norms(config: ModelConfig) -> Cost:
-    per_layer = 2 * config.d_model + (2 * config.width_of_head if config.qk_norm else 0)
-    size = config.streams.norm_width(config.d_model) + config.num_layers * per_layer
+    per_layer = config.d_model + (2 * config.width_of_head if config.qk_norm else 0)
+    networks = sum(config.blocks[layer.block].has_network for layer in config.layers)
+    size = config.streams.norm_width(config.d_model) + config.num_layers * per_layer + networks * config.d_model
     return Cost(parameters=size, active=size)
 
 

@@ -1,4 +1,4 @@
-"""The decoder language model."""
+"""The language model: a decoder, or an encoder of masked tokens or whole rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,30 +13,32 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, Reports
 from sparsejax.base.structs import Batch, struct
-from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Mode, Totals
+from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden, Mode, Totals
 from sparsejax.blocks.lookups import Lookups, build_lookups
 from sparsejax.memory.address import Fixed, Running
 from sparsejax.memory.layer import empty_cache
 from sparsejax.model.config import EMBEDDING, Layer, ModelConfig
 from sparsejax.model.stack import Caches, Stack, place
-from sparsejax.model.tables import Into, build_tables, readers
+from sparsejax.model.tables import Into, Prefetched, build_tables, prefetch, readers
 from sparsejax.nn.attention import HEADS_SPEC, ROWS_SPEC, KVCache
-from sparsejax.nn.embed import Embedding, Head
+from sparsejax.nn.embed import ClassHead, Embedding, Head
 from sparsejax.nn.linear import RMSNorm
 from sparsejax.ops.attention import soft_capped
-from sparsejax.ops.head_loss import HeadLosses
+from sparsejax.ops.head_loss import HeadLosses, Weighting
 
 
 @struct
 class ModelOutput:
-    """`features` is what the head reads. `logits` are float32; training reads `LanguageModel.losses` in their place.
-    `reports` become sums by `scored`. `reads` are what was read of lookup tables, by position and memory."""
+    """`features` is what the head reads: of classes, one vector a row. `logits` are float32; training reads
+    `LanguageModel.losses` in their place. `reports` become sums by `scored`. `reads` are what was read of lookup
+    tables, by position and memory."""
 
     features: Float[Array, "B T D"]
     logits: Float[Array, "B T V"]
     reports: dict[str, Report]
     caches: dict[str, Optional[BlockCache]]
     reads: dict[str, dict[str, Int[Array, "*R B T K"]]]
+    exits: tuple[Float[Array, "B T D"], ...] = ()  # what the heads of the exits read
 
 
 class LanguageModel(nnx.Module):
@@ -52,10 +54,12 @@ class LanguageModel(nnx.Module):
         self.final_norm = RMSNorm(residual.norm_width(d_model), config.norm_epsilon)
         self.ends = residual.ends(jax.random.fold_in(key, 5), config)
         width = residual.head_width(d_model)
-        self.head = None if config.tied_head else Head(head_key, config.vocab_size, width, config.dtype)
+        self.head = config.head.build(head_key, config.vocab_size, width, config.dtype, config.tied_head)
         at_embedding = config.memories_at(EMBEDDING)
         self.memories = build_lookups(jax.random.fold_in(key, 3), at_embedding, config, config.vocab_size)
         self.tables = build_tables(jax.random.fold_in(key, 4), config)
+        widths = config.vocab_size, width, residual.norm_width(d_model)
+        self.exits = config.exits.build(jax.random.fold_in(key, 6), config, widths, config.tied_head)
         self.config = config
 
     def __call__(
@@ -68,7 +72,7 @@ class LanguageModel(nnx.Module):
         record: bool = False,
         into: Optional[Into] = None,
     ) -> ModelOutput:
-        """Logits of the next token at every position.
+        """Scores of tokens at every position, or of classes at one.
 
         Args:
           mode: 'train' (noise from `key`, training capacity), 'eval', or 'generate' (no token is dropped).
@@ -78,28 +82,69 @@ class LanguageModel(nnx.Module):
         """
         x_BTD = self.embedding(batch.tokens)
         context = Context(batch=batch, mode=mode, key=key, record=record, embedded=x_BTD)
-        begun = self.look_up(x_BTD, context, caches, into)
-        out = self.stack(self.ends.spread(begun.x), context, caches, self.tables, into)
+        prefetched = prefetch(self.config, self.tables, batch, caches)
+        begun = self.look_up(x_BTD, context, prefetched, caches, into)
+        out = self.stack(self.spread(begun.x, batch), context, caches, self.tables, prefetched, into)
         if self.memories:
             out = out.after(EMBEDDING, begun)
-        features_BTD = self.ends.read(out.x, self.final_norm)
+        features_BTD = self.read(out.x, batch)
         return ModelOutput(
             features=features_BTD,
             logits=soft_capped(self._head.logits(features_BTD), self.config.logit_soft_cap),
             reports=out.reports,
             caches=out.caches,
             reads=out.reads,
+            exits=tuple(self.at_exit(number, state) for number, state in enumerate(out.states)),
         )
 
+    def spread(self, x_BTD: Hidden, batch: Batch) -> Hidden:
+        """What the first layer gets."""
+        assert isinstance(x_BTD, jax.Array)  # what comes before the stack is one stream
+        return self.config.skim.begin(self.ends.spread(x_BTD), batch)
+
+    def read(self, x: Hidden, batch: Batch) -> Float[Array, "B S D"]:
+        """What the head gets."""
+        left, weight_BT = self.config.skim.end(x, batch)
+        return self.config.head.pooled(self.ends.read(left, self.final_norm), weight_BT)
+
+    def at_exit(self, number: int, state: Hidden) -> Float[Array, "B T D"]:
+        """What the head of an exit, counted from 0, reads of the residual there."""
+        norm = self.final_norm if self.exits.norms is None else self.exits.norms[number]
+        return self.ends.read(state, norm)
+
+    def exit_logits(self, features_BTD: Float[Array, "B T D"], depth: int) -> Float[Array, "B T V"]:
+        """Scores by the head after so many layers, before any soft cap."""
+        depths = self.config.exits.depths
+        if self.exits.heads is None or depth not in depths:
+            return self._head.logits(features_BTD)
+        return self._head.logits(features_BTD, self.exits.heads[depths.index(depth)].weight)
+
     def look_up(
-        self, x_BTD: Float[Array, "B T D"], context: Context, caches: Optional[Caches], into: Optional[Into]
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: Context,
+        prefetched: Prefetched,
+        caches: Optional[Caches] = None,
+        into: Optional[Into] = None,
     ) -> BlockOutput:
         """The embedded tokens after the memories of the embedding."""
         here = None if into is None else into.get(EMBEDDING)
-        context = dataclasses.replace(context, readers=readers(self.config, self.tables, EMBEDDING, 0, here))
+        reading = readers(self.config, self.tables, prefetched, EMBEDDING, 0, here)
+        context = dataclasses.replace(context, readers=reading)
         lookups = Lookups(self.memories, context, None if caches is None else caches.get(EMBEDDING))
         x_BTD, cache = lookups.at(EMBEDDING, x_BTD), BlockCache(memory=lookups.caches)
         return BlockOutput(x=x_BTD, report=Report(memory=lookups.reports), cache=cache, reads=lookups.reads)
+
+    def exit_losses(self, out: ModelOutput, batch: Batch, weighting: Weighting) -> HeadLosses:
+        """What every exit of a pass loses, the last one's nll being that of the model, without their logits."""
+        passes = (*out.exits, out.features)
+        own = [] if self.exits.heads is None else [head.weight[...] for head in self.exits.heads]
+        more = {
+            "soft_cap": self.config.logit_soft_cap,
+            "distill": self.config.exits.distills,
+            "heads": (*range(1, len(own) + 1), 0) if own else (),
+        }
+        return self._head.losses(passes, batch, weighting, own, **more)
 
     def losses(self, outputs: Sequence[ModelOutput], batch: Batch, consistency: Optional[float] = None) -> HeadLosses:
         """What passes over the same batch lose, and how far two of them differ, without their logits."""
@@ -107,7 +152,7 @@ class LanguageModel(nnx.Module):
         return self._head.losses(passes, batch, soft_cap=soft_cap, consistency=consistency)
 
     @property
-    def _head(self) -> Embedding | Head:
+    def _head(self) -> Embedding | Head | ClassHead:
         return self.embedding if self.head is None else self.head
 
 
@@ -115,15 +160,20 @@ def init_caches(config: ModelConfig, rows: int, length: int) -> dict[str, BlockC
     """Empty caches of `length` positions for every block, laid out as attention leaves them.
 
     Raises `ConfigError` when a block cannot go on from a cache."""
+    if not config.causal:
+        raise ConfigError("model.causal", "false: tokens see those after them, and generation has none; it needs true")
+    if not config.head.of_tokens:
+        raise ConfigError("model.head", "classes: there are no scores of tokens to generate from; it needs tokens")
     for name in dict.fromkeys(config.positions.values()):
         try:
             config.blocks[name].check_cached()
         except ConfigError as error:
             raise error.below(f"model.blocks.{name}") from None
-    try:
-        config.sequence.check_cached()
-    except ConfigError as error:
-        raise error.below("model.sequence") from None
+    for name, tokens in (("sequence", config.sequence), ("select", config.select)):
+        try:
+            tokens.check_cached()
+        except ConfigError as error:
+            raise error.below(f"model.{name}") from None
 
     def stacked(array: Array) -> Array:
         """One for every repeat."""
@@ -135,12 +185,12 @@ def init_caches(config: ModelConfig, rows: int, length: int) -> dict[str, BlockC
         memory = {name: empty_cache(spec, config, rows) for name, spec in memories.items()}
         if position == EMBEDDING:
             return BlockCache(memory=memory)
-        sequence = config.sequence_of(config.positions[position])
-        size = rows, sequence.room(length, cached=True)
+        tokens = config.tokens_of(config.positions[position])
+        size = rows, tokens.room(length, cached=True)
         keys = jnp.zeros((*size, config.kv_heads, config.width_of_head), config.dtype, out_sharding=HEADS_SPEC)
         segments = jnp.zeros(size, jnp.int32, out_sharding=ROWS_SPEC)
-        anchor = sequence.empty_anchor(rows, config.d_model)
-        block = BlockCache(attention=KVCache(k=keys, v=keys, segments=segments), memory=memory, anchor=anchor)
+        of_tokens = tokens.empty_cache(rows, config.d_model)
+        block = BlockCache(attention=KVCache(k=keys, v=keys, segments=segments), memory=memory, **of_tokens)
         return jax.tree.map(stacked, block) if position.startswith("pattern") else block
 
     positions = [*([EMBEDDING] if config.memories_at(EMBEDDING) else []), *config.positions]
@@ -162,9 +212,11 @@ def auxiliary_losses(config: ModelConfig, reports: Reports, totals: Totals) -> d
     terms: dict[str, Float[Array, ""]] = {}
     for position, block in config.positions.items():
         counted = None if totals.reports is None else totals.reports[position]
-        for name, value in config.blocks[block].losses(reports[position], totals, counted).items():
+        of_block = config.blocks[block].losses(reports[position], totals, counted)
+        of_tokens = config.tokens_of(block).losses(reports[position], totals)
+        for name, value in (of_block | of_tokens).items():
             terms[name] = terms[name] + value if name in terms else value
-    return terms
+    return terms | config.skim.losses([reports[position] for position in config.positions], totals)
 
 
 def settle(config: ModelConfig, reports: Reports) -> dict[str, Report]:

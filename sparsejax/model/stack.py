@@ -1,5 +1,7 @@
 """The stack of blocks: prefix, the repeated pattern (scanned, or unrolled with the same parameters), suffix."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
@@ -13,25 +15,30 @@ from sparsejax.base.structs import struct
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden
 from sparsejax.blocks.lookups import build_lookups
 from sparsejax.model.config import EMBEDDING, Layer, ModelConfig
-from sparsejax.model.tables import Into, readers
+from sparsejax.model.exits import rescaled
+from sparsejax.model.tables import NOTHING_READ, Into, Prefetched, readers
 from sparsejax.nn.table import Table
+from sparsejax.ops.dropout import rows_drawn
 
 Caches = Mapping[str, BlockCache]
 
 
 @struct
 class StackOutput:
-    """`reports`, `caches` and `reads` by position; those of the pattern have a leading axis R."""
+    """`reports`, `caches` and `reads` by position; those of the pattern have a leading axis R. `states` is the residual
+    at each exit but the last."""
 
     x: Hidden
     reports: dict[str, Report]
     caches: dict[str, Optional[BlockCache]]
     reads: dict[str, dict[str, Int[Array, "*R B T K"]]]
+    states: tuple[Hidden, ...] = ()
 
     def after(self, position: str, before: BlockOutput) -> "StackOutput":
         """The same with what came before the stack, at this position."""
         reports, caches = {position: before.report, **self.reports}, {position: before.cache, **self.caches}
-        return StackOutput(x=self.x, reports=reports, caches=caches, reads={position: before.reads, **self.reads})
+        reads = {position: before.reads, **self.reads}
+        return StackOutput(x=self.x, reports=reports, caches=caches, reads=reads, states=self.states)
 
 
 class Unit(nnx.Module):
@@ -62,14 +69,16 @@ class Stack(nnx.Module):
         context: Context,
         caches: Optional[Caches] = None,
         tables: Optional[Mapping[str, Table]] = None,
+        prefetched: Optional[Prefetched] = None,
         into: Optional[Into] = None,
     ) -> StackOutput:
-        """`tables` are those of the model's memories; gradients of what is read of them go `into`."""
-        run = _Pass(self, context, caches, tables or {}, into)
+        """`tables` are those of the model's memories, and `prefetched` what has been read of them; gradients of what is
+        read go `into`."""
+        run = _Pass(self, context, caches, tables or {}, prefetched or NOTHING_READ, into)
         x = run.blocks(self.prefix, "prefix", x, 0)
         x = run.units(x, len(self.prefix))
         x = run.blocks(self.suffix, "suffix", x, self.config.num_layers - len(self.suffix))
-        return StackOutput(x=x, reports=run.reports, caches=run.caches, reads=run.reads)
+        return StackOutput(x=x, reports=run.reports, caches=run.caches, reads=run.reads, states=run.at_exits())
 
     def block(self, layer: Layer) -> nnx.Module:
         """The block at one place of the depth, with its own parameters."""
@@ -92,11 +101,15 @@ class _Pass:
         context: Context,
         caches: Optional[Caches],
         tables: Mapping[str, Table],
+        prefetched: Prefetched,
         into: Optional[Into],
     ):
         self.stack, self.config, self.context, self.tables = stack, stack.config, context, tables
-        self.given_caches, self.into = caches, into
-        self.reports, self.caches, self.reads = {}, {}, {}
+        self.given_caches, self.prefetched, self.into = caches, prefetched, into
+        self.reports, self.caches, self.reads, self.states = {}, {}, {}, {}
+        self.exit_positions = {
+            layer.position for layer in self.config.layers if layer.index + 1 in _depths(self.config)
+        }
 
     def blocks(self, blocks: Sequence[nnx.Module], where: str, x: Hidden, first_layer: int | Int[Array, ""]) -> Hidden:
         """Blocks one after the other, each recomputed in the backward pass as `remat` says."""
@@ -105,42 +118,59 @@ class _Pass:
             position, here = f"{where}_{i}", first_layer + i
             pool = self.stack.pool(self.config.positions[position])
             into = None if self.into is None else self.into.get(position)
-            reading = readers(self.config, self.tables, position, here, into)
-            call = _remat(_call_block, self.config, scanned=where == "pattern" and self.config.scan)
+            reading = readers(self.config, self.tables, self.prefetched, position, here, into)
+            call = _remat(
+                functools.partial(_call_block, self.config),
+                self.config,
+                scanned=where == "pattern" and self.config.scan,
+            )
             cache = None if self.given_caches is None else self.given_caches[position]
             given = (context.batch, context.key, cache, here, context.mode, context.record, pool)
             out = call(block, x, *given, reading, context.embedded)
             x, self.reports[position], self.caches[position] = out.x, out.report, out.cache
             self.reads[position] = out.reads
+            if position in self.exit_positions:
+                x, self.states[position] = _parted(self.config, x, here)
         return x
+
+    def at_exits(self) -> tuple[Hidden, ...]:
+        """The residual after each layer that has an exit. The scan hands on that of every repeat: what its backward
+        pass keeps, too."""
+        by_depth = {layer.index + 1: layer for layer in self.config.layers}
+        layers = [by_depth[depth] for depth in _depths(self.config)]
+        one_of = lambda state, repeat: state if repeat is None else jax.tree.map(lambda a: a[repeat], state)  # noqa: E731
+        return tuple(one_of(self.states[layer.position], layer.repeat) for layer in layers)
 
     def units(self, x: Hidden, first_layer: int) -> Hidden:
         """The pattern, so often as it repeats."""
         units, config = self.stack.units, self.config
         if units is None:
             return x
-        first_R = first_layer + len(config.pattern) * jnp.arange(config.repeats)
+        first_of = lambda repeat: first_layer + len(config.pattern) * repeat  # noqa: E731
         stacked = lambda given: {p: v for p, v in given.items() if p.startswith("pattern")} if given else None  # noqa: E731
 
-        def step(x, of_unit):
-            unit, caches, into, first = of_unit
-            run = _Pass(self.stack, self.context, caches, self.tables, into)
+        def step(x, of_unit, first):
+            unit, caches, into, own = of_unit
+            prefetched = dataclasses.replace(self.prefetched, own=own)
+            run = _Pass(self.stack, self.context, caches, self.tables, prefetched, into)
             x = run.blocks(unit.blocks, "pattern", x, first)
-            return x, (run.reports, run.caches, run.reads)
+            return x, (run.reports, run.caches, run.reads, run.states)
 
-        per_unit = units, stacked(self.given_caches), stacked(self.into), first_R
+        per_unit = units, stacked(self.given_caches), stacked(self.into), self.prefetched.stacked()
         if config.scan:
-            x, found = jax.lax.scan(step, x, per_unit)
+            number_R = jnp.arange(config.repeats)
+            x, found = jax.lax.scan(lambda x, of: step(x, of[0], first_of(of[1])), x, (per_unit, number_R))
         else:
             outputs = []
             for r in range(config.repeats):
-                x, output = step(x, jax.tree.map(lambda leaf: leaf[r], per_unit))
+                x, output = step(x, jax.tree.map(lambda leaf: leaf[r], per_unit), first_of(r))
                 outputs.append(output)
             found = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        reports, caches, reads = found
+        reports, caches, reads, states = found
         self.reports |= reports
         self.caches |= caches
         self.reads |= reads
+        self.states |= states
         return x
 
 
@@ -148,13 +178,17 @@ def place(path: Sequence[Any]) -> tuple[str, str]:
     """(position, path within the block) of a variable, from its path in the model."""
     if path[0] != "stack":
         return EMBEDDING, "/".join(map(str, path))
-    where, *rest = (
-        path[1:] if path[1] != "units" else ("pattern", *path[3:])
-    )  # stack.prefix.0… or stack.units.blocks.0…
-    inside = rest[1:]
+    position, inside = in_layer(path)
     while inside[0] == "block":  # of one with several streams, or that computes on some tokens
         inside = inside[1:]
-    return f"{where}_{rest[0]}", "/".join(map(str, inside))
+    return position, "/".join(map(str, inside))
+
+
+def in_layer(path: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+    """(position, path within the layer) of a variable of the stack's layers."""
+    # stack.prefix.0… or stack.units.blocks.0…
+    where, number, *inside = path[1:] if path[1] != "units" else ("pattern", *path[3:])
+    return f"{where}_{number}", tuple(inside)
 
 
 def _build_all(key: PRNGKeyArray, where: str, config: ModelConfig) -> list[nnx.Module]:
@@ -167,7 +201,8 @@ def _build(key: PRNGKeyArray, position: str, config: ModelConfig) -> nnx.Module:
     memory = config.memories_at(position)
     if memory:
         block.memories = build_lookups(jax.random.fold_in(key, 2), memory, config, config.vocab_size)
-    block = config.sequence_of(config.positions[position]).around(block)
+    block = config.tokens_of(config.positions[position]).around(block, jax.random.fold_in(key, 3), config)
+    block = config.skim.around(block, jax.random.fold_in(key, 4), config)
     layers = tuple(layer.index for layer in config.layers if layer.position == position)
     return config.streams.around(block, jax.random.fold_in(key, 1), config, layers)
 
@@ -178,9 +213,31 @@ def _build_pools(key: PRNGKeyArray, config: ModelConfig) -> nnx.Dict:
     return nnx.Dict({name: pool for name, pool in built.items() if pool is not None})
 
 
-def _call_block(block, x, batch, key, cache, layer, mode, record, pool, reading, embedded) -> BlockOutput:
+def _depths(config: ModelConfig) -> tuple[int, ...]:
+    return config.exits.depths
+
+
+def _parted(config: ModelConfig, x: Hidden, layer: int | Int[Array, ""]) -> tuple[Hidden, Hidden]:
+    """What goes on after a layer and what its exit reads, if it has one."""
+    factors = config.exits.rescaled
+    if not factors:
+        return x, x
+    by_layer = jnp.asarray([factors.get(depth, (1.0, 1.0)) for depth in range(1, config.num_layers + 1)], jnp.float32)
+    of_head, onwards = by_layer[layer]
+    each = lambda factor: jax.tree.map(lambda a: rescaled(a, factor), x)  # noqa: E731
+    return each(onwards), each(of_head)
+
+
+def _call_block(config, block, x, batch, key, cache, layer, mode, record, pool, reading, embedded) -> BlockOutput:
     seen = Context(batch=batch, mode=mode, key=key, record=record, pool=pool, readers=reading, embedded=embedded)
-    return block(x, seen.at_layer(layer), cache)
+    seen = seen.at_layer(layer)
+    if not config.layer_dropout or seen.key is None:
+        return block(x, seen, cache)
+    rate = config.layer_dropout * (2.0 ** (layer / max(config.num_layers - 1, 1)) - 1)  # LayerSkip, arXiv:2404.16710
+    stays_B = ~rows_drawn(jax.random.bits(jax.random.fold_in(seen.key, 0)), batch.rows, rate)
+    out = block(x, seen, cache)  # of all rows: what is skipped is no work that is saved
+    new = jax.tree.map(lambda new, old: jnp.where(stays_B[:, None, None], new, old), out.x, x)
+    return dataclasses.replace(out, x=new)
 
 
 def _remat(call: Callable[..., BlockOutput], config: ModelConfig, scanned: bool) -> Callable[..., Any]:

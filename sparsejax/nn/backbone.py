@@ -17,6 +17,7 @@ class Backbone:
     num_kv_heads: Optional[int] = None  # grouped-query attention; None: as many as query heads
     head_dim: Optional[int] = None  # None: d_model / num_heads
     qk_norm: bool = False  # RMSNorm on queries and keys, per head
+    causal: bool = True  # a token attends to none after it; false: to all of its document (an encoder)
     rope_theta: float = 10_000.0
     attention_soft_cap: Optional[float] = None  # c · tanh(logits / c)
     attention: Literal["auto", "xla", "splash"] = "auto"  # auto: splash on TPU, xla elsewhere

@@ -1,6 +1,8 @@
-"""Token embedding and output head, tied or not."""
+"""Token embedding and output heads: of tokens, tied or not, and of classes."""
 
-from typing import Optional
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
 from sparsejax.base.structs import Batch
 from sparsejax.nn.linear import normal, param, project
-from sparsejax.ops.head_loss import HeadKind, HeadLosses, Passes, head_losses
+from sparsejax.ops.head_loss import HeadKind, HeadLosses, Passes, Weighting, head_losses
 
 LOGITS_SPEC = P(BATCH_AXES, None, "tensor")
 
@@ -41,14 +43,17 @@ class Embedding(nnx.Module):
         look_up = jax.checkpoint(on_each_device(local, specs, (P(BATCH_AXES, None, None),)), prevent_cse=False)
         return self.scale * look_up(tokens_BT, table_VD)[0]
 
-    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of every token under the tied table, float32."""
-        return project("btd,vd->btv", x_BTD, self.table, LOGITS_SPEC, self.dtype, jnp.float32)
+    def logits(self, x_BTD: Float[Array, "B T D"], own: Optional[nnx.Param] = None) -> Float[Array, "B T V"]:
+        """Scores of every token under the tied table, or under an exit's `own`, float32."""
+        table = self.table if own is None else own
+        return project("btd,vd->btv", x_BTD, table, LOGITS_SPEC, self.dtype, jnp.float32)
 
-    def losses(self, passes: Passes, batch: Batch, **more: Optional[float]) -> HeadLosses:
-        """`head_losses` of these logits; `more` of their `HeadKind`."""
+    def losses(
+        self, passes: Passes, batch: Batch, exits: Optional[Weighting] = None, others: Sequence = (), **more: Any
+    ) -> HeadLosses:
+        """`head_losses` of these logits, with weights of `exits` and their `others`; `more` of their `HeadKind`."""
         kind = HeadKind(equation="nd,vd->nv", dtype=self.dtype, **more)
-        return head_losses(kind, passes, self.table[...], batch.targets, batch.loss_mask)
+        return head_losses(kind, passes, self.table[...], batch.targets, batch.loss_mask, exits, tuple(others))
 
 
 class Head(nnx.Module):
@@ -58,9 +63,30 @@ class Head(nnx.Module):
         self.weight = param(normal(key, (d_model, vocab_size), d_model**-0.5), ("embed", "vocab"), "embedding")
         self.dtype = dtype
 
-    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return project("btd,dv->btv", x_BTD, self.weight, LOGITS_SPEC, self.dtype, jnp.float32)
+    def logits(self, x_BTD: Float[Array, "B T D"], own: Optional[nnx.Param] = None) -> Float[Array, "B T V"]:
+        weight = self.weight if own is None else own
+        return project("btd,dv->btv", x_BTD, weight, LOGITS_SPEC, self.dtype, jnp.float32)
 
-    def losses(self, passes: Passes, batch: Batch, **more: Optional[float]) -> HeadLosses:
+    def losses(
+        self, passes: Passes, batch: Batch, exits: Optional[Weighting] = None, others: Sequence = (), **more: Any
+    ) -> HeadLosses:
         kind = HeadKind(equation="nd,dv->nv", dtype=self.dtype, **more)
-        return head_losses(kind, passes, self.weight[...], batch.targets, batch.loss_mask)
+        return head_losses(kind, passes, self.weight[...], batch.targets, batch.loss_mask, exits, tuple(others))
+
+
+class ClassHead(nnx.Module):
+    """Scores of classes, whole on every device, from one vector for each row; the targets stand at position 0."""
+
+    def __init__(self, key: PRNGKeyArray, classes: int, d_model: int, dtype: str):
+        self.weight = param(normal(key, (d_model, classes), d_model**-0.5), ("embed", None), "embedding")
+        self.dtype = dtype
+
+    def logits(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S C"]:
+        return project("btd,dv->btv", x_BSD, self.weight, P(BATCH_AXES, None, None), self.dtype, jnp.float32)
+
+    def losses(self, passes: Passes, batch: Batch, **more: Any) -> HeadLosses:
+        """Of passes `[B, 1, D]`. Their nll is `[B, T]`, as with other heads, and 0 after position 0."""
+        kind = HeadKind(equation="nd,dv->nv", dtype=self.dtype, **more)
+        lost = head_losses(kind, passes, self.weight[...], batch.targets[:, :1], batch.loss_mask[:, :1])
+        after = ((0, 0), (0, batch.targets.shape[1] - 1))
+        return dataclasses.replace(lost, nll=tuple(jnp.pad(nll_B1, after) for nll_B1 in lost.nll))

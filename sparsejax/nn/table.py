@@ -3,7 +3,6 @@
 A table is no operand of what is differentiated. The gradient is one with respect to the rows that were read: a reader
 passes zeros in their shape (`into`), which are added to nothing, and whose cotangent is that of the rows."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, Optional
 
@@ -31,6 +30,7 @@ STORED_AXES: dict[Storage, tuple[Optional[str], ...]] = {
 }
 IDS_SPEC = P(BATCH_AXES, None, None)
 ROWS_SPEC = P(BATCH_AXES, None, None, None)
+STACKED_ROWS_SPEC = P(None, *ROWS_SPEC)
 
 
 class Table(nnx.Module):
@@ -55,6 +55,14 @@ class Table(nnx.Module):
 
 
 @struct
+class Found:
+    """What a layer is given of its table."""
+
+    rows: Float[Array, "B T K E"]
+    rounds: Int[Array, ""]  # of exchange between devices, until all of them had arrived
+
+
+@struct
 class Reader:
     """A layer's way to its table, one of the L in `rows_LWE`; the gradient of what it reads goes `into`."""
 
@@ -62,16 +70,31 @@ class Reader:
     layer: Int[Array, ""]
     into: Optional[Float[Array, "B T K E"]] = None
 
-    def __call__(self, ids_BTK: Int[Array, "B T K"], dtype: str) -> Float[Array, "B T K E"]:
+    def __call__(self, ids_BTK: Int[Array, "B T K"], dtype: str) -> Found:
         """The rows of these numbers; zeros for −1."""
-        if self.into is None:
-            return _read(self.rows_LWE, self.layer, ids_BTK, dtype)
-        return _read_into(dtype, self.into, self.rows_LWE, self.layer, ids_BTK)
+        rows_1BTKE, rounds = read_tables(self.rows_LWE, self.layer[None], ids_BTK, dtype)
+        return Found(rows=_with_gradient(self.into, rows_1BTKE[0]), rounds=rounds)
+
+
+@struct
+class Given:
+    """Rows that were read before the layer ran, in the place of a `Reader`."""
+
+    rows: Float[Array, "B T K E"]
+    rounds: Int[Array, ""]
+    into: Optional[Float[Array, "B T K E"]] = None
+
+    def __call__(self, ids_BTK: Int[Array, "B T K"], dtype: str) -> Found:
+        """Those rows, `ids_BTK` being the numbers they were read by."""
+        return Found(rows=_with_gradient(self.into, self.rows), rounds=self.rounds)
 
 
 @struct
 class RowGradients:
-    """Of one table in one step, after Z readings (of a layer, in a microbatch and a pass)."""
+    """Of one memory in one step, after Z readings (of a layer, in a microbatch and a pass).
+
+    Readings stand side by side until what belongs to one row is summed, once a step: their size is that of what the
+    step's tokens read, whatever the table's."""
 
     ids: Int[Array, "Z B T K"]  # −1: none
     layer: Int[Array, " Z"]  # which of the stacked tables was read
@@ -93,51 +116,60 @@ def summed_rows(gradients: RowGradients) -> np.ndarray:
     return total_UE
 
 
-def storage_of(rows_LWE: Array) -> Storage:
-    """How a table is stored on the mesh that is set."""
+def storage_of(rows_LWE: Array) -> Storage | Literal["alone"]:
+    """How a table is stored on the mesh that is set; alone: on its only device."""
+    if jax.sharding.get_abstract_mesh().size == 1:
+        return "alone"
     _, rows, features = jax.typeof(rows_LWE).sharding.spec
     return "rows" if rows is not None else "features" if features is not None else "replicated"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read_into(dtype: str, into_BTKE, rows_LWE, layer, ids_BTK):
-    return _read(rows_LWE, layer, ids_BTK, dtype)
-
-
-def _read_into_fwd(dtype: str, into_BTKE, rows_LWE, layer, ids_BTK):
-    return _read(rows_LWE, layer, ids_BTK, dtype), None
-
-
-def _read_into_bwd(dtype: str, _, drows_BTKE):
-    return drows_BTKE, None, None, None
-
-
-_read_into.defvjp(_read_into_fwd, _read_into_bwd)
-
-
-def _read(rows_LWE: Array, layer: Array, ids_BTK: Array, dtype: str) -> Array:
+def read_tables(
+    rows_LWE: Float[Array, "L W E"], layer_Z: Int[Array, " Z"], ids_BTK: Int[Array, "B T K"], dtype: str
+) -> tuple[Float[Array, "Z B T K E"], Int[Array, ""]]:
+    """(the rows of these numbers in Z of the tables, zeros for −1; rounds of exchange). What is asked of several tables
+    travels together."""
     kept, storage = rows_LWE.shape[1], storage_of(rows_LWE)
-    alone = jax.sharding.get_abstract_mesh().size == 1
 
-    def local(rows_LWE: Array, layer: Array, ids_BTK: Array) -> tuple[Array]:
+    def local(rows_LWE: Array, layer_Z: Array, ids_BTK: Array) -> tuple[Array, Array]:
         layers, each, width = rows_LWE.shape
-        key_N = keys_of(ids_BTK, layer, kept, kept if alone else each, layers).reshape(-1)
         table = rows_LWE.reshape(layers * each, width)
-        if alone or storage == "replicated":
-            rows_NE = rows_at(table, key_N).astype(dtype)
+        key_N = keys_of(ids_BTK, 0, kept, each, 1).reshape(-1)
+
+        def in_each(slot_N: Int[Array, "*N"]) -> Float[Array, "*N Z E"]:
+            slot_NZ = jnp.where(slot_N[..., None] < each, layer_Z * each + slot_N[..., None], layers * each)
+            return rows_at(table, slot_NZ).astype(dtype)
+
+        rounds = jnp.int32(1)
+        if storage in ("alone", "replicated"):
+            rows_NZE = in_each(key_N)
         elif storage == "rows":
-            rows_NE, _ = fetch_rows(table, key_N, BATCH_AXES, dtype)
+            rows_NZE, rounds = fetch_rows(in_each, each, key_N, BATCH_AXES)
         else:
             everyones = jax.lax.all_gather(key_N, BATCH_AXES, tiled=True)
-            found_MF = rows_at(table, everyones).astype(dtype)
-            rows_NE = jax.lax.all_to_all(found_MF, BATCH_AXES, split_axis=0, concat_axis=1, tiled=True)
-        return (rows_NE.reshape(*ids_BTK.shape, -1),)
+            rows_NZE = jax.lax.all_to_all(in_each(everyones), BATCH_AXES, split_axis=0, concat_axis=2, tiled=True)
+        return jnp.moveaxis(rows_NZE, 1, 0).reshape(len(layer_Z), *ids_BTK.shape, -1), rounds
 
     specs = (jax.typeof(rows_LWE).sharding.spec, P(), IDS_SPEC)
-    return on_each_device(local, specs, (ROWS_SPEC,), check_vma=False)(rows_LWE, layer, ids_BTK)[0]
+    return on_each_device(local, specs, (STACKED_ROWS_SPEC, P()), check_vma=False)(rows_LWE, layer_Z, ids_BTK)
 
 
-def keys_of(ids: Int[Array, "*N"], layer: Int[Array, "..."], kept: int, each: int, layers: int) -> Int[Array, "*N"]:
+def _with_gradient(into: Optional[Float[Array, "B T K E"]], rows: Float[Array, "B T K E"]) -> Float[Array, "B T K E"]:
+    """`rows`, whose gradient goes `into`, if that is given."""
+    return rows if into is None else _led(into, rows)
+
+
+@jax.custom_vjp
+def _led(into: Array, rows: Array) -> Array:
+    return rows
+
+
+_led.defvjp(lambda into, rows: (rows, None), lambda _, drows: (drows, None))
+
+
+def keys_of(
+    ids: Int[Array, "*N"], layer: Int[Array, "..."] | int, kept: int, each: int, layers: int
+) -> Int[Array, "*N"]:
     """device · L · `each` + layer · `each` + place, of tables whose `kept` rows are shared out, `each` to a device. For
     −1: beyond all devices."""
     place = placed(jnp.maximum(ids, 0), kept)

@@ -23,10 +23,13 @@ def soft_capped(x: Float[Array, "..."], cap: Optional[float]) -> Float[Array, ".
 
 
 def visible(
-    q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], q_order: Int[Array, "B T"]
+    q_segments: Int[Array, "B T"], k_segments: Int[Array, "B S"], q_order: Optional[Int[Array, "B T"]]
 ) -> Bool[Array, "B 1 T S"]:
-    """A query sees the keys of its own segment that stand no later than it does; keys stand at 0, 1, …, S − 1."""
+    """A query sees the keys of its own segment that stand no later than it does; keys stand at 0, 1, …, S − 1. Without
+    an order it sees them all."""
     same = q_segments[:, :, None] == k_segments[:, None, :]
+    if q_order is None:
+        return same[:, None]
     past = jnp.arange(k_segments.shape[1])[None, None, :] <= q_order[:, :, None]
     return (same & past)[:, None]
 
@@ -37,7 +40,7 @@ def xla_attention(
     v_BSMH: Float[Array, "B S M H"],
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
-    q_order: Int[Array, "B T"],
+    q_order: Optional[Int[Array, "B T"]],
     soft_cap: Optional[float] = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention in XLA. Query head n reads key head n // (N / M); softmax in float32."""
@@ -57,12 +60,17 @@ SPLASH_BLOCK = 128
 """The flash kernel works on blocks of this many tokens; a row must be a multiple of it."""
 
 
+BIDIRECTIONAL = "bidirectional"
+"""The scope of a kernel call whose mask is not causal: nothing else in a compiled program tells."""
+
+
 def splash_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTMH: Float[Array, "B T M H"],
     v_BTMH: Float[Array, "B T M H"],
     segments_BT: Int[Array, "B T"],
     soft_cap: Optional[float] = None,
+    causal: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """The same over a whole row by JAX's Pallas flash kernel for TPU: no T × T array. `interpret` runs it anywhere,
@@ -72,9 +80,10 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads, width = q_BTNH.shape[1:]
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
+    mask = masks.CausalMask if causal else masks.FullMask
+    every_head = masks.MultiHeadMask([mask((length, length)) for _ in range(heads)])
     kernel = splash.make_splash_mha(
-        causal, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap, interpret=interpret
+        every_head, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap, interpret=interpret
     )
 
     def one_row(q_NTH, k_MTH, v_MTH, segments_T):
@@ -82,5 +91,6 @@ def splash_attention(
 
     q_BNTH = q_BTNH.transpose(0, 2, 1, 3) / width**0.5
     k_BMTH, v_BMTH = k_BTMH.transpose(0, 2, 1, 3), v_BTMH.transpose(0, 2, 1, 3)
-    attended_BNTH = jnp.asarray(jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT))
+    with jax.named_scope("causal" if causal else BIDIRECTIONAL):
+        attended_BNTH = jnp.asarray(jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT))
     return attended_BNTH.transpose(0, 2, 1, 3)

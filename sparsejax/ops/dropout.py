@@ -4,11 +4,11 @@ Whether a unit stays is a hash of its row's seed and its own number: nothing is 
 for the backward pass."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sparsejax.base.structs import struct
 from sparsejax.ops.assignment import Pairs, Slots
-from sparsejax.ops.hashing import mix
+from sparsejax.ops.hashing import mix, uniform
 
 
 @struct
@@ -22,9 +22,13 @@ class Dropout:
 
 def drop_units(hidden_NF: Float[Array, "*N F"], dropout: Dropout) -> Float[Array, "*N F"]:
     """`rate` of the numbers are 0, the others 1 / (1 − rate) times what they were (Srivastava et al. 2014)."""
-    hashed_NF = mix(dropout.seed_N[..., None], dropout.unit_F.astype(jnp.uint32), 0)
-    drawn_NF = (hashed_NF >> 8).astype(jnp.float32) * 2**-24  # of U[0, 1)
+    drawn_NF = uniform(dropout.seed_N[..., None], dropout.unit_F.astype(jnp.uint32), 0)
     return jnp.where(drawn_NF < dropout.rate, 0, hidden_NF / (1 - dropout.rate)).astype(hidden_NF.dtype)
+
+
+def rows_drawn(seed: UInt32[Array, ""], rows_B: Int[Array, " B"], rate: float | Float[Array, ""]) -> Bool[Array, " B"]:
+    """True for about `rate` of the rows, by their numbers."""
+    return uniform(seed, rows_B.astype(jnp.uint32), 0) < rate
 
 
 def slot_seeds(seed_GS: UInt32[Array, "G S"], pairs: Pairs, slots: Slots) -> UInt32[Array, "E G C"]:

@@ -6,7 +6,7 @@ import heapq
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt
+from jaxtyping import Array, Float, UInt
 
 
 def mix(left: UInt[Array, "*A"], right: UInt[Array, "*B"], seed: int) -> UInt[Array, "*C"]:
@@ -21,6 +21,11 @@ def chain(values: UInt[Array, "*A n"], seed: int) -> UInt[Array, "*A"]:
     for i in range(values.shape[-1]):
         hashed = mix(hashed, values[..., i], i)
     return hashed
+
+
+def uniform(left: UInt[Array, "*A"], right: UInt[Array, "*B"], seed: int) -> Float[Array, "*C"]:
+    """Of U[0, 1), float32, from the hash of two arrays: the same wherever a mesh puts them."""
+    return (mix(left, right, seed) >> 8).astype(jnp.float32) * 2**-24
 
 
 def _finalise(value: UInt[Array, "*A"]) -> UInt[Array, "*A"]:

@@ -17,22 +17,36 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, vary_like, whole
 from sparsejax.base.structs import struct
 from sparsejax.ops.attention import soft_capped
-from sparsejax.ops.losses import cross_entropies, symmetric_kls
+from sparsejax.ops.losses import cross_entropies, hits, kls, symmetric_kls
 
 AT_ONCE = 2**26
 """Logits that a device holds of one pass: 256 MiB."""
 
 Passes = tuple[Float[Array, "B T D"], ...]
+Weights = tuple[Array, ...]
 
 
 @struct
 class HeadLosses:
     """`total`, Σ over targets of all that a pass loses and of `consistency` times their divergence, has a gradient; the
-    others have none: `nll`, by pass, 0 where masked, and Σ ½ (KL(p₁‖p₂) + KL(p₂‖p₁)), 0 with one pass. Nats."""
+    others have none: `nll`, by pass, 0 where masked, and Σ ½ (KL(p₁‖p₂) + KL(p₂‖p₁)), 0 with one pass. Nats.
+    `correct` are the targets that a pass finds likeliest, over all passes.
+
+    With a `Weighting`, `total` is Σ over passes of hard · nll + soft · KL(p_last ‖ p), `divergence` the part of it with
+    KL, and `correct` that of the last."""
 
     total: Float[Array, ""]
     nll: tuple[Float[Array, "B T"], ...]
     divergence: Float[Array, ""]
+    correct: Int[Array, ""]
+
+
+@struct
+class Weighting:
+    """Of what each pass loses, and of how far it is from the last one, which learns nothing from that."""
+
+    hard: Float[Array, " P"]
+    soft: Float[Array, " P"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +57,8 @@ class HeadKind:
     dtype: str  # of both; products are float32
     soft_cap: Optional[float] = None
     consistency: Optional[float] = None  # weight of the divergence of two passes; None: they are not compared
+    distill: bool = False  # whether any pass has a `Weighting.soft`
+    heads: tuple[int, ...] = ()  # which of several weights each pass is multiplied with; (): the first
 
     @property
     def vocabulary(self) -> int:
@@ -56,11 +72,14 @@ def head_losses(
     stored: Float[Array, "_ _"],
     targets_BT: Int[Array, "B T"],
     mask_BT: Bool[Array, "B T"],
+    weighting: Optional[Weighting] = None,
+    others: tuple[Float[Array, "_ _"], ...] = (),
 ) -> HeadLosses:
-    """Of what one or two forward passes hand to the head. Its `stored` weight, split as it may be, is gathered once,
-    and the gradient scattered once."""
-    found: Any = _losses(kind, split_axes(stored), passes, stored, targets_BT, mask_BT)
-    return HeadLosses(total=found[0], nll=found[1], divergence=found[2])
+    """Of what forward passes hand to the head: one, two that are compared, or those of several exits with their
+    `weighting`. The `stored` weight, split as it may be, is gathered once, and the gradient scattered once; exits may
+    have `others` of the same shape (`HeadKind.heads`)."""
+    found: Any = _losses(kind, split_axes(stored), passes, (stored, *others), targets_BT, mask_BT, weighting)
+    return HeadLosses(total=found[0], nll=found[1], divergence=found[2], correct=found[3])
 
 
 def pieces(tokens: int, vocab: int) -> int:
@@ -72,76 +91,95 @@ def pieces(tokens: int, vocab: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _losses(kind: HeadKind, spec: P, passes: Passes, stored: Array, targets_BT: Array, mask_BT: Array):
-    def local(passes, stored, targets_BT, mask_BT):
+def _losses(kind: HeadKind, spec: P, passes: Passes, stored: Weights, targets_BT: Array, mask_BT: Array, weighting):
+    def local(passes, stored, targets_BT, mask_BT, weighting):
         w = _gathered(kind, spec, stored, passes[0])
-        one = lambda _, piece: (None, _of_piece(kind, spec, piece[0], w, *piece[1:])[1])  # noqa: E731
-        _, found = jax.lax.scan(one, None, _split(kind, (passes, targets_BT, mask_BT), w))
-        return _told(kind, found, targets_BT)
+        one = lambda _, piece: (None, _of_piece(kind, spec, piece[0], w, weighting, *piece[1:])[1])  # noqa: E731
+        _, found = jax.lax.scan(one, None, _split(kind, (passes, targets_BT, mask_BT), w, weighting))
+        return _told(kind, found, targets_BT, weighting)
 
-    return on_each_device(local, _specs(spec), (P(), P(BATCH_AXES), P()))(passes, stored, targets_BT, mask_BT)
+    given = passes, stored, targets_BT, mask_BT, weighting
+    return on_each_device(local, _specs(spec), (P(), P(BATCH_AXES), P(), P()))(*given)
 
 
-def _losses_fwd(kind: HeadKind, spec: P, passes: Passes, stored: Array, targets_BT: Array, mask_BT: Array):
-    def local(passes, stored, targets_BT, mask_BT):
+def _losses_fwd(kind: HeadKind, spec: P, passes: Passes, stored: Weights, targets_BT: Array, mask_BT: Array, weighting):
+    def local(passes, stored, targets_BT, mask_BT, weighting):
         w, scatter = jax.vjp(lambda stored: _gathered(kind, spec, stored, passes[0]), stored)
 
         def one(dw, piece):
             passes, *others = piece
-            of = jax.grad(lambda passes, w: _of_piece(kind, spec, passes, w, *others), argnums=(0, 1), has_aux=True)
-            (dpasses, more), found = of(passes, w)
-            return dw + more.astype(jnp.float32), (found, dpasses)
+            lost = lambda passes, w: _of_piece(kind, spec, passes, w, weighting, *others)  # noqa: E731
+            (dpasses, more), found = jax.grad(lost, argnums=(0, 1), has_aux=True)(passes, w)
+            return jax.tree.map(lambda dw, more: dw + more.astype(jnp.float32), dw, more), (found, dpasses)
 
-        zeros = vary_like(jnp.zeros(w.shape, jnp.float32), w)
-        dw, (found, dpasses) = jax.lax.scan(one, zeros, _split(kind, (passes, targets_BT, mask_BT), w))
+        zeros = tuple(vary_like(jnp.zeros(each.shape, jnp.float32), each) for each in w)
+        dw, (found, dpasses) = jax.lax.scan(one, zeros, _split(kind, (passes, targets_BT, mask_BT), w, weighting))
         dpasses = tuple(d.reshape(x.shape) for d, x in zip(dpasses, passes, strict=True))
-        return *_told(kind, found, targets_BT), dpasses, *scatter(dw.astype(w.dtype))
+        told = _told(kind, found, targets_BT, weighting)
+        return *told, dpasses, *scatter(tuple(d.astype(each.dtype) for d, each in zip(dw, w, strict=True)))
 
-    out_specs = P(), P(BATCH_AXES), P(), P(BATCH_AXES), jax.typeof(stored).sharding.spec
-    *told, dpasses, dstored = on_each_device(local, _specs(spec), out_specs)(passes, stored, targets_BT, mask_BT)
+    out_specs = P(), P(BATCH_AXES), P(), P(), P(BATCH_AXES), jax.typeof(stored[0]).sharding.spec
+    given = passes, stored, targets_BT, mask_BT, weighting
+    *told, dpasses, dstored = on_each_device(local, _specs(spec), out_specs)(*given)
     return tuple(told), (dpasses, dstored)
 
 
 def _losses_bwd(kind: HeadKind, spec: P, residuals, cotangents):
     of_total, *_ = cotangents
     times = lambda grad: (grad.astype(jnp.float32) * of_total).astype(grad.dtype)  # noqa: E731
-    return *jax.tree.map(times, residuals), None, None
+    return *jax.tree.map(times, residuals), None, None, None
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)
 
 
 def _specs(spec: P) -> tuple[P, ...]:
-    return P(BATCH_AXES), spec, P(BATCH_AXES), P(BATCH_AXES)
+    return P(BATCH_AXES), spec, P(BATCH_AXES), P(BATCH_AXES), P()
 
 
-def _gathered(kind: HeadKind, spec: P, stored: Array, like: Array) -> Array:
-    return whole(stored.astype(kind.dtype), spec, like)  # half the bytes travel in bfloat16
+def _gathered(kind: HeadKind, spec: P, stored: Weights, like: Array) -> Weights:
+    return tuple(whole(each.astype(kind.dtype), spec, like) for each in stored)  # half the bytes travel in bfloat16
 
 
-def _split(kind: HeadKind, arrays, w: Array):
+def _split(kind: HeadKind, arrays, w: Weights, weighting: Optional[Weighting]):
     """`[B, T, …]` → `[pieces, tokens of one, …]`."""
-    tokens, vocab = arrays[1].size, w.shape[kind.vocabulary]
-    number = pieces(tokens, vocab)
+    passes, targets_BT, _ = arrays
+    tokens, vocab = targets_BT.size, w[0].shape[kind.vocabulary]
+    number = pieces(tokens, vocab if weighting is None else vocab * len(passes))  # there may be many exits
     return jax.tree.map(lambda array: array.reshape(number, tokens // number, *array.shape[2:]), arrays)
 
 
-def _of_piece(kind: HeadKind, spec: P, passes, w: Array, targets_N: Array, mask_N: Array):
-    """(what is differentiated, (nll by pass, divergence))."""
+def _of_piece(kind: HeadKind, spec: P, passes, w: Weights, weighting: Optional[Weighting], targets_N: Array, mask_N):
+    """(what is differentiated, (nll by pass, divergence, correct))."""
     split = "tensor" if "tensor" in spec else None
     product = functools.partial(jnp.einsum, kind.equation, preferred_element_type=jnp.float32)
-    logits = [soft_capped(product(x_ND.astype(kind.dtype), w), kind.soft_cap) for x_ND in passes]
+    heads = kind.heads or (0,) * len(passes)
+    pairs = zip(passes, heads, strict=True)
+    logits = [soft_capped(product(x_ND.astype(kind.dtype), w[head]), kind.soft_cap) for x_ND, head in pairs]
     nll = tuple(cross_entropies(each, targets_N, mask_N, split) for each in logits)
-    total, divergence_N = sum(each.sum() for each in nll), jnp.zeros_like(nll[0])
-    if kind.consistency is not None:
-        divergence_N = symmetric_kls(*logits, mask_N, split)
-        total = total + kind.consistency * divergence_N.sum()
-    return total, (nll, divergence_N.sum())
+    divergence = jnp.zeros_like(nll[0]).sum()
+    if weighting is not None and kind.distill:
+        last = jax.lax.stop_gradient(logits[-1])
+        far = [kls(last, each, mask_N, split).sum() for each in logits[:-1]]
+        divergence = sum(weighting.soft[i] * each for i, each in enumerate(far))
+    elif kind.consistency is not None:
+        divergence = symmetric_kls(*logits, mask_N, split).sum()
+    weight = 1.0 if weighting is not None else kind.consistency or 0.0
+    counted = logits if weighting is None else logits[-1:]
+    correct = sum(hits(jax.lax.stop_gradient(each), targets_N, mask_N, split).sum(dtype=jnp.int32) for each in counted)
+    return _lost([each.sum() for each in nll], weighting) + weight * divergence, (nll, divergence, correct)
 
 
-def _told(kind: HeadKind, found, targets_BT: Array):
-    """(total, nll by pass `[B, T]`, divergence), summed over devices."""
-    nll, divergence = found
+def _lost(nll: list[Array], weighting: Optional[Weighting]) -> Array:
+    weighted = [each if weighting is None else weighting.hard[i] * each for i, each in enumerate(nll)]
+    return sum(weighted[1:], weighted[0])
+
+
+def _told(kind: HeadKind, found, targets_BT: Array, weighting: Optional[Weighting]):
+    """(total, nll by pass `[B, T]`, divergence, correct), summed over devices."""
+    nll, divergence, correct = found
     nll = tuple(each.reshape(targets_BT.shape) for each in nll)
-    lost, divergence = sum_over((sum(each.sum() for each in nll), divergence.sum()), BATCH_AXES)
-    return lost + (kind.consistency or 0.0) * divergence, nll, divergence
+    sums = _lost([each.sum() for each in nll], weighting), divergence.sum(), correct.sum()
+    lost, divergence, correct = sum_over(sums, BATCH_AXES)
+    weight = 1.0 if weighting is not None else kind.consistency or 0.0
+    return lost + weight * divergence, nll, divergence, correct

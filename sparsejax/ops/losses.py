@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsejax.ops.reinforce import reinforce_terms
+
 
 def cross_entropies(
     logits_BTV: Float[Array, "*B V"],
@@ -23,6 +25,23 @@ def cross_entropies(
     at_target = targets_BT[..., None] == first + jnp.arange(size, dtype=targets_BT.dtype)
     picked_BT = _over_vocabulary(jnp.sum(jnp.where(at_target, logits_BTV, 0), axis=-1), split)
     return jnp.where(mask_BT, _normalizers(logits_BTV, split) - picked_BT, 0)
+
+
+def hits(
+    logits_BTV: Float[Array, "*B V"],
+    targets_BT: Int[Array, "*B"],
+    mask_BT: Bool[Array, "*B"],
+    split: Optional[str] = None,
+) -> Bool[Array, "*B"]:
+    """Whether the target's logit is higher than every other; false where masked. `split` as for `cross_entropies`."""
+    size = logits_BTV.shape[-1]
+    first = 0 if split is None else size * jax.lax.axis_index(split)
+    at_target = targets_BT[..., None] == first + jnp.arange(size, dtype=targets_BT.dtype)
+    picked_BT = jnp.max(jnp.where(at_target, logits_BTV, -jnp.inf), axis=-1)
+    others_BT = jnp.max(jnp.where(at_target, -jnp.inf, logits_BTV), axis=-1)
+    if split is not None:
+        picked_BT, others_BT = jax.lax.pmax((picked_BT, others_BT), split)
+    return mask_BT & (picked_BT > others_BT)
 
 
 def cross_entropy_sum(
@@ -43,6 +62,19 @@ def symmetric_kls(
     wide = [logits.astype(jnp.float32) for logits in (left_BTV, right_BTV)]
     log_p, log_q = (logits - _normalizers(logits, split)[..., None] for logits in wide)
     divergence_BT = 0.5 * _over_vocabulary(jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1), split)
+    return jnp.where(mask_BT, divergence_BT, 0)
+
+
+def kls(
+    left_BTV: Float[Array, "*B V"],
+    right_BTV: Float[Array, "*B V"],
+    mask_BT: Bool[Array, "*B"],
+    split: Optional[str] = None,
+) -> Float[Array, "*B"]:
+    """KL(p‖q) of every position, as `symmetric_kls`."""
+    wide = [logits.astype(jnp.float32) for logits in (left_BTV, right_BTV)]
+    log_p, log_q = (logits - _normalizers(logits, split)[..., None] for logits in wide)
+    divergence_BT = _over_vocabulary(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), split)
     return jnp.where(mask_BT, divergence_BT, 0)
 
 
@@ -69,9 +101,9 @@ def reinforce_sums(
 
     The gradient of the first is that of REINFORCE (Williams 1992): it goes into log π alone. That of the second goes
     into the baseline alone. The reward has none."""
-    advantage = jnp.where(mask_BT, jax.lax.stop_gradient(reward_BT) - baseline, 0)
-    surrogate = -jax.lax.stop_gradient(advantage) * log_probability
-    return surrogate.sum((-2, -1)), jnp.square(advantage).sum((-2, -1))
+    policy, error = reinforce_terms(log_probability, baseline, reward_BT)
+    of_unmasked = lambda each: jnp.where(mask_BT, each, 0).sum((-2, -1))  # noqa: E731
+    return of_unmasked(policy), of_unmasked(error)
 
 
 def load_balance(

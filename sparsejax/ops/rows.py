@@ -5,12 +5,12 @@ Neighbouring ids, of which one often meets many together, are kept on different 
 the table alone, so that a table is the same array on every mesh."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import compute_on
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparsejax.base.structs import struct
@@ -123,12 +123,16 @@ def slots_per_round(keys: int, devices: int) -> int:
 
 
 def fetch_rows(
-    table_WE: Float[Array, "W E"], key_N: Int[Array, " N"], axes: tuple[str, ...], dtype: DTypeLike
-) -> tuple[Float[Array, "N E"], Int[Array, ""]]:
-    """(row of every key in `dtype`, rounds it took), each device along `axes` keeping W rows: key = device · W + slot.
+    read: Callable[[Int[Array, "X S"]], Float[Array, "X S *E"]],
+    width: int,
+    key_N: Int[Array, " N"],
+    axes: tuple[str, ...],
+) -> tuple[Float[Array, "N *E"], Int[Array, ""]]:
+    """(row of every key, rounds it took), each device along `axes` keeping `width` rows: key = device · width + slot.
+    `read` gives the rows that this device keeps at slots, zeros for slot `width`.
 
     Every device asks for a row once, in as many rounds of fixed slots as the busiest pair of devices needs."""
-    devices, width, keys = jax.lax.axis_size(axes), len(table_WE), len(key_N)
+    devices, keys = jax.lax.axis_size(axes), len(key_N)
     slots, nothing = slots_per_round(keys, devices), devices * width
     wanted = distinct(key_N, nothing)
     owner_X = jnp.arange(devices, dtype=jnp.int32)
@@ -138,24 +142,25 @@ def fetch_rows(
     turn_N = jnp.arange(keys, dtype=jnp.int32) - first_X[owner_N]  # among those asked of the same device
     rounds = jax.lax.pmax(-(-(end_X - first_X).max() // slots), axes)
 
-    def one_round(number, rows_NE):
+    def one_round(number, rows_N):
         place_XS = first_X[:, None] + number * slots + jnp.arange(slots, dtype=jnp.int32)
         slot_XS = rows_of(wanted.key_N, place_XS) - owner_X[:, None] * width
         slot_XS = jnp.where(place_XS < end_X[:, None], slot_XS, width)
         asked_XS = _swap(slot_XS, axes)
-        found_XSE = _swap(rows_at(table_WE, asked_XS).astype(dtype), axes)
+        found_XS = _swap(read(asked_XS), axes)
         slot_N = turn_N - number * slots
         here_N = (slot_N >= 0) & (slot_N < slots) & (wanted.key_N < nothing)
         place_N = jnp.where(here_N, owner_N * slots + slot_N, 0)
-        return jnp.where(here_N[:, None], found_XSE.reshape(-1, rows_NE.shape[1])[place_N], rows_NE)
+        found_N = found_XS.reshape(-1, *found_XS.shape[2:])[place_N]
+        return jnp.where(here_N.reshape(-1, *[1] * (found_N.ndim - 1)), found_N, rows_N)
 
-    rows_NE = one_round(0, jnp.zeros((keys, table_WE.shape[1]), dtype))
-    _, rows_NE = jax.lax.while_loop(
+    rows_N = one_round(0, 0)
+    _, rows_N = jax.lax.while_loop(
         lambda carry: carry[0] < rounds,
         lambda carry: (carry[0] + 1, one_round(*carry)),
-        (jnp.int32(1), rows_NE),
+        (jnp.int32(1), rows_N),
     )
-    return rows_NE[wanted.place_N()], rounds
+    return rows_N[wanted.place_N()], rounds
 
 
 @struct

@@ -47,6 +47,13 @@ def updated(
     )
 
 
+def added(streams: Streams, delta_BTD: Float[Array, "B T D"], index: int | Int[Array, ""]) -> Streams:
+    """The streams, stream number `index` with something added to it."""
+    if isinstance(index, int):
+        return *streams[:index], streams[index] + delta_BTD, *streams[index + 1 :]
+    return tuple(stream + jnp.where(index == k, delta_BTD, 0) for k, stream in enumerate(streams))
+
+
 def mean(streams: Streams) -> Float[Array, "B T D"]:
     """x_0 + mean of x_k − x_0, which for equal streams is exactly x_0, whatever their number."""
     first = streams[0].astype(jnp.float32)

@@ -66,8 +66,8 @@ def buffers(config: ExperimentConfig) -> dict[str, int]:
     those of one layer."""
     model, length = config.model, config.data.sequence_length
     tokens = config.microbatch_size // config.mesh.batch_shards * length
-    vocab = model.vocab_size // config.mesh.tensor
-    found = {"logits": tokens // pieces(tokens, vocab) * vocab * jnp.dtype("float32").itemsize}
+    scored, scores = model.head.logits(tokens, length, model.vocab_size, config.mesh.tensor)
+    found = {"logits": scored // pieces(scored, scores) * scores * jnp.dtype("float32").itemsize}
     for name, spec in moe_blocks(model).items():
         size = group_size(spec, length)
         slots = tokens // size * spec.num_experts * slots_per_expert(spec, length, "train")

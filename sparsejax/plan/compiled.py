@@ -22,7 +22,7 @@ class Holding:
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Of a step, over all devices. `ideal` and `padded` as the plan counts them: causal attention exactly, nothing
+    """Of a step, over all devices. `ideal` and `padded` as the plan counts them: attention exactly, nothing
     computed again. `attention` is what the program computes in place of `ideal_attention`."""
 
     ideal: float

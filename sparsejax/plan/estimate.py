@@ -12,7 +12,7 @@ from sparsejax.plan.layout import Layout, layout
 from sparsejax.plan.work import Work, work
 from sparsejax.train.config import ExperimentConfig
 
-FLOPS = "FLOPs are 2 × the multiply-adds of matrix products; causal attention counts (T + 1) / 2 keys per token."
+FLOPS = "FLOPs are 2 × the multiply-adds of matrix products; a token counts (T + 1) / 2 keys if causal, else T."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Optional
 
+from sparsejax.ops.attention import BIDIRECTIONAL
 from sparsejax.plan.hlo import Instruction, ints, scope_of
 
 _TOLD = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
@@ -23,8 +24,8 @@ def kernel_flops(instruction: Instruction) -> Optional[int]:
 
 
 def _splash(products: int) -> Callable[[Instruction], int]:
-    """Of causal flash attention: so many products of `[T, T]`, `[T, H]` for each head, over the blocks that are not
-    wholly masked."""
+    """Of flash attention: so many products of `[T, T]`, `[T, H]` for each head, over the blocks that are not wholly
+    masked: with a causal mask, those up to the diagonal."""
 
     def count(instruction: Instruction) -> int:
         # Operands: tables of the mask, then queries [..., N, T, H].
@@ -34,7 +35,8 @@ def _splash(products: int) -> Callable[[Instruction], int]:
         *heads, length, width = ints(queries[1])
         size = int(block[1])
         blocks = math.ceil(length / size)
-        return products * 2 * math.prod(heads) * width * size**2 * blocks * (blocks + 1) // 2
+        seen = blocks**2 if BIDIRECTIONAL in scope_of(instruction) else blocks * (blocks + 1) // 2
+        return products * 2 * math.prod(heads) * width * size**2 * seen
 
     return count
 

@@ -20,13 +20,19 @@ from sparsejax.plan.layout import Tensor, layout, tensors_of
 from sparsejax.plan.pod import compile_step
 from sparsejax.plan.roofline import Roofline, roofline
 from sparsejax.plan.topology import Topology, parse_topology
-from sparsejax.plan.traffic import EXCHANGE, GATHERS, GRADIENTS, TENSOR, Traffic, least_bytes
+from sparsejax.plan.traffic import EXCHANGE, GATHERS, GRADIENTS, TABLES, TENSOR, Traffic, least_bytes
 from sparsejax.plan.work import TRAINING, padded_flops
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.state import abstract_state, make_optimizer
 
 Mesh = tuple[int, int, int]
-ALONG = {EXCHANGE: ("expert",), GATHERS: ("data",), GRADIENTS: ("data", "expert"), TENSOR: ("tensor",)}
+ALONG = {
+    EXCHANGE: ("expert",),
+    GATHERS: ("data",),
+    GRADIENTS: ("data", "expert"),
+    TENSOR: ("tensor",),
+    TABLES: ("data", "expert"),
+}
 """The axes along which devices send for a purpose."""
 
 

@@ -1,6 +1,7 @@
 """What devices send each other in a step, and the least that layers laid out like this have to send."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -8,6 +9,8 @@ from typing import Optional
 import jax.numpy as jnp
 
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.model.tables import layers_of
+from sparsejax.ops.rows import kept_rows
 from sparsejax.plan.collectives import Collective
 from sparsejax.plan.hlo import module_of
 from sparsejax.plan.layout import Layout, Tensor
@@ -65,11 +68,16 @@ EXCHANGE = "exchange of tokens"
 GATHERS = "gathers of split parameters"
 GRADIENTS = "sums of gradients"
 TENSOR = "tensor parallelism"
+TABLES = "rows of lookup tables"
+_OF_TABLES = re.compile(r"memory/\w+/(pre)?fetch|/tables/")
 OTHER = "other"
 
 
 def purpose_of(row: Collective) -> str:
-    """By its kind and axes: nothing else of a model goes along them. Only an exchange by gathers tells by its scope."""
+    """By its kind and axes: nothing else of a model goes along them. An exchange by gathers, and rows of tables, tell
+    by their scope."""
+    if _OF_TABLES.search(row.scope):
+        return TABLES
     to_all = row.kind in ("all-to-all", "ragged-all-to-all")
     of_all = row.kind in ("all-gather", "reduce-scatter") and "/exchange/" in row.scope
     if row.axes == ("expert",) and (to_all or of_all):
@@ -101,6 +109,9 @@ def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str
     * gathers: every parameter that is split over `data`, once a microbatch, twice where `model.remat` computes again;
     * gradients: a reduce-scatter of those, once a microbatch, and a sum of what a device holds over the axes of the
       batch that do not split it;
+    * rows of lookup tables, as if no two tokens read the same, in one round: of tables that are split each row there
+      and its gradient back, which is summed before, and so float32, where tables are split by rows; of tables that are
+      not split the gradient alone (`train.table_step`);
     * tensor parallelism: two sums of a layer's output forward and two backward, one more where remat computes again,
       and one for the embedding each way."""
     mesh, model = config.mesh, config.model
@@ -114,7 +125,9 @@ def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str
     exchanged = sum(_copies(spec, tokens, split) for spec in moe)
     exchange = passes * 4 * tokens * exchanged * d_model * number * _leaving(split)
     gathers = gradients = 0.0
-    for tensor in (tensor for tensor in tensors if tensor.kind == "parameters"):
+    for tensor in tensors:
+        if tensor.kind != "parameters" or tensor.name.startswith("params.tables"):
+            continue
         splits = _splits(tensor, mesh.shape)
         held = math.prod(tensor.shape) // math.prod(splits.values()) * number
         over_data = passes * held * splits["data"] * _leaving(splits["data"])
@@ -123,8 +136,22 @@ def least_bytes(config: ExperimentConfig, tensors: Sequence[Tensor]) -> dict[str
         gradients += over_data + 2 * held * _leaving(whole)
     sums = 4 * len(blocks) + (len(blocks) if remat else 0) + 2
     tensor_parallel = passes * sums * 2 * tokens * d_model * number * _leaving(mesh.tensor)
-    least = {EXCHANGE: exchange, GATHERS: gathers, GRADIENTS: gradients, TENSOR: tensor_parallel}
+    rows = sum(_rows_of_tables(config, name, passes * tokens) for name in model.memory)
+    least = {EXCHANGE: exchange, GATHERS: gathers, GRADIENTS: gradients, TENSOR: tensor_parallel, TABLES: rows}
     return {name: round(size) for name, size in least.items()}
+
+
+def _rows_of_tables(config: ExperimentConfig, name: str, tokens: int) -> float:
+    """Bytes of one memory's rows, the step reading them for so many tokens of a device."""
+    model, devices = config.model, config.mesh.batch_shards
+    spec, layers = model.memory[name], len(layers_of(model, name))
+    width, fetches = spec.row_width(model), 1 if spec.shared and spec.address.known_at == "input" else layers
+    back = layers * tokens * spec.address.lookups
+    if spec.storage == "replicated":
+        stored = kept_rows(spec.rows(model.vocab_size)) * (1 if spec.shared else layers)
+        return 4 * width * min((devices - 1) * back, 2 * stored * _leaving(devices))
+    there, number = fetches * tokens * spec.address.lookups, jnp.dtype(model.dtype).itemsize
+    return width * (number * there + (number if spec.storage == "features" else 4) * back) * _leaving(devices)
 
 
 def _copies(spec: MoESpec, tokens: int, devices: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from sparsejax.base.config import leaves
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import TRAINING, causal_keys, component_costs, total
+from sparsejax.model.cost import TRAINING, component_costs, mean_keys, total
 from sparsejax.ops.grouped import common_slots
 from sparsejax.train.config import ExperimentConfig
 
@@ -15,7 +15,7 @@ SlotMode = Literal["train", "eval"]
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """FLOPs are per token, over all layers, ideal: the selected experts, causal attention on rows of one document."""
+    """FLOPs are per token, over all layers, ideal: the selected experts, attention on rows of one document."""
 
     name: str
     parameters: int
@@ -70,7 +70,7 @@ class Work:
 
 def work(config: ModelConfig, sequence_length: int) -> Work:
     """Everything about a model that the mesh and the batch do not change."""
-    keys, cost = causal_keys(sequence_length), total(config)
+    keys, cost = mean_keys(config, sequence_length), total(config)
     components = tuple(
         Component(
             name=name,
@@ -106,7 +106,7 @@ def work(config: ModelConfig, sequence_length: int) -> Work:
 
 def padded_flops(config: ExperimentConfig, backend: str) -> float:
     """FLOPs of a training step over all devices if the compiler adds none: every slot or row that the experts have on
-    this mesh and kind of device, filled or not; causal attention exactly and no recompute, as in `work`."""
+    this mesh and kind of device, filled or not; attention exactly and no recompute, as in `work`."""
     found = work(config.model, config.data.sequence_length)
     rows = [row for row in found.slots if row.mode == "train"]
     as_slots = TRAINING * sum(len(row.layers) * row.padded_flops for row in rows)

@@ -214,7 +214,6 @@ def balance_loss(
     moe: MoEReport,
     balance: Balance,
     k: int,
-    tokens: Int[Array, ""],
     rows: Int[Array, ""],
     microbatches: int,
     counted: Optional[MoEReport],
@@ -223,11 +222,12 @@ def balance_loss(
     stacked in `moe`.
 
     Args:
-      tokens, rows, microbatches: of the whole step.
+      rows, microbatches: of the whole step.
       counted: the step's summed report, when a `global` balance has several microbatches.
     """
     if balance.scope == "global" and counted is not None:
-        value = balance(counted.assigned, moe.probability_sum, tokens, k, counted.balance_measured)
+        # Those that the layer saw, which need not be all.
+        value = balance(counted.assigned, moe.probability_sum, counted.tokens, k, counted.balance_measured)
     elif balance.scope == "sequence":
         value = moe.balance_sum / jnp.maximum(rows, 1)
     else:

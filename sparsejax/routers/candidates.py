@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import Pairs
+from sparsejax.ops.draws import gumbel
 from sparsejax.routers.lots import Lots
 from sparsejax.routers.reinforce import Reinforce
 
@@ -34,8 +35,7 @@ class Noise:
 
     def gumbel(self, stream: int, width: int) -> Float[Array, "G S width"]:
         """Standard Gumbel noise: the argmax of log p + noise is a draw from p."""
-        # Half a step off 0, where the inverse of the distribution is infinite.
-        return -jnp.log(-jnp.log(jnp.maximum(self.uniform(stream, width), 2**-24)))
+        return gumbel(self.uniform(stream, width))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from sparsejax.base.errors import ConfigError
+from sparsejax.base.errors import ConfigError, leaks
 from sparsejax.base.registry import choice
 from sparsejax.routers.balance import BALANCES, Balance, LoadBalance
 from sparsejax.routers.candidates import Selector
@@ -64,13 +64,6 @@ class RouterConfig:
             others = {name: entry().traits for name, entry in SELECTORS.items()}
             fit = ", ".join(name for name, other in others.items() if other.fixed or other.reinforce)
             raise ConfigError("weight", f"constant gives a learned router no gradient; it goes with selection={fit}")
-        for axis in ("logits", "selection", "order", "overflow"):
-            if not getattr(self, axis).traits.causal and not self.allow_leak:
-                raise ConfigError(
-                    axis,
-                    "a token's experts would depend on the tokens after it, which a language model must not see; "
-                    "allow_leak=true accepts that",
-                )
         if self.selection.traits.thresholds != self.controller.thresholds:
             selections = ", ".join(name for name, entry in SELECTORS.items() if entry().traits.thresholds)
             controllers = ", ".join(name for name, entry in CONTROLLERS.items() if entry.thresholds)
@@ -117,6 +110,17 @@ class RouterConfig:
         needs = self.selection.traits.needs | self.order.traits.needs
         return any(draws) or not self.noise.silent or "noise" in needs
 
+    @property
+    def looks_ahead(self) -> Optional[str]:
+        """The first axis by which a token's experts depend on the tokens after it."""
+        axes = ("logits", "selection", "order", "overflow")
+        return next((axis for axis in axes if not getattr(self, axis).traits.causal), None)
+
+    def check_causal(self) -> None:
+        """Raises `ConfigError` when a causal model must not route so."""
+        if self.looks_ahead is not None and not self.allow_leak:
+            raise leaks(self.looks_ahead, "a token's experts would depend on the tokens after it")
+
     def unused(self) -> dict[str, str]:
         reasons: dict[str, str] = {}
         traits, kind = self.selection.traits, SELECTORS.name_of(self.selection)
@@ -143,7 +147,7 @@ class RouterConfig:
             reasons |= dict.fromkeys(move_ranks, everyone)
         if traits.fits:
             reasons["order"] = "its pairs fit their slots in any order"
-        if all(axis.traits.causal for axis in (self.logits, self.selection, self.order, self.overflow)):
+        if self.looks_ahead is None:
             reasons["allow_leak"] = "logits, selection, order and overflow are accepted without it"
         return reasons
 

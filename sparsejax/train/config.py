@@ -8,8 +8,10 @@ from sparsejax.base.registry import choice
 from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.spec import BlockSpec
 from sparsejax.data.config import DataConfig
+from sparsejax.data.tasks import TASKS, Classify
 from sparsejax.memory.config import MemorySpec
 from sparsejax.model.config import ModelConfig
+from sparsejax.model.heads import HEADS, Classes
 from sparsejax.model.tables import layers_of
 from sparsejax.nn.table import Storage
 from sparsejax.ops.rows import kept_rows
@@ -91,6 +93,9 @@ class ExperimentConfig:
             self.model.streams.check_training(self.model.num_layers)
         except ConfigError as error:
             raise error.below("model.streams") from None
+        self._check_task()
+        if self.train.consistency is not None and self.model.exits.depths:
+            raise ConfigError("train.consistency", f"{self.train.consistency} with model.exits; allowed: None")
         if self.mesh.data != -1:  # else once the devices are known: the loop replaces `mesh` and comes here again
             self._check_rows()
             self._check_splits()
@@ -99,6 +104,26 @@ class ExperimentConfig:
     def unused(self) -> dict[str, str]:
         routed = any(spec.has_router for _, spec in self._used_specs())
         return {} if routed else {"train.trace": "the model has no routers"}
+
+    def _check_task(self) -> None:
+        """Raises `ConfigError` unless what the model sees and scores is what it is to predict."""
+        head, task = self.model.head, self.data.task
+        if isinstance(head, Classes) != isinstance(task, Classify):
+            told = f"{HEADS.name_of(head)} with data.task={TASKS.name_of(task)}"
+            raise ConfigError("model.head", f"{told}; head=classes and task=classify go together")
+        if isinstance(head, Classes) and isinstance(task, Classify) and head.classes != task.classes:
+            raise ConfigError("model.head.classes", f"{head.classes} is not data.task.classes={task.classes}")
+        if isinstance(head, Classes) and head.pool == "first" and self.model.causal:
+            raise ConfigError("model.head.pool", "first: it sees no other token of a causal model; allowed: mean")
+        causal = self.model.causal
+        if causal == self.data.task.sees_targets or self.data.task.whole_rows:
+            return
+        fit = [name for name, task in TASKS.items() if task.whole_rows or task.sees_targets == causal]
+        allowed = f"with model.causal={str(causal).lower()} data.task can be {' or '.join(fit)}"
+        if causal:
+            name = TASKS.name_of(self.data.task)
+            raise ConfigError("data.task", f"{name}: tokens would see those before them alone; {allowed}")
+        raise ConfigError("model.causal", f"false: a token would see its own target; {allowed}")
 
     @property
     def microbatch_size(self) -> int:
@@ -159,10 +184,10 @@ class ExperimentConfig:
             raise ConfigError(f"{key}.address", f"{message}; allowed: less than 2³¹ together")
 
     def _check_groups(self) -> None:
-        tokens = self.microbatch_size // self.mesh.batch_shards * self.data.sequence_length
+        rows = self.microbatch_size // self.mesh.batch_shards
         for name, spec in self._used_specs():
             try:
-                spec.check_tokens(tokens)
+                spec.check_tokens(rows * self.model.tokens_of(name).room(self.data.sequence_length))
             except ConfigError as error:
                 raise error.below(f"model.blocks.{name}") from None
 

@@ -1,5 +1,6 @@
 """Which module first produced something that is not finite: asked once, when a run has to stop over it."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context, Hidden
 from sparsejax.model.config import Layer
 from sparsejax.model.lm import LanguageModel
-from sparsejax.model.tables import readers
+from sparsejax.model.tables import prefetch, readers
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.state import TrainState, abstract_model
 from sparsejax.train.step import Microbatches, make_grads_of_step
@@ -56,12 +57,17 @@ def _outputs(config: ExperimentConfig, state: TrainState, context: Context) -> I
     def embed(model, batch, key):
         embedded_BTD = model.embedding(batch.tokens)
         seen = Context(batch=batch, mode=context.mode, key=key, embedded=embedded_BTD)
-        return embedded_BTD, model.ends.spread(model.look_up(embedded_BTD, seen, None, None).x)
+        begun = model.look_up(embedded_BTD, seen, prefetch(config.model, model.tables, batch))
+        return embedded_BTD, model.spread(begun.x, batch)
 
     def block(position, model, x, embedded_BTD, index, repeat, batch, key):
         layer = Layer(index=index, block="", position=position, repeat=repeat)
         pool = model.stack.pool(config.model.positions[position])
-        reading = readers(config.model, model.tables, position, index, None)
+        prefetched = prefetch(config.model, model.tables, batch)
+        if repeat is not None:
+            own = jax.tree.map(lambda rows: rows[repeat], prefetched.stacked())
+            prefetched = dataclasses.replace(prefetched, own=own)
+        reading = readers(config.model, model.tables, prefetched, position, index, None)
         seen = Context(batch=batch, mode=context.mode, key=key, pool=pool, readers=reading, embedded=embedded_BTD)
         return model.stack.block(layer)(x, seen.at_layer(index)).x
 
@@ -72,13 +78,13 @@ def _outputs(config: ExperimentConfig, state: TrainState, context: Context) -> I
         given = (x, embedded_BTD, layer.index, layer.repeat, context.batch, context.key)
         x = run(blocks[layer.position], state, *given)
         yield f"layer {layer.name}", x
-    read_BTW = run(_norm, state, x)
+    read_BTW = run(_norm, state, x, context.batch)
     yield "final_norm", read_BTW
     yield "head", run(_head, state, read_BTW)
 
 
-def _norm(model: LanguageModel, x: Hidden) -> Array:
-    return model.ends.read(x, model.final_norm)
+def _norm(model: LanguageModel, x: Hidden, batch: Batch) -> Array:
+    return model.read(x, batch)
 
 
 def _head(model: LanguageModel, x_BTD: Array) -> Array:

@@ -79,7 +79,7 @@ class Evaluator:
                 self._step = step.lower(variables, arrays).compile()
             report = to_host(self._step(variables, arrays))
             if total is None:
-                probe = probed(config.model, report.reads or {})
+                probe = probed(report.reads or {})
             report = dataclasses.replace(report, reads=None)
             if recording is not None:
                 everyones = {name: to_numpy(rows[0]) for name, rows in arrays.items()}
@@ -91,7 +91,7 @@ class Evaluator:
         row, arrays = eval_row(config.model, total)
         row |= churn(self._probe, probe)
         self._probe = probe
-        if self.corpus.tokenizer.is_bytes:
+        if config.data.task.every_token and self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
         return row, arrays
 

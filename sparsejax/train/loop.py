@@ -151,7 +151,7 @@ class _Run:
         if first < steps:
             self.display.update(row)
         self.display.close()
-        for line in closing_lines(_shortest(self.folder), row, arrays):
+        for line in closing_lines(_shortest(self.folder), row, arrays, self.config.model.generates):
             self.display.note(line)
         return True
 
@@ -253,7 +253,7 @@ class _Run:
             if about not in self.warned:
                 self.display.note(f"step {step}: {line}")
         self.warned = set(warnings)  # again when it comes back
-        if self.corpus.tokenizer.is_bytes:
+        if self.config.data.task.every_token and self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
         row = self._row(step, "train", row) | self.clock.take()
         writer.write(row, arrays)

@@ -77,14 +77,13 @@ def loss_by_frequency(nll_V: np.ndarray, targets_V: np.ndarray) -> dict[str, flo
     return found
 
 
-def probed(config: ModelConfig, reads: Mapping[str, Mapping[str, np.ndarray]]) -> Probe:
-    """The probe from a batch's host reads, for memories whose addresses change with the parameters."""
+def probed(reads: Mapping[str, Mapping[str, np.ndarray]]) -> Probe:
+    """The probe from a batch's host reads (`EvalReport.reads`)."""
     found = {}
     for position, of_position in reads.items():
         for name, ids in of_position.items():
-            if config.memory[name].address.known_at == "layer":
-                by_layer = ids.reshape(-1, ids.shape[-3] * ids.shape[-2], ids.shape[-1])
-                found[f"{position}/{name}"] = by_layer[:, :PROBE].astype(np.int32)
+            by_layer = ids.reshape(-1, ids.shape[-3] * ids.shape[-2], ids.shape[-1])
+            found[f"{position}/{name}"] = by_layer[:, :PROBE].astype(np.int32)
     return found
 
 

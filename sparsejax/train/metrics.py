@@ -6,11 +6,21 @@ from typing import Any, Optional
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from sparsejax.base.reports import Report, add, over_layers, sequence_ratios, stream_ratios, to_host
+from sparsejax.base.reports import (
+    Report,
+    add,
+    over_layers,
+    selection_ratios,
+    sequence_ratios,
+    skim_ratios,
+    stream_ratios,
+    to_host,
+)
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import TRAINING, forward_flops
+from sparsejax.model.cost import TRAINING, forward_flops, layer_costs
 from sparsejax.model.lm import auxiliary_losses, layer_reports, moe_layers, settle
 from sparsejax.train.memory_metrics import collapses, lookups_of, loss_by_frequency, memory_rows, table_row
 from sparsejax.train.step import EvalReport, StepReport, TableReport
@@ -41,8 +51,10 @@ class Window:
         self.last, self._sums, self.steps = last, sums, self.steps + 1
         pairs = processed_flops(self.config, last.reports)
         passes = float(last.passes)
-        forward = forward_flops(self.config, passes * float(last.tokens), passes * float(last.keys), pairs)
-        return int(last.tokens), TRAINING * forward
+        forward = forward_flops(
+            self.config, passes * float(last.tokens), passes * float(last.keys), pairs, passes * float(last.rows)
+        )
+        return int(last.tokens), TRAINING * (forward - skimmed_flops(self.config, last.reports, float(last.keys)))
 
     def saved(self) -> dict[str, Any]:
         """The window as JSON values, for a checkpoint that falls between two rows."""
@@ -61,10 +73,12 @@ class Window:
         row: Row = {
             "loss": float(last.loss),
             "cross_entropy": float(last.cross_entropy),
+            "accuracy": float(last.correct) / max(float(last.targets * last.passes), 1.0),
             "grad_norm": float(last.grad_norm),
             "window_steps": steps,
         }
         row |= {f"loss/{name}": float(value) for name, value in last.terms.items()}
+        row |= exit_row(self.config, last.exits)
         row |= layer_metrics(self.config, reports, "train") | table_row(tables, steps)
         return row, routing_arrays(self.config, reports), collapses(self.config, reports)
 
@@ -83,10 +97,18 @@ def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
     )
     terms = auxiliary_losses(config, reports, totals)
     row: Row = {"loss": cross_entropy + sum(float(v) for v in terms.values()), "cross_entropy": cross_entropy}
+    row |= {"accuracy": float(total.correct) / targets}
     row |= {f"loss/{name}": float(value) for name, value in terms.items()}
     row |= {"targets": int(total.targets)}
+    row |= {} if total.exit_sums is None else exit_row(config, total.exit_sums / targets)
     row |= {} if total.by_token is None else loss_by_frequency(*map(np.asarray, total.by_token))
     return row | layer_metrics(config, reports, "eval"), routing_arrays(config, reports)
+
+
+def exit_row(config: ModelConfig, cross_entropies: Array) -> Row:
+    """Of the exits but the last, by their depth."""
+    pairs = zip(config.exits.depths, np.asarray(cross_entropies), strict=True)
+    return {f"exit/{depth:02d}/cross_entropy": float(value) for depth, value in pairs}
 
 
 def bits_per_byte(cross_entropy: float) -> float:
@@ -103,19 +125,37 @@ def layer_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -
 
 def _of_layer(config: ModelConfig, block: str, report: Report, mode: Mode) -> dict[str, float]:
     of_streams = {} if report.streams is None else stream_ratios(report.streams)
+    of_skim = {} if report.skim is None else skim_ratios(report.skim)
     of_sequence = {} if report.sequence is None else sequence_ratios(report.sequence)
-    return config.blocks[block].metrics(report, mode) | of_streams | of_sequence
+    of_selection = {} if report.selection is None else selection_ratios(report.selection)
+    return config.blocks[block].metrics(report, mode) | of_streams | of_sequence | of_selection | of_skim
 
 
 def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
     """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` (one in a
-    part of it as `PART/FIELD`) and `dropped`; for every lookup layer, `LAYER/MEMORY/loads`."""
+    part of it as `PART/FIELD`) and `dropped`; for every lookup layer, `LAYER/MEMORY/loads`; for every layer that tokens
+    leave after, `LAYER/kept` and `LAYER/tokens`."""
     arrays: Arrays = {}
+    for name, report in layer_reports(config, reports).items():
+        if report.skim is not None:
+            arrays |= {f"{name}/{field}": np.asarray(getattr(report.skim, field)) for field in ("kept", "tokens")}
     for name, report in moe_layers(config, reports).items():
         arrays[f"{name}/dropped"] = np.asarray(report.dropped)
         for path, value in jax.tree_util.tree_leaves_with_path(report):
             arrays[f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(value)
     return arrays | {f"{where}/loads": np.asarray(report.loads) for where, _, report in lookups_of(config, reports)}
+
+
+def skimmed_flops(config: ModelConfig, reports: dict[str, Report], keys: float) -> float:
+    """Forward FLOPs that layers were spared because tokens had left, of a pass with so many pairs in each layer."""
+    saved = 0.0
+    for layer, report in zip(config.layers, layer_reports(config, reports).values(), strict=True):
+        if report.skim is not None:
+            found, costs = report.skim, layer_costs(config, layer.block)
+            before = costs["attention_projections"].per_token
+            saved += (found.tokens - found.attended) * before + (found.tokens - found.left) * costs["mlp"].per_token
+            saved += (keys - float(found.keys)) * costs["attention_scores"].per_key
+    return float(saved)
 
 
 def processed_flops(config: ModelConfig, reports: dict[str, Report]) -> float:

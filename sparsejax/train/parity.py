@@ -68,7 +68,7 @@ def _first_step(config: ExperimentConfig, batch: dict[str, np.ndarray]) -> dict[
         tx = make_optimizer(config)
         state = jax.block_until_ready(new_state(config, tx))
         arrays = shard_batch(batch, mesh, config.train.accumulation)
-        (loss, (_, _, reports)), grads = jax.jit(make_grads_of_step(config))(
+        (loss, (*_, reports, _)), grads = jax.jit(make_grads_of_step(config))(
             state.params, state.model_state, arrays, state.step
         )
     dense = nnx.to_flat_state(grads.dense)

@@ -20,6 +20,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("loss", "loss", 8, "{:.4f}".format),
+    Column("accuracy %", "accuracy", 10, lambda fraction: f"{100 * fraction:.2f}"),
     Column("bits/byte", "bits_per_byte", 9, "{:.4f}".format),
     Column("tokens/s", "tokens_per_second", 10, "{:,.0f}".format),
     Column("drop %", "moe/drop_fraction", 7, lambda fraction: f"{100 * fraction:.2f}"),

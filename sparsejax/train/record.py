@@ -17,6 +17,7 @@ from sparsejax.base.writers import write_atomically
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.corpus import Corpus, CorpusInfo
 from sparsejax.data.loader import num_eval_batches
+from sparsejax.data.tasks import TASKS
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.attention import SPLASH_BLOCK
 from sparsejax.routers.tables import Hash
@@ -89,6 +90,11 @@ def check_corpus(config: ExperimentConfig, corpus: Corpus) -> None:
     size, tokens = config.model.vocab_size, corpus.tokenizer.vocab_size
     if size < tokens:
         raise ConfigError("model.vocab_size", f"{size} is less than the tokenizer's {tokens} tokens (data.tokenizer)")
+    own = config.data.task.own_ids
+    if size < tokens + own:
+        name = TASKS.name_of(config.data.task)
+        message = f"{size} leaves no room for the ids of data.task={name} after the tokenizer's {tokens}"
+        raise ConfigError("model.vocab_size", f"{message}; allowed: {tokens + own} or more")
 
 
 def check_platform(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> list[str]:
@@ -131,7 +137,7 @@ def _check_attention(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
             "model.attention", f"'splash' takes rows of a multiple of {SPLASH_BLOCK} tokens, not {length}"
         )
     for name in config.model.positions.values():
-        slots = config.model.sequence_of(name).room(length)
+        slots = config.model.tokens_of(name).room(length)
         if slots % SPLASH_BLOCK:
             message = f"'splash' takes rows of a multiple of {SPLASH_BLOCK} tokens, and {name} has {slots} slots of"
             raise ConfigError("model.attention", f"{message} {length} tokens; allowed: other sequence.documents, xla")

@@ -18,10 +18,11 @@ from sparsejax.base.sharding import sum_over as over_devices
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Totals
 from sparsejax.model.config import ModelConfig
+from sparsejax.model.exits import kept
 from sparsejax.model.lm import LanguageModel, auxiliary_losses, next_model_state, scored, settle, without_measured
 from sparsejax.model.tables import Into, Reads, row_gradients, row_zeros
 from sparsejax.nn.table import RowGradients, joined
-from sparsejax.ops.head_loss import HeadLosses
+from sparsejax.ops.head_loss import HeadLosses, Weighting
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.optimizer import clip_scale
 from sparsejax.train.state import TrainState, Variables, abstract_model, split_tables, with_tables
@@ -48,6 +49,7 @@ class StepReport:
 
     loss: Float[Array, ""]
     cross_entropy: Float[Array, ""]
+    correct: Int[Array, ""]  # targets that a pass finds likeliest
     terms: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""]
     finite: Bool[Array, ""]
@@ -55,7 +57,9 @@ class StepReport:
     nonfinite_streak: Int[Array, ""]  # steps skipped in a row, up to this one
     targets: Int[Array, ""]
     tokens: Int[Array, ""]
+    rows: Int[Array, ""]  # that are not all padding
     keys: Float[Array, ""]  # (query, key) pairs of one attention layer
+    exits: Float[Array, " E"]  # cross entropies of the exits but the last
     passes: Int[Array, ""]  # over each of the tokens; reports are sums over them
     reports: dict[str, Report]
     tables: dict[str, TableReport]  # of the lookup tables, by memory
@@ -66,13 +70,15 @@ class EvalReport:
     """Sums of one evaluation batch."""
 
     cross_entropy_sum: Float[Array, ""]
+    correct: Int[Array, ""]
     targets: Int[Array, ""]
     tokens: Int[Array, ""]
     rows: Int[Array, ""]
     reports: dict[str, Report]
     by_token: Optional[tuple[Float[Array, " V"], Int[Array, " V"]]] = None  # of a model with memories: Σ loss, targets
+    exit_sums: Optional[Float[Array, " E"]] = None  # as `cross_entropy_sum`, of the exits but the last
     decisions: Optional[dict[str, Decisions]] = None  # by position, when they are recorded; no sum
-    reads: Optional[Reads] = None  # of a model with memories; no sum
+    reads: Optional[Reads] = None  # of memories whose addresses change with the parameters (`probe_of`); no sum
 
 
 def make_train_step(
@@ -87,8 +93,12 @@ def make_train_step(
     grads_of_step = make_grads_of_step(config)
 
     def train_step(state: TrainState, microbatches: Microbatches) -> tuple[TrainState, StepReport]:
-        (loss, (nll, terms, reports)), grads = grads_of_step(state.params, state.model_state, microbatches, state.step)
+        (loss, found), grads = grads_of_step(state.params, state.model_state, microbatches, state.step)
+        nll, correct, terms, reports, exits = found
         totals = _totals(microbatches)
+        frozen = config.model.exits.freezes(state.step, config.train.steps)
+        only = lambda tree: tree if frozen is None else kept(config.model.exits, tree, frozen)  # noqa: E731
+        grads = dataclasses.replace(grads, dense=only(grads.dense))
         dense, tables = split_tables(state.params)
         collected = {name: collect(tables[name], read) for name, read in grads.rows.items()}
         of_tables = [found.square_sum for found in collected.values()]
@@ -96,18 +106,19 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         scale = clip_scale(config.optimizer, grad_norm)
         updates, opt_state = tx.update(optax.tree.scale(scale, grads.dense), state.opt_state, dense)
-        updated = optax.apply_updates(dense, updates)
+        updated = optax.apply_updates(dense, only(updates))  # moments and weight decay move what has no gradient, too
+        moves = finite if frozen is None else finite & ~frozen
         new_tables, row_state = {}, {}
         for name, read in grads.rows.items():
             rows = tables[name], state.row_state[name], read, collected[name]
-            new_tables[name], row_state[name] = apply_rows(config.optimizer.tables, *rows, scale, finite)
+            new_tables[name], row_state[name] = apply_rows(config.optimizer.tables, *rows, scale, moves)
         settled = settle(config.model, reports)
         model_state = next_model_state(config.model, state.model_state, settled)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         new_state = TrainState(
             step=state.step + 1,
             params=with_tables(keep(updated, dense), new_tables, state.params),
-            model_state=keep(model_state, state.model_state),
+            model_state=jax.tree.map(lambda new, old: jnp.where(moves, new, old), model_state, state.model_state),
             opt_state=keep(opt_state, state.opt_state),
             row_state=row_state,
             nonfinite=state.nonfinite + ~finite,
@@ -116,6 +127,8 @@ def make_train_step(
         report = StepReport(
             loss=loss,
             cross_entropy=nll,
+            correct=correct,
+            exits=exits,
             terms=terms,
             grad_norm=grad_norm,
             finite=finite,
@@ -123,7 +136,8 @@ def make_train_step(
             nonfinite_streak=new_state.nonfinite_streak,
             targets=totals.targets,
             tokens=totals.tokens,
-            keys=attended_keys(microbatches["positions"], microbatches["segments"]),
+            rows=totals.rows,
+            keys=attended_keys(microbatches["positions"], microbatches["segments"], config.model.causal),
             passes=jnp.int32(config.train.passes),
             reports=without_measured(settled),
             tables={name: TableReport(touched=c.touched, rounds=c.rounds) for name, c in collected.items()},
@@ -142,8 +156,9 @@ class Gradients:
 
 
 def make_grads_of_step(config: ExperimentConfig):
-    """`(params, model_state, microbatches, step) -> ((loss, (nll, terms, reports)), Gradients)`, summed over
-    microbatches; nll is the mean, and reports are the sum, of the passes that `train.consistency` asks for."""
+    """`(params, model_state, microbatches, step) -> ((loss, (nll, correct, terms, reports, exits)), Gradients)`, summed
+    over microbatches; nll is the mean, correct and reports are the sums, of the passes that `train.consistency` asks
+    for; `exits` are the cross entropies of the exits but the last."""
     graph, _, _ = abstract_model(config.model)
     count_first = config.train.accumulation > 1 and _needs_counts(config)
 
@@ -151,18 +166,20 @@ def make_grads_of_step(config: ExperimentConfig):
         dense, tables = split_tables(params)
         keys = pass_keys(config.train, step)
         totals = [_totals(microbatches)] * len(keys)
+        weighting = config.model.exits.weighting(step, config.train.steps, config.model.num_layers)
 
         def model_of(dense: nnx.State) -> LanguageModel:
             return nnx.merge(graph, with_tables(dense, tables, params), model_state)
 
         if count_first:
             model, nothing = model_of(dense), [None] * len(keys)
-            counted = sum_over(lambda batch: passes_of(config, model, batch, keys, nothing)[1], microbatches)
+            passes = lambda batch: passes_of(config, model, batch, keys, nothing, weighting)  # noqa: E731
+            counted = sum_over(lambda batch: passes(batch)[1], microbatches)
             totals = [dataclasses.replace(totals[0], reports=reports) for reports in counted]
 
         def loss_fn(differentiated: tuple[nnx.State, list[Into]], batch: Batch):
             dense, into = differentiated
-            return microbatch_loss(config, model_of(dense), batch, keys, into, totals)
+            return microbatch_loss(config, model_of(dense), batch, keys, into, totals, weighting)
 
         def microbatch(batch: Batch):
             zeros = [row_zeros(config.model, *batch.tokens.shape) for _ in keys]
@@ -188,11 +205,17 @@ def passes_of(
     batch: Batch,
     keys: Sequence[PRNGKeyArray],
     into: Sequence[Optional[Into]],
+    weighting: Optional[Weighting] = None,
 ) -> tuple[HeadLosses, list[dict[str, Report]], list[Reads]]:
-    """What the passes over a microbatch lose; the reports of each, and what it read of lookup tables."""
+    """What the passes over a microbatch, or the exits of one, lose; the reports of each pass, and what it read of
+    lookup tables."""
     outputs = [model(batch, mode="train", key=key, into=zeros) for key, zeros in zip(keys, into, strict=True)]
-    lost = model.losses(outputs, batch, config.train.consistency)
-    reports = [scored(config.model, out.reports, nll, batch) for out, nll in zip(outputs, lost.nll, strict=True)]
+    if weighting is None:
+        lost = model.losses(outputs, batch, config.train.consistency)
+    else:
+        lost = model.exit_losses(outputs[0], batch, weighting)
+    of_pass = zip(outputs, lost.nll[-len(outputs) :], strict=True)
+    reports = [scored(config.model, out.reports, nll, batch) for out, nll in of_pass]
     return lost, reports, [out.reads for out in outputs]
 
 
@@ -203,41 +226,57 @@ def microbatch_loss(
     keys: Sequence[PRNGKeyArray],
     into: Sequence[Optional[Into]],
     totals: Sequence[Totals],
+    weighting: Optional[Weighting] = None,
 ):
-    """(loss, ((nll, terms, reports), what each pass read)) of one microbatch, by a pass for each key.
+    """(loss, ((nll, correct, terms, reports, exits), what each pass read)) of one microbatch, by a pass for each key.
 
     With two, loss = Σ over passes (cross entropy and auxiliary losses) + α · mean over targets of ½ (KL(p₁‖p₂) +
     KL(p₂‖p₁)) (THOR, arXiv:2110.04260). `nll` is the mean of the cross entropies, so that it means the same with one
-    pass and with two; the rest of them is the term `second_pass`."""
+    pass and with two; the rest of them is the term `second_pass`. With exits, of which `weighting` tells the weights,
+    `nll` is that of the last, and the term `exits` what the weighted mean of their cross entropies is above it."""
     targets = jnp.maximum(totals[0].targets, 1)
-    lost, found, reads = passes_of(config, model, batch, keys, into)
+    lost, found, reads = passes_of(config, model, batch, keys, into, weighting)
     of_pass = [auxiliary_losses(config.model, reports, each) for reports, each in zip(found, totals, strict=True)]
-    nll = sum(nll_BT.sum() for nll_BT in lost.nll) / (len(found) * targets)
+    each = jnp.stack([nll_BT.sum() for nll_BT in lost.nll]) / targets
+    exits, passes = each[: -len(found)], each[-len(found) :]
+    nll = passes.mean()
     terms = functools.reduce(add, of_pass)
     loss = lost.total / targets + sum(terms.values())
     if config.train.consistency is not None:
         terms |= {"second_pass": nll, "consistency": config.train.consistency * lost.divergence / targets}
-    return loss, ((nll, terms, functools.reduce(add, found)), reads)
+    if weighting is not None:
+        distilled = lost.divergence / targets
+        terms |= {"exits": lost.total / targets - nll - distilled}
+        terms |= {"distillation": distilled} if config.model.exits.distills else {}
+    return loss, ((nll, lost.correct, terms, functools.reduce(add, found), exits), reads)
 
 
 def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[Variables, Microbatches], EvalReport]:
     """Sums over one evaluation batch `[1, B, …]`: no noise, evaluation capacity. With `record`, its decisions."""
     graph, _, _ = abstract_model(config.model)
+    by_token = config.model.memory and config.model.head.of_tokens
 
     def eval_step(variables: Variables, microbatches: Microbatches) -> EvalReport:
         batch = Batch(**{name: rows[0] for name, rows in microbatches.items()})
         model = nnx.merge(graph, variables.params, variables.model_state)
         out = model(batch, mode="eval", record=record)
-        lost = model.losses([out], batch)
-        reports, decisions = split_decisions(scored(config.model, out.reports, lost.nll[0], batch))
+        if out.exits:
+            weighting = config.model.exits.weighting(jnp.int32(0), config.train.steps, config.model.num_layers)
+            lost = model.exit_losses(out, batch, weighting)
+        else:
+            lost = model.losses([out], batch)
+        *exits, nll_BT = lost.nll
+        reports, decisions = split_decisions(scored(config.model, out.reports, nll_BT, batch))
         totals = _totals(microbatches)
         return EvalReport(
-            cross_entropy_sum=lost.total,
+            cross_entropy_sum=nll_BT.sum(),
+            correct=lost.correct,
             targets=totals.targets,
             tokens=totals.tokens,
             rows=totals.rows,
             reports=without_measured(reports),
-            by_token=by_target(config.model.vocab_size, lost.nll[0], batch) if config.model.memory else None,
+            by_token=by_target(config.model.vocab_size, nll_BT, batch) if by_token else None,
+            exit_sums=jnp.stack([each.sum() for each in exits]) if exits else None,
             decisions=decisions if record else None,
             reads=probe_of(config.model, out.reads) if config.model.memory else None,
         )
@@ -286,10 +325,11 @@ def make_recorder(config: ExperimentConfig) -> Callable[[TrainState, Microbatche
     return recorder
 
 
-def attended_keys(positions: Int[Array, "A B T"], segments: Int[Array, "A B T"]) -> Float[Array, ""]:
+def attended_keys(positions: Int[Array, "A B T"], segments: Int[Array, "A B T"], causal: bool) -> Float[Array, ""]:
     """Σ over unmasked tokens of the keys each may attend to: what attention costs on packed documents. Float32: it
     passes 2³¹."""
-    return jnp.sum(jnp.where(segments > 0, positions + 1, 0), dtype=jnp.float32)
+    keys = positions + 1 if causal else 2 * positions + 1  # n² = 1 + 3 + … for the n tokens of a document
+    return jnp.sum(jnp.where(segments > 0, keys, 0), dtype=jnp.float32)
 
 
 def _totals(microbatches: Microbatches) -> Totals:

@@ -38,9 +38,9 @@ def load_picture(arrays: Mapping[str, np.ndarray], width: int = 64) -> list[str]
     return lines
 
 
-def closing_lines(workdir: Path, row: Row, arrays: Arrays) -> list[str]:
+def closing_lines(workdir: Path, row: Row, arrays: Arrays, generates: bool) -> list[str]:
     """The last lines of `train`, from the final evaluation."""
-    quality = f"cross-entropy {row['cross_entropy']:.4f} nats/token"
+    quality = f"cross-entropy {row['cross_entropy']:.4f} nats/token, {100 * row['accuracy']:.2f} % right"
     if "bits_per_byte" in row:
         quality += f", {row['bits_per_byte']:.4f} bits per byte"
     picture = load_picture(arrays)
@@ -54,7 +54,7 @@ def closing_lines(workdir: Path, row: Row, arrays: Arrays) -> list[str]:
         "written:",
         *(f"  {f'{workdir}/{name}':<{width}}  {what}" for name, what in written.items()),
         "next:",
-        f"  {command} generate --workdir={quoted}",
+        *([f"  {command} generate --workdir={quoted}"] if generates else []),
         f"  {command} eval --workdir={quoted}",
         f"  {command} plan --workdir={quoted}",
     ]

@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.base.sharding import BATCH_AXES, on_each_device, sum_over
 from sparsejax.base.structs import struct
-from sparsejax.nn.table import RowGradients, Storage, keys_of, storage_of
+from sparsejax.nn.table import IDS_SPEC, STACKED_ROWS_SPEC, RowGradients, keys_of, storage_of
 from sparsejax.ops.rows import Delivery, deliver_sums, sum_equal
 from sparsejax.train.row_optimizer import RowOptimizer, RowState, updated
 
-READ_SPECS = (P(None, BATCH_AXES, None, None), P(), P(None, BATCH_AXES, None, None, None))
+READ_SPECS = (P(None, *IDS_SPEC), P(), STACKED_ROWS_SPEC)
 
 
 @struct
@@ -31,7 +31,7 @@ class Collected:
 
 def collect(table_LWE: Float[Array, "L W E"], gradients: RowGradients) -> Collected:
     """Sums what belongs to one row, over readings and devices."""
-    storage = _storage(table_LWE)
+    storage = storage_of(table_LWE)
 
     def local(table_LWE: Array, ids: Array, layer: Array, rows: Array) -> tuple[Array, ...]:
         deliver, devices = _deliveries(storage, table_LWE, ids, layer, rows)
@@ -70,7 +70,7 @@ def apply_rows(
     do: Bool[Array, ""],
 ) -> tuple[Float[Array, "L W E"], RowState]:
     """(table, its state) after an update with `scale` · the gradient; as they were unless `do`."""
-    storage, width = _storage(table_LWE), table_LWE.shape[-1]
+    storage, width = storage_of(table_LWE), table_LWE.shape[-1]
     names = tuple(state)
     specs = tuple(jax.typeof(state[name]).sharding.spec for name in names)
 
@@ -110,7 +110,7 @@ def apply_rows(
 
 
 def _deliveries(
-    storage: Storage | str, table_LWE: Array, ids: Array, layer: Array, rows: Array
+    storage: str, table_LWE: Array, ids: Array, layer: Array, rows: Array
 ) -> tuple[Callable[[Array], Delivery], int]:
     """(round of deliveries that begins at these slots, number of devices that share the table out)."""
     layers, each, _ = table_LWE.shape
@@ -124,13 +124,22 @@ def _deliveries(
     if storage == "rows":
         return functools.partial(deliver_sums, key_N, sums_NE, width=width, axes=BATCH_AXES), devices
     if storage == "replicated":
-        everyones = lambda values: jax.lax.all_gather(values, BATCH_AXES, tiled=True)  # noqa: E731
-        key_N, sums_NE = sum_equal(everyones(key_N), everyones(sums_NE), width)
+        key_N, sums_NE = _sums_of_all(key_N, sums_NE, width)
     return lambda from_X: Delivery(slot_M=key_N, sums_ME=sums_NE, upto_X=jnp.full_like(from_X, width)), devices
 
 
-def _storage(table_LWE: Array) -> Storage | str:
-    return "alone" if jax.sharding.get_abstract_mesh().size == 1 else storage_of(table_LWE)
+def _sums_of_all(key_N: Array, sums_NE: Array, width: int) -> tuple[Array, Array]:
+    """The sums over all devices on each of them, from those of each. What travels is the smaller of two: everyone's
+    rows, or, where they could be rows of the whole table and more, one number in the place of each of the table's."""
+    if 2 * width > jax.lax.axis_size(BATCH_AXES) * len(key_N):  # a sum that all get goes there and back
+        everyones = lambda values: jax.lax.all_gather(values, BATCH_AXES, tiled=True)  # noqa: E731
+        return sum_equal(everyones(key_N), everyones(sums_NE), width)
+    into = lambda shape, values: jnp.zeros(shape, values.dtype).at[key_N].set(values, mode="drop")  # noqa: E731
+    met_W = sum_over(into(width, jnp.ones_like(key_N)), BATCH_AXES) > 0
+    total_WE = sum_over(into((width, sums_NE.shape[1]), sums_NE), BATCH_AXES)
+    order_W = jnp.argsort(~met_W)  # stable: those that were met first, ascending
+    beyond_W = width + jnp.arange(width, dtype=key_N.dtype)
+    return jnp.where(met_W[order_W], order_W.astype(key_N.dtype), beyond_W), total_WE[order_W]
 
 
 def _width(table_LWE: Array) -> int:
@@ -138,7 +147,7 @@ def _width(table_LWE: Array) -> int:
     return table_LWE.shape[0] * table_LWE.shape[1]
 
 
-def _delivery_specs(storage: Storage | str) -> tuple[P, P, P]:
+def _delivery_specs(storage: str) -> tuple[P, P, P]:
     """Of the fields of a `Delivery`."""
     slots = P(BATCH_AXES) if storage == "rows" else P()
     sums = {"rows": P(BATCH_AXES, None), "features": P(None, BATCH_AXES)}.get(storage, P())
@@ -150,4 +159,5 @@ def _on_devices(local, table_LWE: Array, gradients: RowGradients, operands: tupl
     in_specs = (jax.typeof(table_LWE).sharding.spec, READ_SPECS[0], READ_SPECS[1], READ_SPECS[2], *specs)
     # Collectives in a loop whose length the data decide carry no varying-axes types.
     run = on_each_device(local, in_specs, out_specs, check_vma=False)
-    return run(table_LWE, gradients.ids, gradients.layer, gradients.rows, *operands)
+    with jax.named_scope("tables"):
+        return run(table_LWE, gradients.ids, gradients.layer, gradients.rows, *operands)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sparsejax.data.corpus import Corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.memory.address import Fixed, Running
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.continued import continued
+from sparsejax.model.continued import continued, new_memories, of_memory
 from sparsejax.model.lm import LanguageModel
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.record import check_tokenizer
@@ -97,7 +97,8 @@ def begin_from(run: Path, config: ExperimentConfig, corpus: Corpus, mesh: jax.sh
         def begin(trained: Variables) -> TrainState:
             model = LanguageModel(jax.random.key(config.train.seed), config.model)
             _, fresh, model_state = nnx.split(model, nnx.Param, ...)
-            model_state = with_addresses(model_state, trained.model_state)
+            new = new_memories(config.model, before.model)
+            model_state = with_addresses(model_state, trained.model_state, new)
             return first_state(config, tx, continued(config.model, fresh, before.model, trained.params), model_state)
 
         state = jax.block_until_ready(run_once(begin, trained))
@@ -106,16 +107,16 @@ def begin_from(run: Path, config: ExperimentConfig, corpus: Corpus, mesh: jax.sh
     return Begun(state=state, receipt=receipt | _compared(config.model, state.variables, before.model, trained, batch))
 
 
-def with_addresses(fresh: nnx.State, trained: nnx.State) -> nnx.State:
-    """The other variables of a new run, with what lookup layers go by: a table learned under other hyperplanes or
-    centres means nothing.
+def with_addresses(fresh: nnx.State, trained: nnx.State, new: Collection[str] = ()) -> nnx.State:
+    """The other variables of a new run, with what lookup layers go by, but those of `new` memories: a table learned
+    under other hyperplanes or centres means nothing.
 
     Raises:
       RequestError: the trained model has none of this shape in the same place.
     """
     flat, learned = dict(nnx.to_flat_state(fresh)), dict(nnx.to_flat_state(trained))
     for path, variable in flat.items():
-        if isinstance(variable, Fixed | Running):
+        if isinstance(variable, Fixed | Running) and not of_memory(path, new):
             if path not in learned or learned[path].shape != variable.shape:
                 raise RequestError(f"it lacks {'/'.join(map(str, path))} of shape {list(variable.shape)}")
             flat[path] = variable.replace(learned[path][...])

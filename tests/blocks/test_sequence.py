@@ -14,7 +14,9 @@ from sparsejax.base.reports import sequence_ratios
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.moe import MoESpec
 from sparsejax.blocks.sequence import AveragePooling, SequenceAltUp, StrideAndSkip
+from sparsejax.blocks.soft import SoftSpec
 from sparsejax.memory.config import MemorySpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.nn.backbone import Backbone
@@ -36,7 +38,7 @@ X = np.random.default_rng(1).normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float3
 
 
 def build(settings):
-    return lambda key: settings.around(DenseSpec(d_ff=16).build(key, BACKBONE))
+    return lambda key: settings.around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE)
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def compiled(settings):
     return jax.jit(call)
 
 
-PARAMS = host_params(lambda key: SequenceAltUp().around(DenseSpec(d_ff=16).build(key, BACKBONE)))
+PARAMS = host_params(lambda key: SequenceAltUp().around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE))
 
 
 def run(settings, x=X, arrays=ARRAYS, alpha=(1.0, 0.0), beta=1.0):
@@ -103,8 +105,9 @@ POOL = AveragePooling(stride=3, allow_leak=True)
 TABLE = {"table": MemorySpec(blocks=("dense",))}
 
 
-def model(sequence, memory=None):
-    return ModelConfig(d_model=WIDTH, num_heads=2, sequence=sequence, memory=memory or {})
+def model(sequence, memory=None, soft=False):
+    blocks = {"dense": DenseSpec(), "moe": SoftSpec(allow_leak=True) if soft else MoESpec()}
+    return ModelConfig(d_model=WIDTH, num_heads=2, sequence=sequence, memory=memory or {}, blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +189,14 @@ class TestConfig:
             (lambda: SequenceAltUp(documents=0), "documents", "0 is not positive"),
             (lambda: model(SequenceAltUp(blocks=("dens",))), "sequence.blocks", "no layer.*Did you mean 'dense'"),
             (
-                lambda: model(SequenceAltUp()),
+                lambda: model(SequenceAltUp(), soft=True),
                 "sequence.blocks",
                 "moe: .*whole rows of tokens; blocks that can be named: dense",
             ),
             (
                 lambda: model(SequenceAltUp(blocks=("dense",)), TABLE),
                 "sequence.blocks",
-                "dense: its memory 'table' reads.*none here",
+                "dense: its memory 'table' reads.*named: moe",
             ),
             (lambda: model(AveragePooling(blocks=("dense",))), "sequence.allow_leak", "up to 3 after it.*allow_leak"),
         ],

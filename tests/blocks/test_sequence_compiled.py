@@ -6,22 +6,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from compiled import cut, on_rows, parted, results
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.sharding import MeshConfig, make_mesh, shard_batch
+from sparsejax.base.sharding import MeshConfig, make_mesh
 from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.sequence import AveragePooling, SequenceAltUp, StrideAndSkip
-from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import init_caches
-from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.metrics import layer_metrics
-from sparsejax.train.state import abstract_model
-from sparsejax.train.step import make_grads_of_step
 
-from support import assert_close, host_batch, put_batch, put_params, to_numpy
+from support import assert_close, host_batch, to_numpy
 
 ROWS, LENGTH, VOCAB = 8, 14, 32  # two documents of seven tokens a row
 BASE = ModelConfig(
@@ -35,34 +31,10 @@ BASE = ModelConfig(
 )
 
 
-def parted(model):
-    """Host parameters drawn at random, coefficients, too."""
-    rng = np.random.default_rng(0)
-    with jax.set_mesh(make_mesh(MeshConfig())):
-        _, params, _ = abstract_model(model)
-    ones = ("scale", "correction", "prediction")
-    begin = lambda path: 1.0 if any(name in str(path) for name in ones) else 0.0  # noqa: E731
-    value = lambda path, leaf: (rng.normal(size=leaf.shape) * 0.2 + begin(path)).astype(np.float32)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(value, params)
-
-
-def results(model, params, mesh=(1, 1, 1)):
-    """(loss, reports of sequences, gradients) of a step."""
-    data = DataConfig(name="synthetic", batch_size=ROWS, sequence_length=LENGTH)
-    along = MeshConfig(data=mesh[0], expert=mesh[1], tensor=mesh[2])
-    config, mesh = ExperimentConfig(model=model, data=data, mesh=along), make_mesh(along)
-    with jax.set_mesh(mesh):
-        batch = shard_batch(host_batch(ROWS, LENGTH, VOCAB), mesh, 1)
-        state = abstract_model(model)[2]
-        step = jax.jit(lambda params, batch: make_grads_of_step(config)(params, state, batch, 0))
-        (loss, (_, _, reports)), *grads = to_numpy(step(put_params(params, mesh), batch))
-        return loss, {position: report.sequence for position, report in reports.items()}, grads, reports
-
-
 @pytest.fixture(scope="module")
 def scanned():
     params = parted(BASE)
-    return params, results(BASE, params)
+    return params, results(BASE, params, LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +44,12 @@ def scanned():
 )
 def test_loss_gradients_and_reports_are_the_same(scanned, fields, mesh):
     params, expected = scanned
-    assert_close(results(dataclasses.replace(BASE, **fields), params, mesh)[:3], expected[:3], 2e-5)
+    assert_close(results(dataclasses.replace(BASE, **fields), params, LENGTH, mesh), expected, 2e-5)
 
 
 def test_every_coefficient_learns_and_anchors_are_reported(scanned):
-    _, (_, sequences, grads, reports) = scanned
+    _, (_, reports, grads) = scanned
+    sequences = {position: report.sequence for position, report in reports.items()}
     assert sequences["pattern_0"] is None
     tokens = ROWS * LENGTH - 3
     assert sequences["pattern_1"].tokens.tolist() == [tokens] * 2
@@ -84,20 +57,6 @@ def test_every_coefficient_learns_and_anchors_are_reported(scanned):
     row = layer_metrics(BASE, reports, "train")
     assert row["sequence/anchor_fraction"] == (ROWS * 6 - 1) / tokens and row["sequence/unplaced_fraction"] == 0
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
-
-
-def on_rows(model, params):
-    """`(batch, caches) -> ModelOutput`, compiled."""
-    mesh = jax.sharding.get_mesh()
-    graph, _, state = abstract_model(model)
-    forward = jax.jit(
-        lambda params, batch, caches=None: nnx.merge(graph, params, state)(batch, mode="generate", caches=caches)
-    )
-    return lambda arrays, *caches: forward(put_params(params, mesh), put_batch(arrays, mesh), *caches)
-
-
-def cut(arrays, start, stop):
-    return {name: array[:, start:stop] if array.ndim == 2 else array for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def results(config, params):
         batch = shard_batch(host_batch(ROWS, LENGTH, VOCAB), mesh, config.train.accumulation)
         state = abstract_model(config.model)[2]
         step = jax.jit(lambda params, batch: make_grads_of_step(config)(params, state, batch, 0))
-        (loss, (_, terms, reports)), *grads = to_numpy(step(put_params(params, mesh), batch))
+        (loss, (_, _, terms, reports, _)), *grads = to_numpy(step(put_params(params, mesh), batch))
         return loss, terms, reports, grads
 
 

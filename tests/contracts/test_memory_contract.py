@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from sparsejax.base.sharding import BATCH_AXES
 from sparsejax.base.structs import Batch
-from sparsejax.memory.layer import MemoryCache, MemoryLayer, MemoryOutput, empty_cache
+from sparsejax.memory.layer import MemoryCache, MemoryLayer, empty_cache
 
 from lookups import (
     BACKBONE,
     GRID,
     VOCAB,
     WIDTH,
+    Outcome,
     first_table,
     random_table,
     runner,
@@ -63,7 +64,7 @@ def plain(name):
 def test_a_row_gets_the_gradients_of_its_lookups(name):
     """As the product with one-hot vectors that a lookup is: their sum, and nothing where nobody looks."""
     out, gradients = plain(name)
-    one_hot = np.eye(GRID[name].rows(VOCAB) + 1)[out.report.ids][..., :-1]  # −1 is the last
+    one_hot = np.eye(GRID[name].rows(VOCAB) + 1)[out.ids][..., :-1]  # −1 is the last
     assert_close(np.einsum("btkn,btke->ne", one_hot, gradients.rows).astype(np.float32), gradients.table)
     assert gradients.table.any()
 
@@ -99,7 +100,7 @@ def test_it_adds_nothing_at_first(name):
 @pytest.mark.parametrize("name", GRID)
 def test_padding_gets_nothing_and_gives_nothing(name):
     out, gradients = plain(name)
-    assert not out.delta[~REAL].any() and not gradients.x[~REAL].any() and (out.report.ids[~REAL] == -1).all()
+    assert not out.delta[~REAL].any() and not gradients.x[~REAL].any() and (out.ids[~REAL] == -1).all()
     noise = np.where(REAL[..., None], STATES, 9.0).astype(np.float32)
     other, others = run(name, batch=BATCH | {"tokens": np.where(REAL, BATCH["tokens"], 5)}, x=noise)
     assert_close((other, others.table), (out, gradients.table))
@@ -107,13 +108,22 @@ def test_padding_gets_nothing_and_gives_nothing(name):
 
 @pytest.mark.parametrize("name", GRID)
 def test_lookups_are_counted(name):
-    report = plain(name)[0].report
-    assert report.lookups == report.loads.sum() == (report.ids >= 0).sum()
+    out = plain(name)[0]
+    report, ids = out.report, out.ids
+    assert report.lookups == report.loads.sum() == (ids >= 0).sum()
     assert report.tokens == REAL.sum() and report.masked == (~REAL).sum()
-    assert np.array_equal(report.loads, np.bincount(report.ids[report.ids >= 0], minlength=len(report.loads)))
-    assert report.ids.shape[-1] == GRID[name].address.lookups and report.ids.max() < GRID[name].rows(VOCAB)
+    assert np.array_equal(report.loads, np.bincount(ids[ids >= 0], minlength=len(report.loads)))
+    assert ids.shape[-1] == GRID[name].address.lookups and ids.max() < GRID[name].rows(VOCAB)
     assert (report.gate_sum is not None) == GRID[name].consume.gated
     assert report.gate_sum is None or 0 < report.gate_sum < report.tokens
+
+
+@pytest.mark.parametrize("name", [name for name in GRID if GRID[name].address.known_at == "input"])
+def test_what_is_learned_is_read(name):
+    """Such as a norm, of which there is none where no state is asked for."""
+    learned = nnx.to_flat_state(nnx.filter_state(plain(name)[1].variables, nnx.Param))
+    assert all(np.abs(gradient[...]).max() > 0 for _, gradient in learned)
+    assert GRID[name].own_norm == any(path[0] == "norm" for path, _ in learned)
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -147,10 +157,10 @@ def test_it_is_causal(name):
     tokens[:, at] = (tokens[:, at] + 1) % VOCAB
     x[:, at] = -x[:, at]
     out, moved = plain(name)[0], run(name, batch=BATCH | {"tokens": tokens}, x=x)[0]
-    assert_close((moved.delta[:, :at], moved.report.ids[:, :at]), (out.delta[:, :at], out.report.ids[:, :at]))
+    assert_close((moved.delta[:, :at], moved.ids[:, :at]), (out.delta[:, :at], out.ids[:, :at]))
     assert np.abs(moved.delta[:, at] - out.delta[:, at]).max() > 1e-6
     later = slice(LENGTH // 2, None)  # another document
-    assert_close((moved.delta[:, later], moved.report.ids[:, later]), (out.delta[:, later], out.report.ids[:, later]))
+    assert_close((moved.delta[:, later], moved.ids[:, later]), (out.delta[:, later], out.ids[:, later]))
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -162,7 +172,7 @@ def test_a_packed_document_is_as_if_it_were_alone(name):
     alone["segments"][:, :half] = REAL[:, half:]
     x = np.concatenate([STATES[:, half:], STATES[:, :half]], axis=1)
     out, by_itself = plain(name)[0], run(name, batch=alone, x=x)[0]
-    assert np.array_equal(by_itself.report.ids[:, :half], out.report.ids[:, half:])
+    assert np.array_equal(by_itself.ids[:, :half], out.ids[:, half:])
     assert_close(by_itself.delta[:, :half], out.delta[:, half:])
 
 
@@ -189,7 +199,7 @@ def test_token_by_token_it_is_the_same(name):
     with on_mesh(ONE_DEVICE) as mesh:
         apply, placed = runner(spec), put_params(trained(spec), mesh)
 
-        def outputs(begin: int, end: int, cache: MemoryCache | None) -> MemoryOutput:
+        def outputs(begin: int, end: int, cache: MemoryCache | None) -> Outcome:
             part = {name: array if name == "rows" else array[:, begin:end] for name, array in batch.items()}
             return apply(placed, table, put_rows(x[:, begin:end], mesh), put_batch(part, mesh), cache=cache)[0]
 
@@ -198,7 +208,7 @@ def test_token_by_token_it_is_the_same(name):
         for begin, end in [(0, prompt), *((t, t + 1) for t in range(prompt, LENGTH))]:
             parts.append(outputs(begin, end, cache))
             cache = parts[-1].cache
-    assert np.array_equal(np.concatenate([out.report.ids for out in parts], axis=1), whole.report.ids)
+    assert np.array_equal(np.concatenate([out.ids for out in parts], axis=1), whole.ids)
     assert_close(np.concatenate([out.delta for out in parts], axis=1), whole.delta)
 
 
@@ -212,7 +222,7 @@ def test_padding_after_a_prompt_is_not_taken_for_its_past(name):
     with on_mesh(ONE_DEVICE) as mesh:
         apply, placed = runner(spec), put_params(trained(spec), mesh)
 
-        def outputs(places, cache=None, length=None) -> MemoryOutput:
+        def outputs(places, cache=None, length=None) -> Outcome:
             part = {name: array if name == "rows" else array[:, places] for name, array in batch.items()}
             if length is not None:
                 part["segments"] = np.where(np.arange(len(places)) < length, part["segments"], 0)
@@ -220,5 +230,5 @@ def test_padding_after_a_prompt_is_not_taken_for_its_past(name):
 
         cache = outputs(np.arange(long), empty_cache(spec, BACKBONE, 2), short).cache
         after, whole = outputs([long], cache), outputs(filled)
-    assert np.array_equal(after.report.ids[:, 0], whole.report.ids[:, -1])
+    assert np.array_equal(after.ids[:, 0], whole.ids[:, -1])
     assert_close(after.delta[:, 0], whole.delta[:, -1])

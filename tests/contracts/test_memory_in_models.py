@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.streams import OneStream
 from sparsejax.memory import presets
 from sparsejax.memory.clusters import Clusters, LatentBigrams
 from sparsejax.memory.config import MemorySpec
@@ -69,8 +71,15 @@ MODELS: dict[str, dict[str, MemorySpec]] = {
         ),
         "cross_polytope": MemorySpec(address=CrossPolytope(columns=4), blocks=("moe",), place="after"),
     },
+    "into_streams": {
+        "next": presets.token_id(blocks=EVERYWHERE, streams=(1,)),
+        "both_others": presets.per_layer_embedding(content=Vector(size=8), blocks=("dense", "moe"), streams=(1, 2)),
+        "all": presets.lsh(address=Hyperplanes(bits=4), blocks=("moe",), place="parallel", streams=(0, 2)),
+    },
 }
 """Small forms of presets by their names, and points of the grid that no preset has."""
+RESIDUALS = {"into_streams": AltUp(streams=3)}
+"""Of models that have more than one stream."""
 
 
 def config_of(name, **changes):
@@ -80,6 +89,7 @@ def config_of(name, **changes):
     memory = {key: MemorySpec(**{**spec.__dict__, "storage": storage}) for key, spec in memory.items()}
     moe = MoESpec(num_experts=4, d_ff=8, capacity_factor=4.0, eval_capacity_factor=4.0)
     blocks = {"first": DenseSpec(d_ff=16), "dense": DenseSpec(d_ff=16), "moe": moe}
+    changes.setdefault("streams", RESIDUALS.get(name, OneStream()))
     shape = {"d_model": WIDTH, "num_heads": 2, "vocab_size": VOCAB, "prefix": ("first",), "pattern": ("dense", "moe")}
     return ModelConfig(**(shape | {"repeats": 2, "blocks": blocks, "memory": memory} | changes))
 
@@ -149,7 +159,10 @@ def test_a_model_begins_as_if_it_had_no_memory(name):
     assert np.abs(plain(name).logits - without).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["known_early", "known_late", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["known_early", "known_late", *(pytest.param(n, marks=pytest.mark.slow) for n in ("experts", "into_streams"))],
+)
 def test_token_by_token_the_logits_are_the_same(name):
     """A prompt of 4, then one token after the other, from what the caches hold."""
     rows, prompt = 2, 4

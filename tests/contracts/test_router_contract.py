@@ -589,10 +589,11 @@ def test_a_leak_has_to_be_allowed(axis):
     for name, entry in variants(axis):
         settings = PARTNERS.get((axis, name), {}) | {axis: entry}
         if entry.traits.causal:
-            assert not RouterConfig(**settings).allow_leak
+            RouterConfig(**settings).check_causal()
             continue
         with pytest.raises(ConfigError, match="allow_leak=true accepts that") as error:
-            RouterConfig(**settings)
+            RouterConfig(**settings).check_causal()
+        RouterConfig(**settings, allow_leak=True).check_causal()
         assert error.value.key == axis
 
 

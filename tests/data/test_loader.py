@@ -11,7 +11,8 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.base.structs import LOADED
 from sparsejax.data.config import DataConfig
 from sparsejax.data.corpus import open_corpus
-from sparsejax.data.loader import RowSource, batches, eval_batches, num_eval_batches, train_rows
+from sparsejax.data.loader import batches, eval_batches, num_eval_batches, train_rows
+from sparsejax.data.rows import RowSource
 
 CONFIG = DataConfig(name="synthetic", sequence_length=32, batch_size=6)
 

@@ -15,6 +15,7 @@ from sparsejax.base.sharding import MeshConfig
 from sparsejax.data.config import DataConfig
 from sparsejax.data.tokenizers import ByteTokenizer
 from sparsejax.infer.text import START, sample_text
+from sparsejax.model.exits import ExitHeads
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.restore import restore_variables
@@ -23,7 +24,7 @@ from sparsejax.train.state import init_state, make_optimizer
 from tiny import CUBE, DENSE, mesh_of
 
 CONFIG = ExperimentConfig(
-    model=dataclasses.replace(DENSE, vocab_size=256),
+    model=dataclasses.replace(DENSE, vocab_size=256, repeats=2, exits=ExitHeads(layers=(1,))),
     data=DataConfig(name="synthetic", sequence_length=16, batch_size=8),
 )
 
@@ -73,6 +74,44 @@ class TestCommand:
             assert len(sample["tokens"]) == 5 and sample["text"] == ByteTokenizer().decode(whole)
         assert generate(*flags, "--mesh=2,2,2") == 0
         assert json.loads(generate.out.splitlines()[-1])["samples"] == result["samples"]
+
+    def test_what_early_exits_saved_is_told(self, generate):
+        assert generate("--prompt=def ", "--exit-rule=entropy", "--exit-threshold=9", "--format=json") == 0
+        exits = json.loads(generate.out.splitlines()[-1])["exits"]
+        assert exits["histogram"] == {"1": 5} and exits["mean_layer"] == 1
+        flops = exits["flops"]
+        assert flops["compiled"] > 0 and flops["ideal"] == flops["padded"] < flops["full"]
+        # By hand: a layer, the exit's head, keys and values of the layer that was skipped; then two layers and a head.
+        d, ff, width, kv = 16, 32, 16, 8
+        keys = sum(range(4, 9))
+        layer = 2 * (2 * d * width + 2 * d * kv + 2 * d * ff)
+        head, scores = 2 * 256 * d, 2 * 2 * width
+        assert flops["ideal"] == 5 * (layer + head + 2 * 2 * d * kv) + keys * scores
+        assert flops["full"] == 5 * (2 * layer + head) + 2 * keys * scores
+
+    def test_drafts_change_nothing_but_the_time(self, generate):
+        said = []
+        for more in ((), ("--draft-layers=1", "--draft-length=2")):
+            assert generate("--prompt=def ", "--temperature=0", "--format=json", *more) == 0
+            said.append(json.loads(generate.out.splitlines()[-1]))
+        assert said[0]["samples"] == said[1]["samples"] and said[0]["drafts"] is None
+        assert set(said[1]["drafts"]["histogram"]) == {"1", "2", "3"} and 1 <= said[1]["drafts"]["mean_tokens"] <= 3
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--exit-rule=max_probs"], "known: max_prob, margin"),
+            (["--exit-rule=max_prob", "--exit-threshold=2"], "exit threshold 2.0; allowed with max_prob: 0 to 1"),
+            (["--exit-threshold=0.5"], "--exit-threshold has no effect without --exit-rule"),
+            (["--exit-policy=monotone", "--exit-rule=margin"], "--exit-rule has no effect with --exit-policy=monotone"),
+            (["--draft-length=3"], "--draft-length has no effect without --draft-layers"),
+            (["--draft-layers=1", "--exit-rule=margin"], "--draft-layers with early exits"),
+            (["--draft-layers=2"], "draft layers 2; allowed: 1 … 1"),
+        ],
+    )
+    def test_flags_of_exits_that_cannot_be(self, generate, flags, said):
+        assert generate(*flags) == 2
+        assert said in generate.err and generate.err.count("\n") == 1 and not generate.out
 
     def test_text_is_printed_bare_and_the_chosen_step_is_used(self, generate):
         # Zero parameters give equal logits, of which the first token is taken: NUL.

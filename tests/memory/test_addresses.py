@@ -122,12 +122,20 @@ def test_softmax_takes_the_most_probable(share):
 
 @pytest.mark.parametrize("k", [3, 16])
 @pytest.mark.parametrize("weight", ["softmax", "relu"])
-def test_product_keys_are_the_best_of_all_pairs(weight, k):
-    address = ProductKeys(keys=4, heads=2, k=k, width=6, weight=weight)
+@pytest.mark.parametrize("norm_query", [False, True], ids=["plain", "normed"])
+def test_product_keys_are_the_best_of_all_pairs(weight, k, norm_query):
+    address = ProductKeys(keys=4, heads=2, k=k, width=6, weight=weight, norm_query=norm_query)
     variables = variables_of(address)
+    if norm_query:
+        variables["query_scale"] = np.random.default_rng(3).uniform(0.5, 2, (2, 6)).astype(np.float32)
     plain = {name: np.asarray(value, np.float64) for name, value in variables.items()}
     wanted = lambda b, t: slow.product_keys(  # noqa: E731
-        STATES[b, t].astype(np.float64), plain["query"], plain["sub_keys"], k, weight == "relu"
+        STATES[b, t].astype(np.float64),
+        plain["query"],
+        plain["sub_keys"],
+        k,
+        weight == "relu",
+        plain.get("query_scale"),
     )
     assert_ids(address, lambda b, t: wanted(b, t)[0], variables)
     weights = np.asarray(looked_up(address, variables).weights)

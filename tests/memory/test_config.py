@@ -90,7 +90,7 @@ TABLE = {
     "product_key": ("product_keys", "vector", "add", "parallel", False),
     "memory_plus": ("product_keys", "vector", "gated_output", "parallel", True),
     "peer": ("product_keys", "partial_expert", "expert", "parallel", False),
-    "stem": ("token_id", "gate_row", "up_projection", "parallel", False),
+    "stem": ("token_id", "gate_row", "up_projection", "after", False),
     "over_encoding": ("n_grams", "vector", "project", "embedding", False),
     "n_grammer": ("latent_bigrams", "vector", "project", "embedding", False),
     "l3": ("token_id", "key_values", "add", "parallel", False),
@@ -122,7 +122,8 @@ def test_presets_go_with_a_model_and_take_overrides(name):
 
 
 def test_named_settings_of_the_papers():
-    assert presets.peer().address == ProductKeys(heads=8, k=16) and presets.peer().content == PartialExpert(rank=1)
+    assert presets.peer().address == ProductKeys(heads=8, k=16, norm_query=True)
+    assert presets.peer().content == PartialExpert(rank=1)
     engram = presets.engram()
     assert engram.address.lookups == 16 and engram.consume.window(BACKBONE) == (9, 8)
     assert presets.stem(content=GateRow(d_ff=12)).consume == UpProjection()

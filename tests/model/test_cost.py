@@ -13,6 +13,7 @@ from flax import nnx
 from sparsejax.base.cost import Cost
 from sparsejax.base.reports import Report
 from sparsejax.blocks.altup import AltUp, DynamicAltUp
+from sparsejax.blocks.attention import AttentionSpec
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
 from sparsejax.blocks.merged import MergedSpec
@@ -55,6 +56,9 @@ CONFIGS = {
     ),
     "no pattern": ModelConfig(**BASE, prefix=("moe",), pattern=(), suffix=("dense",)),
     "shared experts, mixed": ModelConfig(**BASE, blocks={"dense": DenseSpec(), "moe": MIXED}),
+    "attention alone": ModelConfig(
+        **BASE, pattern=("alone", "dense"), blocks={"alone": AttentionSpec(), "dense": DenseSpec()}
+    ),
     "soft": ModelConfig(**BASE, pattern=("soft",), blocks={"soft": SoftSpec(slots_per_expert=3, allow_leak=True)}),
     "merged": ModelConfig(**BASE, pattern=("merged",), blocks={"merged": MergedSpec(gated=True)}),
     "free experts": ModelConfig(

@@ -89,6 +89,7 @@ class TestAgainstTheSlowDecoder:
         "fields",
         [
             {},
+            {"causal": False},
             {
                 "num_heads": 4,
                 "num_kv_heads": 2,
@@ -102,7 +103,7 @@ class TestAgainstTheSlowDecoder:
                 "suffix": ("gated",),
             },
         ],
-        ids=["plain", "with everything"],
+        ids=["plain", "bidirectional", "with everything"],
     )
     def test_logits(self, fields):
         config = model_config()

@@ -63,7 +63,7 @@ def copied():
 
 @functools.cache
 def step(pooled=True, shape=ONE_DEVICE, accumulation=1, **fields):
-    """((loss, (nll, terms, reports)), gradients)."""
+    """((loss, (nll, correct, terms, reports, exits)), gradients)."""
     config = experiment(pooled, shape, accumulation, **fields)
     with on_mesh(shape) as mesh:
         state = put_params(parameters() if pooled else copied(), mesh), nnx.State({})

@@ -41,7 +41,7 @@ def test_rows_that_were_asked_for(storage, shape):
     asked = ids()
     with on_mesh(shape) as mesh:
         table = put_params(host_table(storage), mesh)["rows"][...]
-        read = jax.jit(lambda table, ids: Reader(rows_LWE=table, layer=jnp.int32(1))(ids, "float32"))
+        read = jax.jit(lambda table, ids: Reader(rows_LWE=table, layer=jnp.int32(1))(ids, "float32").rows)
         found = to_numpy(read(table, put_rows(asked, mesh)))
         if shape == (8, 1, 1):
             assert jax.jit(lambda table: storage_of(table) == storage)(table)
@@ -56,7 +56,7 @@ def test_the_gradient_is_one_of_the_rows_that_were_read(storage):
         table = put_params(host_table(storage), mesh)["rows"][...]
 
         def loss(into, table, ids, weights):
-            return (Reader(rows_LWE=table, layer=jnp.int32(0), into=into)(ids, "float32") * weights).sum()
+            return (Reader(rows_LWE=table, layer=jnp.int32(0), into=into)(ids, "float32").rows * weights).sum()
 
         gradient = jax.jit(jax.grad(loss))
         placed_weights = put_rows(weights, mesh)
@@ -67,7 +67,7 @@ def test_the_gradient_is_one_of_the_rows_that_were_read(storage):
 def test_what_is_read_is_computed_with_in_the_dtype_asked_for():
     with on_mesh(ONE_DEVICE) as mesh:
         table = put_params(host_table("rows"), mesh)["rows"][...]
-        assert Reader(rows_LWE=table, layer=jnp.int32(0))(put_rows(ids(), mesh), "bfloat16").dtype == jnp.bfloat16
+        assert Reader(rows_LWE=table, layer=jnp.int32(0))(put_rows(ids(), mesh), "bfloat16").rows.dtype == jnp.bfloat16
 
 
 def test_a_row_consists_of_its_parts():
@@ -80,7 +80,7 @@ def test_a_row_consists_of_its_parts():
 def test_no_device_holds_a_whole_table(storage):
     with on_mesh((4, 2, 1)) as mesh:
         values = put_params(host_table(storage), mesh)["rows"][...]
-        read = jax.jit(lambda table, ids: Reader(rows_LWE=table, layer=jnp.int32(1))(ids, "float32"))
+        read = jax.jit(lambda table, ids: Reader(rows_LWE=table, layer=jnp.int32(1))(ids, "float32").rows)
         arguments = values, put_rows(ids(), mesh)
         text = read.lower(*arguments).compile().as_text()
     assert values.addressable_shards[0].data.size == values.size // 8

@@ -30,9 +30,9 @@ def heads(length, q_heads, kv_heads, width, rows=2):
     )
 
 
-@jax.jit(static_argnums=4)
-def over_row(q, k, v, segments, soft_cap=None):
-    order = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
+@jax.jit(static_argnums=(4, 5))
+def over_row(q, k, v, segments, soft_cap=None, causal=True):
+    order = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape) if causal else None
     return xla_attention(q, k, v, segments, segments, order, soft_cap)
 
 
@@ -73,11 +73,12 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 3, 3, 0]], jnp.i
 class TestXlaAttention:
     @pytest.mark.parametrize("soft_cap", [None, 1.5])
     @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-    def test_against_a_loop_over_queries(self, kv_heads, soft_cap):
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_against_a_loop_over_queries(self, kv_heads, soft_cap, causal):
         q, k, v = heads(8, 4, kv_heads, 6)
         real = np.asarray(SEGMENTS) > 0
-        expected = slow.attention(*(np.asarray(a) for a in (q, k, v, SEGMENTS)), soft_cap).astype(np.float32)
-        assert_close(np.asarray(over_row(q, k, v, SEGMENTS, soft_cap))[real], expected[real])
+        expected = slow.attention(*(np.asarray(a) for a in (q, k, v, SEGMENTS)), soft_cap, causal).astype(np.float32)
+        assert_close(np.asarray(over_row(q, k, v, SEGMENTS, soft_cap, causal))[real], expected[real])
 
     def test_a_large_soft_cap_is_no_cap(self):
         q, k, v = heads(8, 4, 2, 6)
@@ -99,7 +100,7 @@ class TestXlaAttention:
         assert all(np.isfinite(a).all() for a in (value, *grads))
 
 
-@pytest.fixture(scope="module", params=[None, 3.0], ids=["no cap", "soft cap"])
+@pytest.fixture(scope="module", params=[(None, True), (3.0, True), (None, False)], ids=["no cap", "soft cap", "full"])
 def both(request):
     """Value and gradients in q, k, v of (splash, XLA)."""
     q, k, v = heads(256, 2, 1, 128, rows=1)
@@ -114,8 +115,8 @@ def both(request):
         (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return out, grads
 
-    splash = results(lambda q, k, v: splash_attention(q, k, v, segments, request.param, interpret=True))
-    return splash, results(lambda q, k, v: over_row(q, k, v, segments, request.param))
+    splash = results(lambda q, k, v: splash_attention(q, k, v, segments, *request.param, interpret=True))
+    return splash, results(lambda q, k, v: over_row(q, k, v, segments, *request.param))
 
 
 class TestSplashAttention:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops.losses import cross_entropy_sum, load_balance, router_z_sum
+from sparsejax.ops.losses import cross_entropy_sum, hits, load_balance, router_z_sum
 
 from reference import routing as slow
 from reference.attention import cross_entropy_sum as slow_cross_entropy
@@ -85,3 +85,10 @@ class TestRouterZ:
         # Softmax would not see the shift by 3.
         by_hand = (np.log(np.exp(np.asarray(logits, np.float64) + 3).sum(-1)) ** 2).sum()
         np.testing.assert_allclose(router_z_sum(logits + 3, mask), by_hand, rtol=1e-5)
+
+
+def test_a_hit_is_a_target_above_all_others():
+    logits = jnp.array([[[1.0, 3.0, 2.0], [0.0, 0.0, 0.0], [5.0, 1.0, 1.0], [2.0, 2.0, 1.0]]])
+    mask = jnp.array([[True, True, False, True]])
+    assert hits(logits, jnp.array([[1, 0, 0, 0]]), mask).tolist() == [[True, False, False, False]]
+    assert hits(logits, jnp.array([[0, 0, 0, 1]]), mask).sum() == 0

@@ -47,7 +47,8 @@ def exchanged():
     """`call(table, keys, rows)` on all devices: rows fetched, rounds, sums delivered, rounds."""
 
     def local(table_WE, key_N, rows_NE):
-        fetched, rounds = fetch_rows(table_WE, key_N, BATCH_AXES, jnp.float32)
+        read = lambda slot_XS: table_WE.at[slot_XS].get(mode="fill", fill_value=0)  # noqa: E731
+        fetched, rounds = fetch_rows(read, WIDTH, key_N, BATCH_AXES)
         keys, sums = sum_equal(key_N, rows_NE, DEVICES * WIDTH)
 
         def deliver(carry):

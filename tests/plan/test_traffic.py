@@ -8,6 +8,8 @@ from sparsejax.base.sharding import MeshConfig
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
+from sparsejax.memory.config import MemorySpec
+from sparsejax.memory.token_ids import TokenId
 from sparsejax.model.config import ModelConfig
 from sparsejax.plan.chips import CHIPS
 from sparsejax.plan.collectives import Collective
@@ -19,6 +21,7 @@ from sparsejax.plan.traffic import (
     GATHERS,
     GRADIENTS,
     OTHER,
+    TABLES,
     TENSOR,
     Need,
     by_kind,
@@ -92,6 +95,32 @@ def test_parameters_are_gathered_and_their_gradients_scattered():
 def test_tensor_parallelism_sums_the_outputs_of_layers():
     told = least(on(1, 1, 4))
     assert told[TENSOR] == 2 * (4 * 2 + 2) * 2 * TOKENS * 16 * 2 * 3 // 4 and told[GATHERS] == 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        ({"storage": "rows"}, 2 * TOKENS // 8 * 16 * (2 + 4) * 7 / 8),
+        ({"storage": "features"}, 2 * TOKENS // 8 * 16 * (2 + 2) * 7 / 8),
+        ({"storage": "rows", "blocks": ("dense", "moe")}, 2 * 2 * TOKENS // 8 * 16 * (2 + 4) * 7 / 8),
+        ({"storage": "rows", "blocks": ("dense", "moe"), "shared": True}, 2 * TOKENS // 8 * 16 * (2 + 2 * 4) * 7 / 8),
+        ({"storage": "replicated"}, 2 * 64 * 16 * 4 * 7 / 8),
+        ({"storage": "replicated", "address": TokenId(buckets=4096)}, 7 * 2 * TOKENS // 8 * 16 * 4),
+    ],
+    ids=str,
+)
+def test_rows_of_tables_go_there_and_back(memory, expected):
+    """And tables are no parameters that are gathered or summed. Two microbatches on eight devices."""
+    spec = MemorySpec(**({"blocks": ("dense",), "place": "parallel"} | memory))
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, memory={"ids": spec}))
+    found, plain = least(on(4, 2, 1, config)), least(on(4, 2, 1))
+    assert found == plain | {TABLES: expected}
+
+
+@pytest.mark.parametrize("scope", ["jvp(memory/ids/prefetch)/shard_map/op", "memory/ids/fetch/op", "tables/while/op"])
+def test_traffic_of_tables_is_known_by_its_scope(scope):
+    for kind, axes in (("all-to-all", ("expert",)), ("all-reduce", ("data", "expert")), ("all-gather", ("data",))):
+        assert purpose_of(sent(kind, axes, scope=f"jit(step)/{scope}")) == TABLES
 
 
 def sent(kind, axes, size=100, scope="jit(step)/while/body/feed_forward/op"):

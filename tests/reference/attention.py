@@ -18,13 +18,18 @@ def rope(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, soft_cap: Optional[float] = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    segments: np.ndarray,
+    soft_cap: Optional[float] = None,
+    causal: bool = True,
 ) -> np.ndarray:
-    """Causal, within a segment. q [B, T, N, H]; k and v [B, T, M, H]; query head n reads key head n // (N / M)."""
+    """Within a segment. q [B, T, N, H]; k and v [B, T, M, H]; query head n reads key head n // (N / M)."""
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(*q.shape[:3]):
         m = n // (q.shape[2] // k.shape[2])
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        seen = [s for s in range(t + 1 if causal else q.shape[1]) if segments[b, s] == segments[b, t]]
         logits = np.array([q[b, t, n].astype(np.float64) @ k[b, s, m] / math.sqrt(q.shape[-1]) for s in seen])
         if soft_cap is not None:
             logits = soft_cap * np.tanh(logits / soft_cap)

@@ -95,12 +95,13 @@ def softmax_top_k(x, scores_DN, k: int, share: bool) -> tuple[list[int], list[fl
     return ids, [p[i] / total for i in ids]
 
 
-def product_keys(x, query_DHq, sub_keys_2HNh, k: int, relu: bool) -> tuple[list[int], list[float]]:
-    """All keys² scores of each head."""
+def product_keys(x, query_DHq, sub_keys_2HNh, k: int, relu: bool, scale_Hq=None) -> tuple[list[int], list[float]]:
+    """All keys² scores of each head; with a scale queries are normalised."""
     ids, weights = [], []
     _, heads, keys, half = sub_keys_2HNh.shape
     for h in range(heads):
         q = x @ query_DHq[:, h]
+        q = q if scale_Hq is None else q / np.sqrt((q**2).mean() + 1e-6) * scale_Hq[h]
         scores = np.array(
             [
                 q[:half] @ sub_keys_2HNh[0, h, i] + q[half:] @ sub_keys_2HNh[1, h, j]

@@ -1,4 +1,4 @@
-"""A whole decoder, from its parameters as nested dicts of arrays: pre-norm blocks, NumPy float64, no JAX."""
+"""A whole decoder or encoder, from its parameters as nested dicts of arrays: pre-norm blocks, NumPy float64, no JAX."""
 
 from typing import Any, Optional
 
@@ -25,7 +25,7 @@ def self_attention(params: Params, x: np.ndarray, arrays: dict[str, np.ndarray],
         q = rms_norm(q, params["q_norm"]["scale"], config.norm_epsilon)
         k = rms_norm(k, params["k_norm"]["scale"], config.norm_epsilon)
     q, k = (rope(a, arrays["positions"], config.rope_theta) for a in (q, k))
-    attended = attention(q, k, v, arrays["segments"], config.attention_soft_cap)
+    attended = attention(q, k, v, arrays["segments"], config.attention_soft_cap, config.causal)
     return np.einsum("btnh,nhd->btd", attended, params["out"]["weight"])
 
 

@@ -54,7 +54,7 @@ def parameters(block, alike=False):
 
 @functools.cache
 def step(consistency, block="thor", shape=ONE_DEVICE, accumulation=1, alike=False):
-    """((loss, (nll, terms, reports)), gradients)."""
+    """((loss, (nll, correct, terms, reports, exits)), gradients)."""
     config = experiment(consistency, block, shape, accumulation)
     with on_mesh(shape) as mesh:
         grads_of_step = jax.jit(make_grads_of_step(config))
@@ -73,16 +73,16 @@ def test_the_divergence_against_the_equation():
 
 def test_without_draws_it_is_twice_the_plain_loss():
     """And the experts agree with themselves: the coefficient changes nothing."""
-    (plain, (nll, _, _)), gradients = step(None, "dense")
-    (loss, (mean, terms, _)), twice = step(3.0, "dense")
+    (plain, (nll, *_)), gradients = step(None, "dense")
+    (loss, (mean, _, terms, *_)), twice = step(3.0, "dense")
     np.testing.assert_allclose((loss, mean, terms["second_pass"]), (2 * plain, nll, nll), rtol=1e-6)
     assert abs(terms["consistency"]) < 1e-6
     assert_close(twice, jax.tree.map(lambda leaf: 2 * leaf, gradients))
 
 
 def test_experts_that_are_alike_agree_and_others_do_not():
-    (_, (nll, alike, report)), _ = step(2.0, alike=True)
-    (_, (_, terms, _)), _ = step(2.0)
+    (_, (nll, _, alike, report, _)), _ = step(2.0, alike=True)
+    (_, (_, _, terms, *_)), _ = step(2.0)
     np.testing.assert_allclose(alike["second_pass"], nll, rtol=1e-6)
     assert abs(alike["consistency"]) < 1e-6 < 1e-3 < terms["consistency"]
     assert (report["pattern_0"].moe.assigned > 0).sum() > 2, "the passes drew apart"
@@ -90,8 +90,8 @@ def test_experts_that_are_alike_agree_and_others_do_not():
 
 @pytest.mark.slow
 def test_the_coefficient_multiplies_the_disagreement_alone():
-    (loss, (nll, terms, _)), _ = step(2.0)
-    (without, (same, none, _)), _ = step(0.0)
+    (loss, (nll, _, terms, *_)), _ = step(2.0)
+    (without, (same, _, none, *_)), _ = step(0.0)
     assert none["consistency"] == 0 and nll == same
     np.testing.assert_allclose(loss - terms["consistency"], without, rtol=1e-6)
     np.testing.assert_allclose(loss, nll + sum(terms.values()), rtol=1e-6)
@@ -99,8 +99,8 @@ def test_the_coefficient_multiplies_the_disagreement_alone():
 
 @pytest.mark.parametrize("shape, accumulation", [((2, 2, 2), 2)])
 def test_meshes_and_accumulation_change_nothing(shape, accumulation):
-    (loss, (nll, terms, _)), gradients = step(2.0, shape=shape, accumulation=accumulation)
-    (whole, (mean, parts, _)), expected = step(2.0)
+    (loss, (nll, _, terms, *_)), gradients = step(2.0, shape=shape, accumulation=accumulation)
+    (whole, (mean, _, parts, *_)), expected = step(2.0)
     assert_close((loss, nll, terms, gradients), (whole, mean, parts, expected))
 
 

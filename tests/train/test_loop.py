@@ -26,7 +26,7 @@ from sparsejax.train.step import Gradients
 from runs import EVAL_EVERY, LOG_EVERY, SAVE_EVERY, STEPS, arguments, here, losses, rows, stop_at
 from support import on_mesh
 
-LOSSES = {"loss", "cross_entropy", "bits_per_byte", "loss/balance", "loss/router_z"}
+LOSSES = {"loss", "cross_entropy", "accuracy", "bits_per_byte", "loss/balance", "loss/router_z"}
 SPENT = {"step", "split", "tokens", "flops", "seconds", "learning_rate", "nonfinite_steps"}
 SPEED = {"step_seconds", "tokens_per_second", "data_wait_fraction"}
 MOE = {
@@ -251,7 +251,8 @@ def test_no_profile_and_no_events_unless_wanted(finished_run):
 
 def test_the_last_words_say_what_was_written_and_what_is_next(finished_run, finished_output):
     final = rows(finished_run, "eval")[STEPS]
-    quality = f"cross-entropy {final['cross_entropy']:.4f} nats/token, {final['bits_per_byte']:.4f} bits per byte"
+    quality = f"cross-entropy {final['cross_entropy']:.4f} nats/token, {100 * final['accuracy']:.2f} % right, "
+    quality += f"{final['bits_per_byte']:.4f} bits per byte"
     assert f"validation: {quality}" in finished_output
     assert "01_moe" in finished_output and "max/mean" in finished_output
     for name in ("config.json", "metrics.jsonl", "routing", "checkpoints"):

@@ -10,6 +10,7 @@ TRAIN = {
     "step": 100,
     "split": "train",
     "loss": 2.34567,
+    "accuracy": 0.5125,
     "bits_per_byte": 3.3841,
     "tokens_per_second": 8712.4,
     "step_seconds": 0.5,
@@ -38,9 +39,10 @@ def show(stream):
 class TestDisplay:
     def test_lines_are_aligned_and_missing_figures_are_dashes(self):
         head, train, note, evaluation = show(io.StringIO()).splitlines()
-        assert head.split() == ["step", "loss", "bits/byte", "tokens/s", "drop", "%", "load", "max/mean", "ETA"]
-        assert train.split() == ["train", "100/1000", "2.3457", "3.3841", "8,712", "3.12", "1.53", "0:07:30"]
-        assert evaluation.split() == ["eval", "200/1000", "nan", "-", "-", "-", "-", "-"]
+        titles = ["step", "loss", "accuracy", "%", "bits/byte", "tokens/s", "drop", "%", "load", "max/mean", "ETA"]
+        assert head.split() == titles
+        assert train.split() == ["train", "100/1000", "2.3457", "51.25", "3.3841", "8,712", "3.12", "1.53", "0:07:30"]
+        assert evaluation.split() == ["eval", "200/1000", "nan", "-", "-", "-", "-", "-", "-"]
         assert note == "saved [checkpoint] 100"
         assert len(head) == len(train) == len(evaluation)
         for title, value in [("step", "100/1000"), ("drop %", "3.12"), ("load max/mean", "1.53"), ("ETA", "0:07:30")]:

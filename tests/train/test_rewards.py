@@ -59,7 +59,7 @@ def parameters():
 
 @functools.cache
 def step(shape=ONE_DEVICE, accumulation=1, **fields):
-    """((loss, (nll, terms, reports)), gradients)."""
+    """((loss, (nll, correct, terms, reports, exits)), gradients)."""
     config = experiment(shape, accumulation, **fields)
     with on_mesh(shape) as mesh:
         grads_of_step = jax.jit(make_grads_of_step(config))
@@ -121,7 +121,7 @@ def test_cross_entropy_alone_leaves_the_routers_alone():
 
 def test_the_terms_are_those_of_the_losses_of_tokens():
     advantages, (choices, nll_BT, _, _) = explained()
-    _, (nll, terms, _) = step()[0]
+    _, (nll, _, terms, *_) = step()[0]
     targets = ARRAYS["loss_mask"].sum()
     policy = sum((-advantages[p] * choices[p].log_probability).sum() for p in choices)
     error = sum(np.square(advantages[p]).sum() for p in choices)
@@ -168,6 +168,6 @@ def test_reports_that_are_added_hold_sums_alone():
 
 def test_the_report_of_a_step_is_settled():
     for position, layers in (("prefix_0", ()), ("pattern_0", (2,))):
-        moe = step()[0][1][2][position].moe
+        moe = step()[0][1][3][position].moe
         assert moe.choices is None and moe.policy_sum.shape == moe.baseline_sum.shape == layers
         assert np.array_equal(moe.assigned, moe.processed + moe.dropped) and moe.dropped.sum() > 0

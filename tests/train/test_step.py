@@ -261,7 +261,7 @@ class TestEvaluation:
             halves = [{k: a[rows] for k, a in arrays.items()} for rows in (slice(0, 8), slice(8, 16))]
             whole, *parts = (to_numpy(evaluate(state, shard_batch(rows, mesh, 1))) for rows in (arrays, *halves))
         assert whole.rows == ROWS and whole.targets == arrays["loss_mask"].sum()
-        for name in ("cross_entropy_sum", "targets", "tokens", "rows"):
+        for name in ("cross_entropy_sum", "correct", "targets", "tokens", "rows"):
             assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
         ledger = lambda report: report.reports["pattern_0"].moe.assigned  # noqa: E731
         assert np.array_equal(sum(map(ledger, parts)), ledger(whole))

@@ -13,6 +13,7 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.base.sharding import BATCH_AXES
 from sparsejax.nn.table import RowGradients, Table
 from sparsejax.ops.rows import kept_rows, placed
+from sparsejax.plan.collectives import read_collectives
 from sparsejax.train.row_optimizer import RowAdagrad, RowAdam, RowSGD
 from sparsejax.train.table_step import apply_rows, collect
 
@@ -128,6 +129,39 @@ def test_a_step_that_is_skipped_changes_nothing(storage):
         table, host_params(lambda key: Table(key, LAYERS, ROWS, ((WIDTH, 1.0),), storage))["rows"][...]
     )
     assert not any(leaf.any() for leaf in state.values())
+
+
+@pytest.mark.parametrize("rows", (16, ROWS))
+def test_tables_that_every_device_has_get_all_sums_by_the_shorter_way(rows):
+    """Everyone's rows side by side; but of a table that is smaller than those, one sum for each of its rows."""
+    shape, keys = (4, 2, 1), Z * B * T * K // 8
+    _, ids, layers, gradients = readings()
+    ids = np.where(ids >= 0, ids % (rows - 3), -1)  # the last three are read by nobody
+    table = np.zeros((LAYERS, kept_rows(rows), WIDTH), np.float32)
+
+    def sums(table, ids, gradients):
+        found = collect(table, RowGradients(ids=ids, layer=jnp.asarray(layers), rows=gradients))
+        return found.delivery.slot_M, found.delivery.sums_ME, found.touched
+
+    with on_mesh(shape) as mesh:
+        split = lambda array: jax.device_put(array, jax.NamedSharding(mesh, P(None, BATCH_AXES)))  # noqa: E731
+        given = jax.device_put(table, jax.NamedSharding(mesh, P(None, None, None))), split(ids), split(gradients)
+        compiled = jax.jit(sums).lower(*given).compile()
+        slots, found, touched = to_numpy(compiled(*given))
+    kept = kept_rows(rows)
+    width = LAYERS * kept
+    expected = np.zeros((width, WIDTH))
+    for (z, b, t, k), number in np.ndenumerate(ids):
+        if number >= 0:
+            expected[layers[z] * kept + int(placed(jnp.int32(number), kept))] += gradients[z, b, t, k]
+    got = np.zeros_like(expected)
+    got[slots[slots < width]] = found[slots < width]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert touched == (slots < width).sum() == np.abs(expected).any(-1).sum() and (np.diff(slots) > 0).all()
+    moved = read_collectives(compiled.as_text(), shape)
+    assert {each.kind for each in moved} == {"all-reduce" if rows == 16 else "all-gather"}
+    row_bytes = (WIDTH + 1) * 4  # and its number
+    assert sum(each.bytes for each in moved) <= min(2 * width, 8 * keys) * row_bytes
 
 
 def test_where_all_rows_are_read_row_wise_adam_is_adam():

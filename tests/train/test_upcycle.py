@@ -100,6 +100,61 @@ def test_the_receipt_of_a_model_that_cannot_generate(dense_run, pool):
     assert said["logit_difference"]["generate"] <= 1e-5 * said["largest_logit"]
 
 
+MEMORIES = {
+    "model.pattern": "(dense,)",
+    "model.repeats": 2,
+    "model.memory.ids": "lookup",
+    "model.memory.ids.blocks": "(dense,)",
+    "model.memory.ids.consume": "concat",
+    "model.memory.states": "lookup",
+    "model.memory.states.address": "hyperplanes",
+    "model.memory.states.blocks": "(dense,)",
+    "model.memory.ngrams": "lookup",
+    "model.memory.ngrams.address": "n_grams",
+    "model.memory.ngrams.consume": "gated_add",
+    "model.memory.ngrams.place": "embedding",
+}
+
+
+@pytest.fixture(scope="module")
+def with_memories(dense_run, tmp_path_factory):
+    """The folder of a run with memories that began from the run without, on two devices."""
+    workdir = tmp_path_factory.mktemp("memories") / "run"
+    done = here(*arguments("train", f"--workdir={workdir}", f"--init-from={dense_run}", **MEMORIES, mesh__data=2))
+    assert done.status == 0, done.err
+    return workdir
+
+
+def test_memories_that_a_run_gets_change_nothing_at_first(with_memories, dense_run):
+    said = receipt(with_memories)
+    assert (said["run"], said["step"]) == (str(dense_run), 6)
+    assert set(said["logit_difference"].values()) == {0.0} and said["largest_logit"] > 0
+    after = losses(with_memories)
+    assert after[12] < after[1] < losses(dense_run)[1]
+
+
+def test_a_run_with_tables_resumes_and_generates(with_memories, dense_run, tmp_path):
+    """From a checkpoint in the middle the same losses again, which takes tables and their moments; and text."""
+    workdir = shutil.copytree(with_memories, tmp_path / "run")
+    for folder in (workdir / "checkpoints").iterdir():
+        if int(folder.name) > 6:
+            shutil.rmtree(folder)
+    done = here(*arguments("train", f"--workdir={workdir}", f"--init-from={dense_run}", **MEMORIES, mesh__data=2))
+    assert done.status == 0 and "resumed" in done.out, done.err
+    assert losses(workdir) == losses(with_memories)
+    made = here("generate", f"--workdir={workdir}", "--prompt=a b", "--max-tokens=4", "--format=json")
+    assert made.status == 0 and made.json
+
+
+def test_a_memory_of_another_form_is_no_continuation(with_memories, dense_run):
+    """The table of a memory that the run has must fit, as all arrays do."""
+    settings = SMALL | MEMORIES | {"model.memory.ids.content.size": 4}
+    pairs = [(key, str(value)) for key, value in settings.items()]
+    config = load(ExperimentConfig, CONFIG.removeprefix("--config="), pairs).config
+    with on_mesh((1, 1, 1)) as mesh, pytest.raises(RequestError, match="tables/ids/rows"):
+        begin_from(with_memories, config, open_corpus(config.data), mesh)
+
+
 D, F, E = 3, 8, 6
 MLP, EXPERTS = "feed_forward/mlp", "feed_forward/experts"
 

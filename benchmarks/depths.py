@@ -1,0 +1,90 @@
+"""What choosing tokens saves: Mixture-of-Depths in every other block against the dense model.
+
+Run:  python benchmarks/depths.py [--rounds=8] [--rows=2] [--length=512] [--tokens=128]
+
+Twelve dense layers, d = 256, bytes; float32, one device; every second block on 12.5 % of the tokens. `step` is the
+whole training step, `decode` a token at batch 1 after a prompt of `--length` minus `--tokens` tokens, of models that
+have learned nothing: predictors are set to choose about an eighth of the tokens, which is what they learn to do. All
+take turns; a figure is the median over rounds of model / dense model, with quartiles. Beside it the ratio of FLOPs."""
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparsejax.base.sharding import MeshConfig, make_mesh
+from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.selection import MixtureOfDepths
+from sparsejax.infer.generate import Generator
+from sparsejax.infer.sampling import Sampling
+from sparsejax.model.config import ModelConfig
+from sparsejax.model.cost import mean_keys, total
+from sparsejax.train.state import Variables
+
+from model_step import Step
+from timing import interleaved, quartiles
+
+BLOCKS = {"dense": DenseSpec(), "deep": DenseSpec()}
+PLAIN = ModelConfig(d_model=256, num_heads=4, pattern=("dense", "deep"), repeats=6, blocks=BLOCKS)
+CAPACITY = 0.125
+MODELS = {
+    "dense": PLAIN,
+    "depths": dataclasses.replace(PLAIN, select=MixtureOfDepths(capacity=CAPACITY, blocks=("deep",))),
+}
+
+
+def calibrated(params: nnx.State, share: float) -> nnx.State:
+    """The same parameters, but every predictor chooses about this share of tokens: random projections of its hidden
+    layer, the mean of which is not 0, are cut at the quantile that this share exceeds."""
+    key = jax.random.key(1)
+
+    def of(path, leaf):
+        if "prediction" not in path:
+            return leaf
+        hidden = jax.nn.gelu(jax.random.normal(key, (4096, leaf[...].shape[-2])))
+        weight = leaf[...]
+        logits = hidden @ weight[0]
+        mean = hidden.mean(0)
+        wanted = jnp.quantile(logits, 1 - share)
+        shifted = weight - wanted * mean[None, :, None] / (mean @ mean)
+        return leaf.replace(jax.sharding.reshard(shifted, jax.typeof(weight).sharding.spec))
+
+    return nnx.from_flat_state([(path, of(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
+    flags = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.device_count()} × {jax.devices()[0].device_kind}, {flags.rounds} rounds")
+    prompt = [np.random.default_rng(0).integers(0, 256, flags.length - flags.tokens).astype(np.int32)]
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        steps = {name: Step(model, flags.rows, flags.length) for name, model in MODELS.items()}
+        variables = {
+            name: Variables(params=calibrated(step.state.params, CAPACITY), model_state=step.state.model_state)
+            for name, step in steps.items()
+        }
+        decode: dict[str, list[float]] = {name: [] for name in MODELS}
+        generators = {name: Generator(model, Sampling(temperature=1.0)) for name, model in MODELS.items()}
+        for turn in range(flags.rounds + 1):
+            for name, generate in generators.items():
+                took = generate(variables[name], prompt, flags.tokens, seed=turn).decode_seconds
+                decode[name] += [took] if turn else []
+        seconds = interleaved(steps, flags.rounds)
+    keys = mean_keys(PLAIN, flags.length)
+    work = total(MODELS["depths"]).flops(keys) / total(PLAIN).flops(keys)
+    print(f"model / dense model: median [quartiles]; FLOPs {work:.3f}")
+    for what, took in (("step", seconds), ("decode", decode)):
+        ratio = quartiles(np.asarray(took["depths"]) / np.asarray(took["dense"]))
+        of_tokens = 1 if what == "step" else flags.tokens
+        print(f"  {what:<6} {ratio}   dense {1e3 * np.median(took['dense']) / of_tokens:.2f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()

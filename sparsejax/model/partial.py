@@ -1,0 +1,73 @@
+"""Some layers of an unrolled model at a time, from its caches: what decoding that stops early is made of."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Optional
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsejax.base.structs import Batch
+from sparsejax.blocks.context import Context, Hidden
+from sparsejax.model.config import EMBEDDING
+from sparsejax.model.lm import LanguageModel
+from sparsejax.model.stack import Caches
+from sparsejax.model.tables import NOTHING_READ, readers
+from sparsejax.ops.attention import soft_capped
+
+
+def embedded(model: LanguageModel, batch: Batch, caches: Caches) -> tuple[Hidden, Context, Caches]:
+    """The residual before the first layer."""
+    x_BTD = model.embedding(batch.tokens)
+    context = Context(batch=batch, mode="generate", embedded=x_BTD)
+    begun = model.look_up(x_BTD, context, NOTHING_READ, caches)
+    if model.memories:
+        caches = {**caches, EMBEDDING: begun.cache}  # type: ignore[dict-item]
+    return model.spread(begun.x, batch), context, caches
+
+
+def run_layers(
+    model: LanguageModel,
+    x: Hidden,
+    context: Context,
+    caches: Caches,
+    layers: Sequence[int],
+    active_B: Optional[Bool[Array, " B"]] = None,
+    skipped_keys: bool = True,
+) -> tuple[Hidden, Caches]:
+    """These layers one after the other. Rows that are not `active_B` keep their residual; a layer that no row is active
+    in costs its keys and values, or with `skipped_keys=False`, which are then not remembered, nothing."""
+    config, caches = model.config, dict(caches)
+    for layer in layers:
+        position = f"prefix_{layer}"
+        here = dataclasses.replace(
+            context,
+            pool=model.stack.pool(config.positions[position]),
+            readers=readers(config, model.tables, NOTHING_READ, position, layer, None),
+            active=active_B,
+            skipped_keys=skipped_keys,
+        )
+        out = model.stack.prefix[layer](x, here.at_layer(layer), caches[position])
+        x = out.x if active_B is None else chosen_rows(active_B, out.x, x)
+        caches[position] = out.cache
+    return x, caches
+
+
+def chosen_rows(chosen_B: Bool[Array, " B"], left: Hidden, right: Hidden) -> Hidden:
+    """Rows of `left` where chosen, else of `right`."""
+    pick = lambda a, b: jnp.where(chosen_B.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+    return jax.tree.map(pick, left, right)
+
+
+def features_at(model: LanguageModel, x: Hidden, depth: int) -> Float[Array, "B T D"]:
+    """What the head of the exit after so many layers reads."""
+    depths = model.config.exits.depths
+    if depth in depths:
+        return model.at_exit(depths.index(depth), x)
+    return model.ends.read(x, model.final_norm)
+
+
+def logits_at(model: LanguageModel, features_BTD: Float[Array, "B T D"], depth: int) -> Float[Array, "B T V"]:
+    """What that head says of them, float32."""
+    return soft_capped(model.exit_logits(features_BTD, depth), model.config.logit_soft_cap)

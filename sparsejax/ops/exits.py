@@ -1,0 +1,16 @@
+"""How sure a model has to be to leave early, by position."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def decaying_threshold(
+    threshold: float | Float[Array, "*#N"],
+    position: Int[Array, "*N"],
+    length: int | Int[Array, "*#N"],
+    temperature: float = 4.0,
+) -> Float[Array, "*N"]:
+    """clip(0.9 · λ + 0.1 · exp(−τ t / N), 0, 1) for generated token t of at most N: early tokens, whose errors later
+    ones would see, have to be surer (CALM, arXiv:2207.07061). λ = 1 stays 1: the full model at every position."""
+    decayed = 0.9 * threshold + 0.1 * jnp.exp(-temperature * position / length)
+    return jnp.where(jnp.asarray(threshold) >= 1, 1.0, jnp.clip(decayed, 0, 1))
