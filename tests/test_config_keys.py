@@ -216,6 +216,7 @@ LOOKUP_KEYS: dict[str, Row] = {
     "address.entries (softmax)": row(7, parameters, **SOFTMAX),
     "address.k (softmax)": row(3, evaluation, **SOFTMAX),
     "address.weight (softmax)": row("share", evaluation, **SOFTMAX),
+    "address.balance (softmax)": row(0.1, training, **SOFTMAX),
     "address.keys (product_keys)": row(5, parameters, **PRODUCT_KEYS),
     "address.heads (product_keys)": row(3, parameters, **PRODUCT_KEYS),
     "address.k (product_keys)": row(4, evaluation, **PRODUCT_KEYS),

@@ -104,6 +104,7 @@ class MemoryReport:
     masked: Int[Array, "*R"]  # padding: looks nothing up and is counted nowhere else
     gate_sum: Optional[Float[Array, "*R"]] = None  # Σ over tokens of how far the gate was open
     measured: Optional[Float[Array, "..."]] = None  # what the address adds to its running sums
+    probability_sum: Optional[Float[Array, "*R N"]] = None  # of each row, over tokens, if a loss reads it
     fetches: Optional[Int[Array, "*R"]] = None  # times that the layer was given rows
     rounds: Optional[Int[Array, "*R"]] = None  # Σ over them of the rounds of exchange until all rows had arrived
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.base.reports import MemoryReport
 from sparsejax.base.structs import struct
 from sparsejax.nn.backbone import Backbone
 
@@ -49,6 +50,7 @@ class Addresses:
     weights: Optional[Float[Array, "B T K"]] = None  # float32; None: 1
     measured: Optional[Float[Array, "*S"]] = None  # what this device adds to the running sums, of their shape
     recent: Optional[Int[Array, "B T *x"]] = None  # of each token, what those after it will want to know
+    probability_sum: Optional[Float[Array, " N"]] = None  # of each row, over this device's tokens, if a loss reads it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,11 @@ class Address:
     def remedy(self) -> str:
         """What helps against that."""
         return "use fewer rows"
+
+    def balance_loss(self, report: MemoryReport, tokens: Int[Array, ""]) -> Optional[Float[Array, ""]]:
+        """Its weighted loss in a step of so many unmasked tokens, summed over the (possibly stacked) layers of the
+        report; None: it has none."""
+        return None
 
     def check(self, backbone: Backbone, vocab_size: int) -> None:
         """Raises `ConfigError` when it does not go with the model."""

@@ -116,6 +116,7 @@ class MemoryLayer(nnx.Module):
                 tokens=inputs.real.sum(dtype=jnp.int32),
                 masked=(~inputs.real).sum(dtype=jnp.int32),
                 measured=found.measured,
+                probability_sum=found.probability_sum,
             )
             return found.ids, found.weights, found.recent, sum_over(counts, BATCH_AXES)
 

@@ -1,31 +1,43 @@
 """Addresses that are learned: rows with the best scores, which the task's gradient reaches through their weights."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.base.reports import MemoryReport
 from sparsejax.memory.address import Address, Addresses, Inputs, Variables, at_real, positive
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import normal, param
+from sparsejax.ops.loads import MOST_BINS
+from sparsejax.ops.losses import load_balance
 from sparsejax.ops.product_key import product_key_top_k
 
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Address):
     """The k entries with the highest softmax(h W), weighted with that probability or with its share among the k
-    (arXiv:2302.00003). It forms a score for every entry: for many, there are product keys."""
+    (arXiv:2302.00003). It forms a score for every entry: for many, there are product keys.
+
+    `balance` is the coefficient of the loss that a router of experts would have, N/k Σ f · P over the entries
+    (arXiv:2101.03961), without which few entries may get all lookups."""
 
     entries: int = 1024
     k: int = 1
     weight: Literal["probability", "share"] = "probability"
+    balance: float = 0.0
 
     def __post_init__(self):
         positive(self, "entries", "k")
+        if not 0 <= self.balance < float("inf"):
+            raise ConfigError("balance", f"{self.balance} is not ≥ 0 and finite")
+        if self.balance and self.entries > MOST_BINS:
+            message = f"{self.balance} with entries={self.entries}: loads are counted row by row up to {MOST_BINS}"
+            raise ConfigError("balance", f"{message}; allowed: 0")
         if self.k > self.entries:
             raise ConfigError("k", f"{self.k} of {self.entries} entries; allowed: 1 … {self.entries}")
         if self.k == 1 and self.weight == "share" and self.entries > 1:
@@ -51,7 +63,16 @@ class Softmax(Address):
         values_BTK, ids_BTK = jax.lax.top_k(logits_BTN, self.k)
         scores_BTN = values_BTK if self.weight == "share" else logits_BTN
         weights_BTK = jnp.exp(values_BTK - jax.nn.logsumexp(scores_BTN, axis=-1, keepdims=True))
-        return Addresses(ids=at_real(ids_BTK, inputs), weights=weights_BTK)
+        sums_N = None
+        if self.balance:
+            sums_N = jnp.where(inputs.real[..., None], jax.nn.softmax(logits_BTN, axis=-1), 0).sum((0, 1))
+        return Addresses(ids=at_real(ids_BTK, inputs), weights=weights_BTK, probability_sum=sums_N)
+
+    def balance_loss(self, report: MemoryReport, tokens: Int[Array, ""]) -> Optional[Float[Array, ""]]:
+        if report.probability_sum is None:
+            return None
+        each = load_balance(report.loads, report.probability_sum, report.tokens, self.k)
+        return self.balance * jnp.sum(each * report.tokens) / jnp.maximum(tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

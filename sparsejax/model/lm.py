@@ -26,6 +26,8 @@ from sparsejax.nn.linear import RMSNorm
 from sparsejax.ops.attention import soft_capped
 from sparsejax.ops.head_loss import HeadLosses, Weighting
 
+LOOKUP_BALANCE = "lookup_balance"
+
 
 @struct
 class ModelOutput:
@@ -216,6 +218,11 @@ def auxiliary_losses(config: ModelConfig, reports: Reports, totals: Totals) -> d
         of_tokens = config.tokens_of(block).losses(reports[position], totals)
         for name, value in (of_block | of_tokens).items():
             terms[name] = terms[name] + value if name in terms else value
+    for report in reports.values():
+        for name, found in report.memory.items():
+            value = config.memory[name].address.balance_loss(found, totals.tokens)
+            if value is not None:
+                terms[LOOKUP_BALANCE] = terms[LOOKUP_BALANCE] + value if LOOKUP_BALANCE in terms else value
     return terms | config.skim.losses([reports[position] for position in config.positions], totals)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import ConfigError
+from sparsejax.base.reports import MemoryReport
 from sparsejax.memory.address import Fixed, Inputs
 from sparsejax.memory.addresses import ADDRESSES
 from sparsejax.memory.clusters import Clusters, LatentBigrams
@@ -239,6 +240,26 @@ def test_hyperplanes_are_no_parameters():
         assert all(isinstance(variable, Fixed) for variable in address.init(jax.random.key(0), BACKBONE).values())
 
 
+def test_the_balance_of_a_softmax_is_that_of_a_router():
+    """N/k Σ f · P by hand, over two layers of a report whose padding counts for nothing."""
+    address = Softmax(entries=6, k=2, balance=0.5)
+    variables = variables_of(address)
+    found = looked_up(address, variables)
+    p = np.stack([slow.softmax(x @ np.asarray(variables["scores"])) for x in STATES[REAL]])
+    np.testing.assert_allclose(found.probability_sum, p.sum(0), rtol=1e-5)
+    loads = np.bincount(np.asarray(found.ids)[REAL].ravel(), minlength=6)
+    tokens = int(REAL.sum())
+    wanted = 6 / 2 * np.sum(loads / tokens * p.mean(0))
+    twice = lambda value: jnp.stack([jnp.asarray(value)] * 2)  # noqa: E731
+    counts = dict.fromkeys(("lookups", "masked"), twice(0))
+    report = MemoryReport(
+        loads=twice(loads), tokens=twice(tokens), probability_sum=twice(found.probability_sum), **counts
+    )
+    loss = address.balance_loss(report, jnp.int32(2 * tokens))  # in a step of as many tokens again
+    np.testing.assert_allclose(loss, 0.5 * wanted, rtol=1e-5)
+    assert looked_up(Softmax(entries=6, k=2), variables).probability_sum is None
+
+
 def test_the_floor_of_a_collapse_is_that_of_the_config():
     for kind in (Hyperplanes, Euclidean, CrossPolytope):
         assert kind(entropy_floor=0.1).collapse == 0.1
@@ -264,6 +285,8 @@ def test_a_bfloat16_state_is_hashed_as_its_float32_value():
         (lambda: Hyperplanes(decay=1.0), "decay", r"outside \[0, 1\)"),
         (lambda: Softmax(entries=4, k=5), "k", "5 of 4 entries"),
         (lambda: Softmax(k=1, weight="share"), "weight", "no gradient"),
+        (lambda: Softmax(balance=-0.1), "balance", "-0.1 is not ≥ 0"),
+        (lambda: Softmax(entries=70_000, balance=0.1), "balance", "up to 65536"),
         (lambda: ProductKeys(width=3), "width", "odd"),
         (lambda: ProductKeys(keys=2, k=5), "k", "5 of 2² rows"),
         (lambda: ProductKeys(k=1), "weight", "no gradient"),

@@ -15,6 +15,7 @@ from sparsejax.base.sharding import MeshConfig, shard_batch
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.data.config import DataConfig
 from sparsejax.memory.config import MemorySpec
+from sparsejax.memory.learned import Softmax
 from sparsejax.memory.lsh import Hyperplanes
 from sparsejax.model.config import ModelConfig
 from sparsejax.nn.table import summed_rows
@@ -191,6 +192,29 @@ def test_a_step_that_is_not_finite_changes_no_table():
     assert not report.finite
     for name, table in split_tables(state.params)[1].items():
         assert np.array_equal(table, split_tables(first.params)[1][name])
+
+
+def balanced(balance, shape=ONE_DEVICE, accumulation=1):
+    """(loss, gradient of the scores) of a model that looks up in one learned softmax."""
+    spec = MemorySpec(address=Softmax(entries=6, balance=balance), blocks=("dense",))
+    config = experiment(shape, accumulation=accumulation, prefix=(), pattern=("dense",), memory={"learned": spec})
+    with on_mesh(shape) as mesh:
+        state = jax.jit(lambda: init_state(config, optax.sgd(0.1)))()
+        arrays = shard_batch(ARRAYS, mesh, accumulation)
+        (loss, _), found = jax.jit(make_grads_of_step(config))(state.params, state.model_state, arrays, state.step)
+        return to_numpy(
+            (loss, next(leaf for path, leaf in nnx.to_flat_state(found.dense) if path[-1] == "scores")[...])
+        )
+
+
+def test_the_balance_of_a_learned_softmax_is_a_loss_of_its_scores():
+    """At least its coefficient in each of two layers; to the scores it is all, for the table is zero at first."""
+    (without, nothing), (loss, gradient) = balanced(0.0), balanced(0.3)
+    assert loss - without >= 0.3 * 2 - 1e-5
+    assert not nothing.any() and gradient.any()
+    assert_close(balanced(0.3, (2, 2, 2)), (loss, gradient))
+    halves, _ = balanced(0.3, accumulation=2)  # each microbatch is balanced for itself, so the loss is another
+    assert loss != halves and abs(halves - loss) < 0.1
 
 
 def test_a_zero_table_is_no_memory():
