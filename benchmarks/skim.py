@@ -20,29 +20,12 @@ from sparsejax.base.config import load
 from sparsejax.base.sharding import make_mesh, shard_batch
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import eval_batches
-from sparsejax.model.lm import layer_reports
 from sparsejax.train.config import ExperimentConfig
-from sparsejax.train.restore import restore_variables
-from sparsejax.train.step import make_eval_step
 
+from encoders import Encoder, room, shortened
 from timing import interleaved, quartiles
 
 ROUNDS = 12
-
-
-class Encoder:
-    """The evaluation of a restored run, on batches that are on the device."""
-
-    def __init__(self, config: ExperimentConfig, run: Path, mesh):
-        self.config = config
-        self.variables = restore_variables(config, run, mesh, None)[0]
-        self.step = jax.jit(make_eval_step(config))
-
-    def over(self, batches):
-        """(share of targets that it gets right, reports by layer of every batch)."""
-        told = [jax.device_get(self.step(self.variables, batch)) for batch in batches]
-        right = sum(int(each.correct) for each in told) / sum(int(each.targets) for each in told)
-        return right, [layer_reports(self.config.model, each.reports) for each in told]
 
 
 def main() -> None:
@@ -82,17 +65,6 @@ def main() -> None:
     for name, each in seconds.items():
         ratio = quartiles(seconds["plain"] / each)
         print(f"  {name:<12} rows per second over plain: {ratio}   right {100 * right[name]:.2f} %", flush=True)
-
-
-def room(kept: list[list[float]], slack: float) -> tuple[float, ...]:
-    """`slack` times the mean over batches, rounded up to 1/64 of the row, and never rising."""
-    shares = np.minimum(np.ceil(64 * slack * np.mean(kept, axis=0)) / 64, 1.0)
-    return tuple(np.minimum.accumulate(shares).tolist())
-
-
-def shortened(batch: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """The first tokens of every row."""
-    return {name: array[:, :length] if array.ndim == 2 else array for name, array in batch.items()}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Study:
     name: str
     config: str
     arms: tuple[str, ...]
+    begin: Mapping[str, str] = field(default_factory=dict)
+    """Arm → the arm, trained before it, whose parameters it begins with."""
 
     @property
     def command(self) -> str:
@@ -72,6 +74,8 @@ class Study:
             for arm, found in arms.items():
                 run = flags.workdir / arm / seed
                 words = [f"--config={self.file(arm)}", f"--workdir={run}", f"--config.train.seed={seed}", *more]
+                if arm in self.begin:
+                    words.append(f"--init-from={flags.workdir / self.begin[arm] / seed}")
                 if status := sparsejax(["train", *words]):
                     sys.exit(status)
                 found.append(figures(run))
@@ -138,8 +142,8 @@ def deviation(values: Sequence[float] | np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def loss_cell(runs: Sequence[Figures]) -> str:
-    return f"{mean(runs, LOSS):.3f} ± {deviation(column(runs, LOSS)):.3f}"
+def loss_cell(runs: Sequence[Figures], name: str = LOSS) -> str:
+    return f"{mean(runs, name):.3f} ± {deviation(column(runs, name)):.3f}"
 
 
 def cell(runs: Sequence[Figures], name: str, form: str) -> str:
@@ -158,12 +162,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def noise(results: Results) -> list[str]:
+def noise(results: Results, name: str = LOSS) -> list[str]:
     """Which differences of the table say nothing, in lines of Markdown."""
     seeds = seeds_of(results)
     if seeds < 2:
         return []
-    spread = np.mean([deviation(column(runs, LOSS)) ** 2 for runs in results.values()]) ** 0.5
+    spread = np.mean([deviation(column(runs, name)) ** 2 for runs in results.values()]) ** 0.5
     apart = 2 * spread * (2 / seeds) ** 0.5
     return [
         "",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("routers", "lookup", "altup")
+NAMES = ("routers", "lookup", "altup", "tokens")
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def study(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
 
     def module(name):
-        for each in ("arms", *NAMES):
+        for each in ("arms", "encoders", *NAMES):
             monkeypatch.delitem(sys.modules, each, raising=False)
         return __import__(name)
 
@@ -73,6 +73,27 @@ def test_a_page_names_noise_and_keeps_what_was_written_below_it(study, name, arm
     path.write_text(path.read_text() + "\n## Reading\n\nAs expected.\n")
     module.STUDY.write(tmp_path, results, page)
     assert path.read_text() == page + "\n## Reading\n\nAs expected.\n"
+
+
+def test_arms_begin_with_arms_that_are_trained_before_them(study):
+    tokens = study("tokens").STUDY
+    assert tokens.begin["ltp"] == "begun"
+    for arm, begin in tokens.begin.items():
+        assert tokens.arms.index(begin) < tokens.arms.index(arm)
+        assert tokens.experiment(begin).train.steps + tokens.experiment(arm).train.steps == 400
+
+
+def test_the_page_of_tokens_has_the_best_first_and_not_what_arms_begin_with(study, tmp_path):
+    tokens = study("tokens")
+    run = lambda right, gain: [{"right": right, "gain": gain, "ms": 10 / gain, "seconds": 60.0}] * 2  # noqa: E731
+    results = {"begun": run(0.1, 1.0), "full": run(0.3, 1.0), "ltp": run(0.25, 2.0), "cut_64": run(0.28, 3.0)}
+    results["ltp"] = [found | {"left": 0.5, "lost": 0.01} for found in results["ltp"]]
+    lines = tokens.page(results).splitlines()
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == ["full", "cut_64", "ltp"]
+    assert "| `ltp` | 0.250 ± 0.000 | 2.00 | 5.0 | 50.0% | 1.00% |" in lines
+    pytest.importorskip("matplotlib")
+    tokens.draw(results, tmp_path / "tokens.svg")
+    assert "cut_64" in (tmp_path / "tokens.svg").read_text()
 
 
 def test_drawings_are_made(study, tmp_path):
