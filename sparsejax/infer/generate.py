@@ -1,10 +1,10 @@
-"""Continuations of prompts: one pass over the prompts fills the caches, then a compiled loop adds token after token."""
+"""Continuations of prompts, sampled or given: one pass over the prompts fills the caches, then a compiled loop adds
+token after token."""
 
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import BATCH_AXES
-from sparsejax.base.structs import Batch, struct
+from sparsejax.base.structs import Batch
+from sparsejax.infer.decoded import Decoded, Generation, Scores, Variables
 from sparsejax.infer.early_exit import EarlyExit, exit_step
 from sparsejax.infer.prompts import Prompts, check_prompts, place_prompts, token_batch
 from sparsejax.infer.sampling import Sampling, sample
@@ -25,49 +26,11 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import init_caches
 from sparsejax.model.stack import Caches
 from sparsejax.model.unrolled import unrolled, unrolled_caches, unrolled_variables
+from sparsejax.ops.losses import cross_entropies
 from sparsejax.train.state import abstract_model
 
 Model = tuple[nnx.State, nnx.State]
 """Parameters and other variables."""
-
-
-class Variables(Protocol):
-    """What a model computes with: a `TrainState`, or the part of one that `restore_variables` reads."""
-
-    @property
-    def params(self) -> nnx.State: ...
-
-    @property
-    def model_state(self) -> nnx.State: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """Sampled token ids, int32 `[max_tokens]` for each prompt, and how long it took, without compilation."""
-
-    tokens: list[np.ndarray]
-    prefill_seconds: float  # reading the prompts
-    decode_seconds: float  # everything after
-    depths: Optional[np.ndarray] = None  # layers run for each token of each prompt, with early exits
-    kept: Optional[np.ndarray] = (
-        None  # rounds of self-speculation that gave a prompt 1, 2, … m + 1 tokens, `[rows, m+1]`
-    )
-    compiled_flops: Optional[float] = None  # XLA's own count of the decoding program, which has a loop's body once
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Sampled tokens of all prompts per second of decoding."""
-        return sum(len(row) for row in self.tokens) / max(self.decode_seconds, 1e-9)
-
-
-@struct
-class Decoded:
-    """The caches are returned so that their memory is used again."""
-
-    tokens: Int[Array, "B T"]
-    caches: Caches
-    depths: Optional[Int[Array, "B T"]] = None
-    kept: Optional[Int[Array, "B m+1"]] = None
 
 
 Decoding = EarlyExit | SelfSpeculation
@@ -117,11 +80,63 @@ class Generator:
             raise RequestError(f"max_tokens={max_tokens}; allowed: 1 or more")
         if not 0 <= seed < 2**32:  # JAX would drop the higher bits
             raise RequestError(f"seed={seed}; allowed: 0 … {2**32 - 1}")
+        decoded, (filling, decoding), flops = self._run(variables, prompts, max_tokens, seed, threshold)
+        of_prompts = lambda array: None if array is None else np.asarray(array)[: len(prompts)]  # noqa: E731
+        return Generation(
+            tokens=list(np.asarray(decoded.tokens)[: len(prompts)]),
+            prefill_seconds=filling,
+            decode_seconds=decoding,
+            depths=of_prompts(decoded.depths),
+            kept=of_prompts(decoded.kept),
+            compiled_flops=flops,
+        )
+
+    def score(
+        self,
+        variables: Variables,
+        prompts: Sequence[np.ndarray],
+        continuations: Sequence[np.ndarray],
+        threshold: Optional[float] = None,
+    ) -> Scores:
+        """What each continuation loses after its prompt, decoded token by token as samples would be: with early exits,
+        by the exits that tokens leave at and the keys that they leave behind.
+
+        Raises:
+          RequestError: as for samples, or the decoder drafts, which changes nothing that a token loses.
+        """
+        if isinstance(self.decoding, SelfSpeculation):
+            raise RequestError("drafts change no probability; score without them")
+        check_prompts(prompts, self.config.vocab_size)
+        check_prompts(continuations, self.config.vocab_size)
+        if len(continuations) != len(prompts):
+            raise RequestError(f"{len(continuations)} continuations of {len(prompts)} prompts")
+        lengths = [len(row) for row in continuations]
+        given = np.zeros((len(prompts), max(lengths)), np.int32)
+        for row, tokens in zip(given, continuations, strict=True):
+            row[: len(tokens)] = tokens
+        decoded, (_, seconds), _ = self._run(variables, prompts, max(lengths), 0, threshold, given)
+        cut = lambda array: [np.asarray(row)[:n] for row, n in zip(array, lengths, strict=False)]  # noqa: E731
+        depths = None if decoded.depths is None else cut(decoded.depths)
+        return Scores(nll=cut(decoded.nll), decode_seconds=seconds, depths=depths)
+
+    def _run(
+        self,
+        variables: Variables,
+        prompts: Sequence[np.ndarray],
+        max_tokens: int,
+        seed: int,
+        threshold: Optional[float],
+        given: Optional[np.ndarray] = None,
+    ) -> tuple[Decoded, tuple[float, float], Optional[float]]:
+        """(what was decoded, seconds of prefill and decoding, XLA's count of FLOPs). `given`: tokens that stand in for
+        samples."""
         model = (variables.params, variables.model_state)
         batch, key = place_prompts(prompts, jax.sharding.get_mesh()), jax.random.key(seed)
-        shape = (*batch.tokens.shape, max_tokens)
+        rows = batch.tokens.shape[0]
+        forced = None if given is None else jnp.zeros((rows, max_tokens), jnp.int32).at[: len(given)].set(given)
+        shape = (*batch.tokens.shape, max_tokens, given is not None)
         if shape not in self._compiled:
-            self._compiled[shape] = self._compile(model, batch, key, max_tokens)
+            self._compiled[shape] = self._compile(model, batch, key, forced, max_tokens)
         prefill, decode = self._compiled[shape]
         # One program at a time, waited for: on CPU, two with collectives in flight can deadlock.
         begun = time.perf_counter()
@@ -129,30 +144,23 @@ class Generator:
         layers = jax.block_until_ready(self._unroll(model))
         limit = self._threshold(threshold)
         filled = time.perf_counter()
-        decoded: Decoded = jax.block_until_ready(decode(layers, batch, caches, key, limit))
-        done = time.perf_counter()
-        of_prompts = lambda array: None if array is None else np.asarray(array)[: len(prompts)]  # noqa: E731
-        return Generation(
-            tokens=list(np.asarray(decoded.tokens)[: len(prompts)]),
-            prefill_seconds=filled - begun,
-            decode_seconds=done - filled,
-            depths=of_prompts(decoded.depths),
-            kept=of_prompts(decoded.kept),
-            compiled_flops=(decode.cost_analysis() or {}).get("flops"),
-        )
+        decoded: Decoded = jax.block_until_ready(decode(layers, batch, caches, key, limit, forced))
+        seconds = filled - begun, time.perf_counter() - filled
+        return decoded, seconds, (decode.cost_analysis() or {}).get("flops")
 
     def _threshold(self, threshold: Optional[float]) -> Array:
         told = self.decoding.threshold if threshold is None and isinstance(self.decoding, EarlyExit) else threshold
         return jnp.float32(1.0 if told is None else told)
 
     def _compile(
-        self, model: Model, batch: Prompts, key: PRNGKeyArray, max_tokens: int
+        self, model: Model, batch: Prompts, key: PRNGKeyArray, forced: Optional[Array], max_tokens: int
     ) -> tuple[Callable[..., Any], Compiled]:
         prefill = jax.jit(functools.partial(self._prefill, max_tokens=max_tokens)).lower(model, batch).compile()
         caches = jax.block_until_ready(prefill(model, batch))
         decode = {type(None): self._decode, EarlyExit: self._decode_exits, SelfSpeculation: self._decode_drafts}
         run = functools.partial(decode[type(self.decoding)], max_tokens=max_tokens)
-        lowered = jax.jit(run, donate_argnums=2).lower(self._unroll(model), batch, caches, key, self._threshold(None))
+        limit = self._threshold(None)
+        lowered = jax.jit(run, donate_argnums=2).lower(self._unroll(model), batch, caches, key, limit, forced)
         return prefill, lowered.compile()
 
     def _prefill(self, model: Model, prompts: Prompts, max_tokens: int) -> Caches:
@@ -171,7 +179,15 @@ class Generator:
         return unrolled_caches(self.config, filled)
 
     def _decode(
-        self, model: Model, prompts: Prompts, caches: Caches, key: PRNGKeyArray, limit: Array, *, max_tokens: int
+        self,
+        model: Model,
+        prompts: Prompts,
+        caches: Caches,
+        key: PRNGKeyArray,
+        limit: Array,
+        forced: Optional[Array],
+        *,
+        max_tokens: int,
     ) -> Decoded:
         """Of the unrolled model."""
         lm = nnx.merge(self._layers, *model)
@@ -180,34 +196,55 @@ class Generator:
             out = lm(batch, mode="generate", caches=caches)
             return out.logits[:, 0], None, out.caches
 
-        return self._token_by_token(step, prompts, caches, key, max_tokens)
+        return self._token_by_token(step, prompts, caches, key, forced, max_tokens)
 
     def _decode_exits(
-        self, model: Model, prompts: Prompts, caches: Caches, key: PRNGKeyArray, limit: Array, *, max_tokens: int
+        self,
+        model: Model,
+        prompts: Prompts,
+        caches: Caches,
+        key: PRNGKeyArray,
+        limit: Array,
+        forced: Optional[Array],
+        *,
+        max_tokens: int,
     ) -> Decoded:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, EarlyExit)
         step = lambda batch, caches, number: exit_step(lm, how, batch, caches, limit, number, max_tokens)  # noqa: E731
-        return self._token_by_token(step, prompts, caches, key, max_tokens)
+        return self._token_by_token(step, prompts, caches, key, forced, max_tokens)
 
-    def _token_by_token(self, step, prompts: Prompts, caches: Caches, key: PRNGKeyArray, max_tokens: int) -> Decoded:
+    def _token_by_token(
+        self, step, prompts: Prompts, caches: Caches, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
+    ) -> Decoded:
         """`step`: (batch of one token a row, caches, its number) → (logits, layers run, caches)."""
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.salts)
 
-        def one(carry, number):
+        def one(carry, of_token):
+            number, given_B = of_token
             before_B, token_B, position_B, caches = carry
             batch = token_batch(token_B[:, None], position_B[:, None], prompts.real[:, None], before_B[:, None])
             logits_BV, depth_B, caches = step(batch, caches, number)
-            next_B = self._draw(logits_BV, keys_B, position_B)
-            return (token_B, next_B, position_B + 1, caches), (next_B, depth_B)
+            next_B = self._draw(logits_BV, keys_B, position_B) if given_B is None else given_B
+            nll_B = None if given_B is None else self._lost(logits_BV, next_B, prompts.real)
+            return (token_B, next_B, position_B + 1, caches), (next_B, depth_B, nll_B)
 
         start = (prompts.before, prompts.last, prompts.lengths, caches)
-        (*_, caches), found_TB = jax.lax.scan(one, start, jnp.arange(max_tokens))
-        tokens_BT, depths_BT = jax.tree.map(lambda a: jax.sharding.reshard(a.T, P(None, None)), found_TB)
-        return Decoded(tokens=tokens_BT, caches=caches, depths=depths_BT)
+        given_TB = None if forced_BT is None else jax.sharding.reshard(forced_BT, P(BATCH_AXES, None)).T
+        (*_, caches), found_TB = jax.lax.scan(one, start, (jnp.arange(max_tokens), given_TB))
+        tokens_BT, depths_BT, nll_BT = jax.tree.map(lambda a: jax.sharding.reshard(a.T, P(None, None)), found_TB)
+        return Decoded(tokens=tokens_BT, caches=caches, depths=depths_BT, nll=nll_BT)
 
     def _decode_drafts(
-        self, model: Model, prompts: Prompts, caches: Caches, key: PRNGKeyArray, limit: Array, *, max_tokens: int
+        self,
+        model: Model,
+        prompts: Prompts,
+        caches: Caches,
+        key: PRNGKeyArray,
+        limit: Array,
+        forced: None,
+        *,
+        max_tokens: int,
     ) -> Decoded:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, SelfSpeculation)
@@ -237,6 +274,13 @@ class Generator:
         tokens_BT, _, kept_Bm, *_, caches = jax.lax.while_loop(going, one, start)
         whole = lambda array: jax.sharding.reshard(array, P(None, None))  # noqa: E731
         return Decoded(tokens=whole(tokens_BT), caches=caches, kept=whole(kept_Bm))
+
+    def _lost(
+        self, logits_BV: Float[Array, "B V"], token_B: Int[Array, " B"], real_B: Bool[Array, " B"]
+    ) -> Float[Array, " B"]:
+        """−log p of given tokens."""
+        whole_BV = jax.sharding.reshard(logits_BV, P(BATCH_AXES, None))
+        return cross_entropies(whole_BV[:, : self.vocab_size], token_B, real_B)
 
     def _draw(
         self, logits_BV: Float[Array, "B V"], keys_B: PRNGKeyArray, position_B: Int[Array, " B"]

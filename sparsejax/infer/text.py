@@ -9,8 +9,9 @@ import numpy as np
 from sparsejax.base.errors import RequestError
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.infer.decode_cost import decode_flops
+from sparsejax.infer.decoded import Generation, Variables
 from sparsejax.infer.early_exit import EarlyExit
-from sparsejax.infer.generate import Decoding, Generation, Generator, Variables
+from sparsejax.infer.generate import Decoding, Generator
 from sparsejax.infer.sampling import Sampling
 from sparsejax.model.config import ModelConfig
 from sparsejax.train.config import ExperimentConfig
