@@ -94,6 +94,7 @@ class Traits:
     whole: bool = False  # of logits: they look at the vectors of the whole document, which a cache lacks
     together: bool = False  # sends whole groups to the same experts: every expert has a slot for everyone
     reinforce: Optional[Reinforce] = None  # how it learns from what it chose, if it does: weights may be constant then
+    parts: int = 1  # equal groups of experts, in each of which a token has one: each is balanced for itself
     scores_of: ScoresOf = chosen_scores  # of pairs with experts that were chosen before, −1 for none
 
 

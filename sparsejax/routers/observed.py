@@ -28,10 +28,11 @@ class Observed:
     pairs: Pairs  # weights are scores
     inputs: Inputs
     k: int
+    parts: int = 1  # groups of experts, of which each has the same share of the probabilities
     selectors: Optional[Float[Array, "G S N E"]] = None  # of the logits, where the balance needs them
 
     def clean_probabilities(self) -> Float[Array, "G S E"]:
-        return as_probabilities(self.score(self.clean))
+        return as_probabilities(self.score(self.clean), self.parts)
 
     def first_choices(self) -> Float[Array, "G S E"]:
         """1 at each token's first expert."""

@@ -123,11 +123,12 @@ def decide(
         clean=clean_GSE,
         noisy=noisy_GSE,
         spread=spread_GSE,
-        probabilities=as_probabilities(scores_GSE),
+        probabilities=as_probabilities(scores_GSE, traits.parts),
         score=config.score,
         pairs=pairs,
         inputs=inputs,
         k=k,
+        parts=traits.parts,
         selectors=selectors_GSNE,
     )
     choices = None

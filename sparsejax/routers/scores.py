@@ -58,6 +58,9 @@ class Relu:
 SCORES = Registry("score", {"softmax": Softmax, "sigmoid": Sigmoid, "sqrt_softplus": SqrtSoftplus, "relu": Relu})
 
 
-def as_probabilities(scores_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
-    """Scores divided by their sum over experts: what balance losses and entropies are taken of, whatever the score."""
-    return scores_GSE / jnp.maximum(scores_GSE.sum(-1, keepdims=True), 1e-9)
+def as_probabilities(scores_GSE: Float[Array, "G S E"], parts: int = 1) -> Float[Array, "G S E"]:
+    """Scores divided by their sum over experts: what balance losses and entropies are taken of, whatever the score. Of
+    several equal parts of the experts each has the same share of the whole."""
+    each = scores_GSE.reshape(*scores_GSE.shape[:-1], parts, -1)
+    shares = each / (parts * jnp.maximum(each.sum(-1, keepdims=True), 1e-9))
+    return shares.reshape(scores_GSE.shape)

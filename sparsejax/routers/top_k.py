@@ -102,13 +102,14 @@ def _with_runner_up(candidates: Candidates, experts_GSK: Int[Array, "G S K"]) ->
 @dataclass(frozen=True, kw_only=True)
 class Prototypes(ChoosesK):
     """k groups of E/k experts; each token takes the best of every group (M6-T, arXiv:2105.15082). A pair's score is its
-    part of the scores of its group, which makes a softmax over all experts one over the group."""
+    part of the scores of its group, which makes a softmax over all experts one over the group. A balance loss is the
+    mean of those of the groups."""
 
     k: int = 2
 
     @property
     def traits(self) -> Traits:
-        return Traits(scores_of=self._shares)
+        return Traits(scores_of=self._shares, parts=self.k)
 
     def __call__(self, candidates: Candidates) -> Pairs:
         groups, size, num_experts = candidates.ranking.shape

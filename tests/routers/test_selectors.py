@@ -10,6 +10,7 @@ import pytest
 from sparsejax.base.errors import ConfigError
 from sparsejax.ops.assignment import by_token, choices, fill_slots
 from sparsejax.ops.matching import auction, sinkhorn, take_free, token_prices
+from sparsejax.routers.balance import LoadBalance, with_whole_balance
 from sparsejax.routers.candidates import Noise
 from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, LossFree, Quantile
@@ -18,7 +19,7 @@ from sparsejax.routers.limits import GroupLimit
 from sparsejax.routers.noise import Gaussian, Gumbel, Learned
 from sparsejax.routers.orders import ORDERS, Random
 from sparsejax.routers.plans import BalancedAssignment
-from sparsejax.routers.router import decide, route
+from sparsejax.routers.router import decide, report, route
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, Threshold, TopK, TopP
@@ -98,6 +99,20 @@ class TestPrototypes:
         pairs = Prototypes(k=k)(candidates(SCORES, MASK))
         share = SCORES / SCORES.reshape(GROUPS, SIZE, k, -1).sum(-1).repeat(EXPERTS // k, axis=-1)
         check(pairs, share, lambda g: slow.prototypes(SCORES[g], k))
+
+    def test_the_balance_is_the_mean_of_those_of_the_groups(self):
+        """Each being Switch's of its own experts, E/k Σ f · P, with the softmax over the group."""
+        logits = RNG.normal(size=(1, SIZE, EXPERTS)).astype(np.float32)
+        config = RouterConfig(selection=Prototypes(k=2), balance=LoadBalance(scope="microbatch"))
+        mask = np.ones((1, SIZE), bool)
+        decision = decide(jnp.asarray(logits), known(mask, SIZE), config)
+        moe = with_whole_balance(report(decision, jnp.asarray(mask)), config.balance, 2)
+        wanted = []
+        for z in (0, 4):
+            p = np.exp(logits[0, :, z : z + 4]) / np.exp(logits[0, :, z : z + 4]).sum(-1, keepdims=True)
+            f = np.bincount(p.argmax(-1), minlength=4) / SIZE
+            wanted.append(4 * np.sum(f * p.mean(0)))
+        np.testing.assert_allclose(float(moe.balance_sum / moe.balance_units), np.mean(wanted), rtol=1e-5)
 
 
 def test_what_is_not_chosen_has_no_part_in_a_renormalized_weight():
