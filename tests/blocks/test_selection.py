@@ -207,8 +207,11 @@ def scanned():
 
 @pytest.mark.parametrize(
     ("fields", "mesh", "accumulation"),
-    [({"scan": False, "remat": "full"}, (1, 1, 1), 2), ({}, (2, 2, 2), 1), ({}, (2, 4, 1), 1)],
-    ids=("unrolled, recomputed, accumulated", "2x2x2", "2x4x1"),
+    [
+        pytest.param({"scan": False, "remat": "full"}, (1, 1, 1), 2, id="unrolled, recomputed, accumulated"),
+        pytest.param({}, (2, 2, 2), 1, id="2x2x2"),
+        pytest.param({}, (2, 4, 1), 1, id="2x4x1", marks=pytest.mark.slow),
+    ],
 )
 def test_with_experts_and_streams_on_meshes_and_in_parts(scanned, fields, mesh, accumulation):
     params, expected = scanned

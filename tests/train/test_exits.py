@@ -84,8 +84,12 @@ def full():
 
 @pytest.mark.parametrize(
     "other",
-    [{"scan": False}, {"remat": "full"}, {"accumulation": 2}, {"shape": (2, 1, 2)}],
-    ids=["unrolled", "recomputed", "accumulated", "mesh"],
+    [
+        pytest.param({"scan": False}, id="unrolled", marks=pytest.mark.slow),
+        pytest.param({"remat": "full"}, id="recomputed", marks=pytest.mark.slow),
+        pytest.param({"accumulation": 2}, id="accumulated"),
+        pytest.param({"shape": (2, 1, 2)}, id="mesh"),
+    ],
 )
 def test_the_same_however_it_is_run(other):
     assert_close(run(experiment(FULL, layer_dropout=0.5, **other))[::2], full()[::2], atol=1e-7)

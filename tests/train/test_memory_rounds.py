@@ -1,5 +1,7 @@
 """Rounds of exchange on real text, in a whole run on eight devices."""
 
+import pytest
+
 from runs import arguments, here, rows
 
 SETTINGS = {
@@ -28,6 +30,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_one_round_is_enough(tmp_path):
     """For ids and n-grams of the embedded corpus, whose most frequent ones every device wants."""
     done = here(*arguments("train", f"--workdir={tmp_path}", **SETTINGS))

@@ -133,15 +133,15 @@ def test_gradients_are_those_of_tables_that_are_parameters():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"scan": False},
+        pytest.param({"scan": False}, marks=pytest.mark.slow),
         {"remat": "full"},
         {"accumulation": 2},
         {"shape": (2, 2, 2), "storage": "rows"},
         {"shape": (4, 2, 1), "storage": "rows"},
-        {"shape": (4, 2, 1), "storage": "features"},
-        {"shape": (4, 2, 1), "storage": "replicated"},
+        pytest.param({"shape": (4, 2, 1), "storage": "features"}, marks=pytest.mark.slow),
+        pytest.param({"shape": (4, 2, 1), "storage": "replicated"}, marks=pytest.mark.slow),
         {"shape": (4, 2, 1), "storage": "host"},
-        {"storage": "host", "remat": "full"},
+        pytest.param({"storage": "host", "remat": "full"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -179,7 +179,7 @@ def test_a_step_moves_tables_by_their_own_rate_and_all_by_one_norm(clip_norm):
         assert int(report.tables[name].touched) == len(touched(of_tables[name]))
 
 
-@pytest.mark.parametrize("storage", ("rows", "features", "host"))
+@pytest.mark.parametrize("storage", ("rows", "features", pytest.param("host", marks=pytest.mark.slow)))
 def test_a_step_on_a_mesh_leaves_the_tables_of_one_device(storage):
     _, (state, report) = stepped((4, 2, 1), storage, 0.1)
     _, (alone, single) = stepped(clip_norm=0.1)
