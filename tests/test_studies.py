@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("routers", "lookup", "altup", "tokens")
+NAMES = ("routers", "lookup", "altup", "tokens", "exits")
 
 
 @pytest.fixture
@@ -94,6 +94,20 @@ def test_the_page_of_tokens_has_the_best_first_and_not_what_arms_begin_with(stud
     pytest.importorskip("matplotlib")
     tokens.draw(results, tmp_path / "tokens.svg")
     assert "cut_64" in (tmp_path / "tokens.svg").read_text()
+
+
+def test_the_page_of_exits_has_the_best_first(study, tmp_path):
+    exits = study("exits")
+    run = lambda bits, gain: [{exits.LOSS: bits, "gain": gain, "ms": 1 / gain, "seconds": 30.0}] * 2  # noqa: E731
+    results = {"full": run(2.0, 1.0), "depth_2": run(2.5, 3.0), "exits": run(2.1, 1.0), "entropy 0.5": run(2.2, 1.7)}
+    results["entropy 0.5"] = [found | {"layer": 3.25} for found in results["entropy 0.5"]]
+    lines = exits.page(results).splitlines()
+    shown = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert shown == ["full", "exits", "entropy 0.5", "depth_2"]
+    assert "| `entropy 0.5` | 2.200 ± 0.000 | 1.70 | 0.588 | 3.25 |" in lines
+    pytest.importorskip("matplotlib")
+    exits.draw(results, tmp_path / "exits.svg")
+    assert "entropy" in (tmp_path / "exits.svg").read_text()
 
 
 def test_drawings_are_made(study, tmp_path):
