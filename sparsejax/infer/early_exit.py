@@ -126,7 +126,7 @@ def exit_step(
     active_B = batch.segments[:, 0] > 0
 
     def ask(depth: int, x: Hidden) -> tuple[Float[Array, "B V"], Float[Array, "B D"]]:
-        features_BTD = features_at(model, x, depth)
+        features_BTD = features_at(model, x, batch, depth)
         whole_BTV = jax.sharding.reshard(logits_at(model, features_BTD, depth), P(BATCH_AXES, None, None))
         return whole_BTV[:, 0], features_BTD[:, 0]
 
@@ -169,7 +169,7 @@ def _on_schedule(model, how, x, context, caches, number, tokens):
     for layer in range(layers):
         runs = jnp.asarray(layer == 0) | (layer >= layers - depth + 1)
         x, caches = run_layers(model, x, context, caches, [layer], real_B & runs, skipped_keys=False)
-    logits_BV = logits_at(model, features_at(model, x, layers), layers)[:, 0]
+    logits_BV = logits_at(model, features_at(model, x, batch, layers), layers)[:, 0]
     return logits_BV, jnp.where(real_B, depth, 0), caches
 
 

@@ -1,4 +1,5 @@
-"""The exit table of a trained model: one pass over the validation split, every exit asked about every token."""
+"""The exit table of a trained model: one pass over the validation split, every exit asked about every token or, of a
+classifier, every row."""
 
 import argparse
 import dataclasses
@@ -61,15 +62,16 @@ def exit_table_command(loaded: Loaded[ExperimentConfig], workdir: Path, args: ar
 
 
 def table_of(config: ExperimentConfig, variables: Variables, corpus: Corpus, mesh: jax.sharding.Mesh) -> ExitTable:
-    """The table of `eval.batches` batches: an example is a token that has a target, its `group` the row it stands in.
-    Costs are those of a row of one document. Needs the mesh to be set."""
+    """The table of `eval.batches` batches: an example is a token that has a target, or a row that has a class; its
+    `group` is the row. Costs are those of a row of one document. Needs the mesh to be set."""
     rows, parts = host_rows(mesh, config.microbatch_size, 1), config.train.accumulation
     data = eval_batches(corpus, config.data, config.data.batch_size, config.eval.batches, rows, parts)
     run, tables, first = jax.jit(make_measures(config.model)), [], 0
     for batch in data:
         arrays = {name: each[0] for name, each in shard_batch(batch, mesh, 1).items()}
         found = {name: to_numpy(each) for name, each in run(variables, Batch(**arrays)).items()}
-        mask_BT, targets_BT = (to_numpy(arrays[name]) for name in ("loss_mask", "targets"))
+        scored = found["loss"].shape[1]
+        mask_BT, targets_BT = (to_numpy(arrays[name])[:, :scored] for name in ("loss_mask", "targets"))
         row_BT = np.broadcast_to(np.arange(len(mask_BT))[:, None] + first, mask_BT.shape)
         first += len(mask_BT)
         tables.append(_table(config, found, mask_BT.astype(bool), targets_BT, row_BT))
@@ -77,8 +79,8 @@ def table_of(config: ExperimentConfig, variables: Variables, corpus: Corpus, mes
 
 
 def make_measures(config: ModelConfig) -> Callable[[Variables, Batch], Measures]:
-    """`(variables, batch) -> measures` by the names of `ExitTable`, of every token at every exit; the logits of a whole
-    batch are never there."""
+    """`(variables, batch) -> measures` by the names of `ExitTable`, of every token or row at every exit. The logits of
+    a whole batch are never there, but those of classes, which are few and among the measures."""
     graph = abstract_model(config)[0]
     depths = (*config.exits.depths, config.num_layers)
 
@@ -86,18 +88,19 @@ def make_measures(config: ModelConfig) -> Callable[[Variables, Batch], Measures]
         model = nnx.merge(graph, variables.params, variables.model_state)
         out = model(batch, mode="eval")
         features = (*out.exits, out.features)
-        rows, length = batch.tokens.shape
-        number = pieces(length, rows * config.vocab_size * len(depths))
+        rows, length = out.features.shape[:2]
+        number = pieces(length, rows * classes_of(config) * len(depths))
         cut = lambda a: jnp.moveaxis(a.reshape(rows, number, length // number, *a.shape[2:]), 1, 0)  # noqa: E731
 
         def of_piece(given: tuple[tuple[Array, ...], Int[Array, "B t"]]) -> Measures:
             features, targets_BT = given
             logits = [logits_at(model, x, depth) for x, depth in zip(features, depths, strict=True)]
             logits = [jax.sharding.reshard(each, P(BATCH_AXES, None, None)) for each in logits]
-            return _measured(logits, features, targets_BT)
+            more = {} if config.head.of_tokens else {"logits": jnp.stack(logits, -2)}
+            return _measured(logits, features, targets_BT) | more
 
-        found = jax.lax.map(of_piece, (jax.tree.map(cut, features), cut(batch.targets)))
-        whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, length, len(depths))  # noqa: E731
+        found = jax.lax.map(of_piece, (jax.tree.map(cut, features), cut(batch.targets[:, :length])))
+        whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, length, *a.shape[3:])  # noqa: E731
         return jax.tree.map(whole, found)
 
     return measures
@@ -139,7 +142,7 @@ def _table(config: ExperimentConfig, found: dict[str, Any], mask_BT, targets_BT,
     return ExitTable(
         cost=exit_flops(model, config.data.sequence_length),
         depth=depths,
-        classes=np.asarray(model.vocab_size, np.int32),
+        classes=np.asarray(classes_of(model), np.int32),
         target=target_N.astype(np.int32),
         prediction=prediction,
         correct=prediction == target_N[:, None],
@@ -148,10 +151,17 @@ def _table(config: ExperimentConfig, found: dict[str, Any], mask_BT, targets_BT,
     )
 
 
+def classes_of(config: ModelConfig) -> int:
+    """What an exit chooses among: tokens or classes."""
+    return config.head.logits(1, 1, config.vocab_size, 1)[1]
+
+
 def exit_flops(config: ModelConfig, length: int) -> Float[np.ndarray, " E"]:
     """FLOPs of a token that leaves at each exit, with the heads on its way: ideal, of the layers that it runs alone, on
-    average over the places of a row of one document."""
-    costs = [layer_cost(config, layer.block).flops(mean_keys(config, length)) for layer in config.layers]
-    head = 2 * config.vocab_size * config.streams.head_width(config.d_model)
+    average over the places of a row of one document. Of a classifier, those of such a row."""
+    costs = [layer_cost(config, layer.block).flops(mean_keys(config, length), length) for layer in config.layers]
+    head = config.head.cost(config.vocab_size, config.streams.head_width(config.d_model), config.tied_head)
+    tokens = 1 if config.head.of_tokens else length
     depths = (*config.exits.depths, config.num_layers)
-    return np.array([sum(costs[:depth]) + head * number for number, depth in enumerate(depths, 1)], np.float64)
+    heads = tokens * head.per_token + head.per_row
+    return np.array([tokens * sum(costs[:depth]) + heads * n for n, depth in enumerate(depths, 1)], np.float64)

@@ -80,8 +80,8 @@ def speculate(
     """One round of an unrolled model from token `token_B` at `position_B`: between 1 and m + 1 tokens for every row."""
     layers, m = model.config.num_layers, how.length
 
-    def probabilities(x: Hidden, depth: int) -> Float[Array, "B T V"]:
-        logits_BTV = logits_at(model, features_at(model, x, depth), depth)
+    def probabilities(x: Hidden, batch: Batch, depth: int) -> Float[Array, "B T V"]:
+        logits_BTV = logits_at(model, features_at(model, x, batch, depth), depth)
         told = jax.vmap(lambda logits_V: distribution(logits_V[:vocab_size], sampling))
         return _by_row(told)(jax.sharding.reshard(logits_BTV, P(BATCH_AXES, None, None)))
 
@@ -90,7 +90,7 @@ def speculate(
         batch = make_batch(token_B[:, None], (position_B + step)[:, None], real_B[:, None], before_B[:, None])
         x, context, caches = embedded(model, batch, caches)
         x, caches = run_layers(model, x, context, caches, range(how.layers))
-        q_BV = probabilities(x, how.layers)[:, 0]
+        q_BV = probabilities(x, batch, how.layers)[:, 0]
         next_B = _by_row(lambda key, at, q_V: _draw(key, at, DRAFT, q_V))(keys_B, position_B + step, q_BV)
         return (next_B, token_B, caches), (token_B, before_B, x, q_BV)
 
@@ -101,7 +101,7 @@ def speculate(
     batch = make_batch(tokens_BT, places_BT, jnp.broadcast_to(real_B[:, None], places_BT.shape), previous_BT)
     _, context, _ = embedded(model, batch, caches)
     x, caches = run_layers(model, x, context, caches, range(how.layers, layers))
-    given = keys_B, position_B, tokens_BT, probabilities(x, layers), jnp.moveaxis(drafted[3], 0, 1)
+    given = keys_B, position_B, tokens_BT, probabilities(x, batch, layers), jnp.moveaxis(drafted[3], 0, 1)
     kept_B, final_B = _by_row(accepted)(*given)
     # What follows the accepted drafts is drawn anew.
     said_BT = jnp.concatenate([tokens_BT[:, 1:], tokens_BT[:, :1]], axis=1)

@@ -227,8 +227,8 @@ class ModelConfig(Backbone):
             self.exits.check(self.num_layers)
         except ConfigError as error:
             raise error.below("exits") from None
-        if self.exits.depths and (isinstance(self.skim, Skimming) or not self.head.of_tokens):
-            raise ConfigError("exits", "an exit scores all tokens; it goes with head=tokens and skim=none")
+        if self.exits.depths and isinstance(self.skim, Skimming):
+            raise ConfigError("exits", f"an exit reads all tokens, and skim={SKIMS.name_of(self.skim)} takes some away")
         if not 0 <= self.layer_dropout < 1:
             raise ConfigError("layer_dropout", f"{self.layer_dropout} is outside [0, 1)")
 

@@ -40,8 +40,8 @@ def component_costs(config: ModelConfig) -> dict[str, Cost]:
     """Component → cost over all layers: those of `COMPONENTS` that the model has, in that order, then any others."""
     costs = {"embedding": _table(config), "head": _head(config), "norm": _norms(config)}
     costs |= config.streams.end_costs(config)
-    exits, streams = config.exits, config.streams
-    costs |= exits.costs(config.vocab_size, streams.head_width(config.d_model), streams.norm_width(config.d_model))
+    own_head = config.head.cost(config.vocab_size, config.streams.head_width(config.d_model), tied=False)
+    costs |= config.exits.costs(own_head, config.streams.norm_width(config.d_model))
     for layer in config.layers:
         for name, cost in layer_costs(config, layer.block).items():
             costs[name] = costs.get(name, Cost()) + cost
@@ -76,9 +76,10 @@ def forward_flops(
 
     Args: routed: FLOPs of the experts over all layers, Σ `BlockSpec.processed_flops`: ideal work is what was selected
       and not dropped. None: every token's k pairs and the work of `rows` rows, in every layer."""
-    cost, head = total(config), _head(config)
-    of_experts = tokens * cost.routed + rows * (cost.per_row - head.per_row) if routed is None else routed
-    return tokens * cost.per_token + keys * cost.per_key + rows * head.per_row + of_experts
+    costs = component_costs(config)
+    cost, heads = sum(costs.values(), Cost()), costs["head"] + costs.get("exit_heads", Cost())
+    of_experts = tokens * cost.routed + rows * (cost.per_row - heads.per_row) if routed is None else routed
+    return tokens * cost.per_token + keys * cost.per_key + rows * heads.per_row + of_experts
 
 
 def layer_costs(config: ModelConfig, block: str) -> dict[str, Cost]:

@@ -2,6 +2,7 @@
 
 Numbers of exits are depths: how many layers have run. The last exit is the model's own head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -15,7 +16,7 @@ from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry, choice
 from sparsejax.nn.backbone import Backbone
-from sparsejax.nn.linear import RMSNorm, normal, param
+from sparsejax.nn.linear import RMSNorm
 from sparsejax.ops.head_loss import Weighting
 
 
@@ -99,6 +100,8 @@ CURRICULA = Registry(
     },
 )
 
+OwnWeight = Callable[[PRNGKeyArray], nnx.Param]
+
 Weights = Literal["uniform", "linear", "sum_l", "geometric"]
 
 
@@ -114,12 +117,13 @@ class Exits:
     def check(self, num_layers: int) -> None:
         """Raises `ConfigError` unless a model of so many layers can have them."""
 
-    def build(self, key: PRNGKeyArray, backbone: Backbone, widths: tuple[int, int, int], tied: bool) -> "ExitParts":
-        """Their parameters. `widths`: of the vocabulary, of what the head reads, of the norm before it."""
+    def build(self, key: PRNGKeyArray, backbone: Backbone, norm_width: int, weight: OwnWeight) -> "ExitParts":
+        """Their parameters: norms of this width, and heads with such a `weight`."""
         return ExitParts(norms=None, heads=None)
 
-    def costs(self, vocab_size: int, width: int, norm_width: int) -> dict[str, Cost]:
-        """Component → cost of all exits but the last, in a pass that asks each of them."""
+    def costs(self, head: Cost, norm_width: int) -> dict[str, Cost]:
+        """Component → cost of all exits but the last, in a pass that asks each of them; `head` is that of one with
+        parameters of its own."""
         return {}
 
     @property
@@ -185,22 +189,18 @@ class ExitHeads(Exits):
             message = f"{self.layers[-1]} is not less than the model's {num_layers} layers, after which its own head is"
             raise ConfigError("layers", message)
 
-    def build(self, key, backbone, widths, tied):
-        vocab, width, norm_width = widths
+    def build(self, key, backbone, norm_width, weight):
         norms = [RMSNorm(norm_width, backbone.norm_epsilon) for _ in self.layers] if self.norm == "own" else None
         heads = None
-        if self.head == "own":  # as the model's own head lies: the table of a tied one, the matrix of another
-            shape, axes = ((vocab, width), ("vocab", "embed")) if tied else ((width, vocab), ("embed", "vocab"))
-            stddev = 0.02 if tied else width**-0.5
-            made = lambda key: ExitHead(param(normal(key, shape, stddev), axes, "embedding"))  # noqa: E731
-            heads = nnx.List([made(each) for each in jax.random.split(key, len(self.layers))])
+        if self.head == "own":
+            heads = nnx.List([ExitHead(weight(each)) for each in jax.random.split(key, len(self.layers))])
         return ExitParts(norms=None if norms is None else nnx.List(norms), heads=heads)
 
-    def costs(self, vocab_size, width, norm_width):
-        of_head = vocab_size * width
-        own = (of_head if self.head == "own" else 0) + (norm_width if self.norm == "own" else 0)
+    def costs(self, head, norm_width):
         number = len(self.layers)
-        return {"exit_heads": Cost(parameters=number * own, active=number * own, per_token=2 * number * of_head)}
+        own = (head.parameters if self.head == "own" else 0) + (norm_width if self.norm == "own" else 0)
+        work = {"per_token": number * head.per_token, "per_row": number * head.per_row}
+        return {"exit_heads": Cost(parameters=number * own, active=number * own, **work)}
 
     def unused(self) -> dict[str, str]:
         return {} if self.scale else dict.fromkeys(("weights", "distill"), "scale=0: exits have no loss")

@@ -6,12 +6,14 @@ from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
 from sparsejax.nn.embed import ClassHead, Head
+from sparsejax.nn.linear import normal, param
 
 
 class HeadSpec(abc.ABC):
@@ -27,10 +29,14 @@ class HeadSpec(abc.ABC):
         """None: the embedding is the head."""
 
     @abc.abstractmethod
+    def exit_weight(self, key: PRNGKeyArray, vocab_size: int, width: int, tied: bool) -> nnx.Param:
+        """That of an exit's own head, which lies as the model's does."""
+
+    @abc.abstractmethod
     def cost(self, vocab_size: int, width: int, tied: bool) -> Cost: ...
 
     def pooled(self, x_BTD: Float[Array, "B T D"], weight_BT: Float[Array, "B T"]) -> Float[Array, "B S D"]:
-        """What it reads, of what the last layer gives; padding and tokens that are gone have weight 0."""
+        """What it reads, of what a layer gives; padding and tokens that are gone have weight 0."""
         return x_BTD
 
     def logits(self, tokens: int, row_length: int, vocab_size: int, parts: int) -> tuple[int, int]:
@@ -44,6 +50,10 @@ class Tokens(HeadSpec):
 
     def build(self, key: PRNGKeyArray, vocab_size: int, width: int, dtype: str, tied: bool) -> Optional[Head]:
         return None if tied else Head(key, vocab_size, width, dtype)
+
+    def exit_weight(self, key: PRNGKeyArray, vocab_size: int, width: int, tied: bool) -> nnx.Param:
+        shape, axes = ((vocab_size, width), ("vocab", "embed")) if tied else ((width, vocab_size), ("embed", "vocab"))
+        return param(normal(key, shape, 0.02 if tied else width**-0.5), axes, "embedding")
 
     def cost(self, vocab_size: int, width: int, tied: bool) -> Cost:
         size = vocab_size * width
@@ -65,6 +75,9 @@ class Classes(HeadSpec):
 
     def build(self, key: PRNGKeyArray, vocab_size: int, width: int, dtype: str, tied: bool) -> ClassHead:
         return ClassHead(key, self.classes, width, dtype)
+
+    def exit_weight(self, key: PRNGKeyArray, vocab_size: int, width: int, tied: bool) -> nnx.Param:
+        return param(normal(key, (width, self.classes), width**-0.5), ("embed", None), "embedding")
 
     def cost(self, vocab_size: int, width: int, tied: bool) -> Cost:
         size = self.classes * width

@@ -40,7 +40,7 @@ class ModelOutput:
     reports: dict[str, Report]
     caches: dict[str, Optional[BlockCache]]
     reads: dict[str, dict[str, Int[Array, "*R B T K"]]]
-    exits: tuple[Float[Array, "B T D"], ...] = ()  # what the heads of the exits read
+    exits: tuple[Float[Array, "B S D"], ...] = ()  # what the heads of the exits read
 
 
 class LanguageModel(nnx.Module):
@@ -60,8 +60,8 @@ class LanguageModel(nnx.Module):
         at_embedding = config.memories_at(EMBEDDING)
         self.memories = build_lookups(jax.random.fold_in(key, 3), at_embedding, config, config.vocab_size)
         self.tables = build_tables(jax.random.fold_in(key, 4), config)
-        widths = config.vocab_size, width, residual.norm_width(d_model)
-        self.exits = config.exits.build(jax.random.fold_in(key, 6), config, widths, config.tied_head)
+        weight = lambda key: config.head.exit_weight(key, config.vocab_size, width, config.tied_head)  # noqa: E731
+        self.exits = config.exits.build(jax.random.fold_in(key, 6), config, residual.norm_width(d_model), weight)
         self.config = config
 
     def __call__(
@@ -96,7 +96,7 @@ class LanguageModel(nnx.Module):
             reports=out.reports,
             caches=out.caches,
             reads=out.reads,
-            exits=tuple(self.at_exit(number, state) for number, state in enumerate(out.states)),
+            exits=tuple(self.at_exit(number, state, batch) for number, state in enumerate(out.states)),
         )
 
     def spread(self, x_BTD: Hidden, batch: Batch) -> Hidden:
@@ -104,17 +104,16 @@ class LanguageModel(nnx.Module):
         assert isinstance(x_BTD, jax.Array)  # what comes before the stack is one stream
         return self.config.skim.begin(self.ends.spread(x_BTD), batch)
 
-    def read(self, x: Hidden, batch: Batch) -> Float[Array, "B S D"]:
-        """What the head gets."""
+    def read(self, x: Hidden, batch: Batch, norm: Optional[RMSNorm] = None) -> Float[Array, "B S D"]:
+        """What the head gets, after the final norm or another."""
         left, weight_BT = self.config.skim.end(x, batch)
-        return self.config.head.pooled(self.ends.read(left, self.final_norm), weight_BT)
+        return self.config.head.pooled(self.ends.read(left, self.final_norm if norm is None else norm), weight_BT)
 
-    def at_exit(self, number: int, state: Hidden) -> Float[Array, "B T D"]:
+    def at_exit(self, number: int, state: Hidden, batch: Batch) -> Float[Array, "B S D"]:
         """What the head of an exit, counted from 0, reads of the residual there."""
-        norm = self.final_norm if self.exits.norms is None else self.exits.norms[number]
-        return self.ends.read(state, norm)
+        return self.read(state, batch, None if self.exits.norms is None else self.exits.norms[number])
 
-    def exit_logits(self, features_BTD: Float[Array, "B T D"], depth: int) -> Float[Array, "B T V"]:
+    def exit_logits(self, features_BTD: Float[Array, "B S D"], depth: int) -> Float[Array, "B S V"]:
         """Scores by the head after so many layers, before any soft cap."""
         depths = self.config.exits.depths
         if self.exits.heads is None or depth not in depths:

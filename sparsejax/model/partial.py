@@ -60,14 +60,12 @@ def chosen_rows(chosen_B: Bool[Array, " B"], left: Hidden, right: Hidden) -> Hid
     return jax.tree.map(pick, left, right)
 
 
-def features_at(model: LanguageModel, x: Hidden, depth: int) -> Float[Array, "B T D"]:
+def features_at(model: LanguageModel, x: Hidden, batch: Batch, depth: int) -> Float[Array, "B S D"]:
     """What the head of the exit after so many layers reads."""
     depths = model.config.exits.depths
-    if depth in depths:
-        return model.at_exit(depths.index(depth), x)
-    return model.ends.read(x, model.final_norm)
+    return model.at_exit(depths.index(depth), x, batch) if depth in depths else model.read(x, batch)
 
 
-def logits_at(model: LanguageModel, features_BTD: Float[Array, "B T D"], depth: int) -> Float[Array, "B T V"]:
+def logits_at(model: LanguageModel, features_BTD: Float[Array, "B S D"], depth: int) -> Float[Array, "B S V"]:
     """What that head says of them, float32."""
     return soft_capped(model.exit_logits(features_BTD, depth), model.config.logit_soft_cap)

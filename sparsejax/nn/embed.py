@@ -81,12 +81,16 @@ class ClassHead(nnx.Module):
         self.weight = param(normal(key, (d_model, classes), d_model**-0.5), ("embed", None), "embedding")
         self.dtype = dtype
 
-    def logits(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S C"]:
-        return project("btd,dv->btv", x_BSD, self.weight, P(BATCH_AXES, None, None), self.dtype, jnp.float32)
+    def logits(self, x_BSD: Float[Array, "B S D"], own: Optional[nnx.Param] = None) -> Float[Array, "B S C"]:
+        weight = self.weight if own is None else own
+        return project("btd,dv->btv", x_BSD, weight, P(BATCH_AXES, None, None), self.dtype, jnp.float32)
 
-    def losses(self, passes: Passes, batch: Batch, **more: Any) -> HeadLosses:
+    def losses(
+        self, passes: Passes, batch: Batch, exits: Optional[Weighting] = None, others: Sequence = (), **more: Any
+    ) -> HeadLosses:
         """Of passes `[B, 1, D]`. Their nll is `[B, T]`, as with other heads, and 0 after position 0."""
         kind = HeadKind(equation="nd,dv->nv", dtype=self.dtype, **more)
-        lost = head_losses(kind, passes, self.weight[...], batch.targets[:, :1], batch.loss_mask[:, :1])
+        where = batch.targets[:, :1], batch.loss_mask[:, :1]
+        lost = head_losses(kind, passes, self.weight[...], *where, exits, tuple(others))
         after = ((0, 0), (0, batch.targets.shape[1] - 1))
         return dataclasses.replace(lost, nll=tuple(jnp.pad(nll_B1, after) for nll_B1 in lost.nll))

@@ -30,15 +30,15 @@ Weights = tuple[Array, ...]
 class HeadLosses:
     """`total`, Σ over targets of all that a pass loses and of `consistency` times their divergence, has a gradient; the
     others have none: `nll`, by pass, 0 where masked, and Σ ½ (KL(p₁‖p₂) + KL(p₂‖p₁)), 0 with one pass. Nats.
-    `correct` are the targets that a pass finds likeliest, over all passes.
+    `correct` are the targets that each pass finds likeliest.
 
-    With a `Weighting`, `total` is Σ over passes of hard · nll + soft · KL(p_last ‖ p), `divergence` the part of it with
-    KL, and `correct` that of the last."""
+    With a `Weighting`, `total` is Σ over passes of hard · nll + soft · KL(p_last ‖ p), and `divergence` the part of it
+    with KL."""
 
     total: Float[Array, ""]
     nll: tuple[Float[Array, "B T"], ...]
     divergence: Float[Array, ""]
-    correct: Int[Array, ""]
+    correct: Int[Array, " P"]
 
 
 @struct
@@ -165,8 +165,8 @@ def _of_piece(kind: HeadKind, spec: P, passes, w: Weights, weighting: Optional[W
     elif kind.consistency is not None:
         divergence = symmetric_kls(*logits, mask_N, split).sum()
     weight = 1.0 if weighting is not None else kind.consistency or 0.0
-    counted = logits if weighting is None else logits[-1:]
-    correct = sum(hits(jax.lax.stop_gradient(each), targets_N, mask_N, split).sum(dtype=jnp.int32) for each in counted)
+    found = [hits(jax.lax.stop_gradient(each), targets_N, mask_N, split) for each in logits]
+    correct = jnp.stack([each.sum(dtype=jnp.int32) for each in found])
     return _lost([each.sum() for each in nll], weighting) + weight * divergence, (nll, divergence, correct)
 
 
@@ -179,7 +179,7 @@ def _told(kind: HeadKind, found, targets_BT: Array, weighting: Optional[Weightin
     """(total, nll by pass `[B, T]`, divergence, correct), summed over devices."""
     nll, divergence, correct = found
     nll = tuple(each.reshape(targets_BT.shape) for each in nll)
-    sums = _lost([each.sum() for each in nll], weighting), divergence.sum(), correct.sum()
+    sums = _lost([each.sum() for each in nll], weighting), divergence.sum(), correct.sum(0)
     lost, divergence, correct = sum_over(sums, BATCH_AXES)
     weight = 1.0 if weighting is not None else kind.consistency or 0.0
     return lost + weight * divergence, nll, divergence, correct

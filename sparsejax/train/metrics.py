@@ -6,7 +6,6 @@ from typing import Any, Optional
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from sparsejax.base.reports import (
     Report,
@@ -23,7 +22,7 @@ from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, forward_flops, layer_costs
 from sparsejax.model.lm import auxiliary_losses, layer_reports, moe_layers, settle
 from sparsejax.train.memory_metrics import collapses, lookups_of, loss_by_frequency, memory_rows, table_row
-from sparsejax.train.step import EvalReport, StepReport, TableReport
+from sparsejax.train.step import EvalReport, ExitSums, StepReport, TableReport
 
 Row = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -70,15 +69,16 @@ class Window:
         assert self.last is not None and self._sums is not None
         last, (reports, tables), steps = self.last, self._sums, self.steps
         self._sums, self.steps = None, 0
+        targets = max(float(last.targets), 1.0)
         row: Row = {
             "loss": float(last.loss),
             "cross_entropy": float(last.cross_entropy),
-            "accuracy": float(last.correct) / max(float(last.targets * last.passes), 1.0),
+            "accuracy": float(last.correct) / (targets * float(last.passes)),
             "grad_norm": float(last.grad_norm),
             "window_steps": steps,
         }
         row |= {f"loss/{name}": float(value) for name, value in last.terms.items()}
-        row |= exit_row(self.config, last.exits)
+        row |= exit_row(self.config, last.exits, targets)
         row |= layer_metrics(self.config, reports, "train") | table_row(tables, steps)
         return row, routing_arrays(self.config, reports), collapses(self.config, reports)
 
@@ -100,15 +100,20 @@ def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:
     row |= {"accuracy": float(total.correct) / targets}
     row |= {f"loss/{name}": float(value) for name, value in terms.items()}
     row |= {"targets": int(total.targets)}
-    row |= {} if total.exit_sums is None else exit_row(config, total.exit_sums / targets)
+    row |= exit_row(config, total.exits, targets)
     row |= {} if total.by_token is None else loss_by_frequency(*map(np.asarray, total.by_token))
     return row | layer_metrics(config, reports, "eval"), routing_arrays(config, reports)
 
 
-def exit_row(config: ModelConfig, cross_entropies: Array) -> Row:
-    """Of the exits but the last, by their depth."""
-    pairs = zip(config.exits.depths, np.asarray(cross_entropies), strict=True)
-    return {f"exit/{depth:02d}/cross_entropy": float(value) for depth, value in pairs}
+def exit_row(config: ModelConfig, exits: ExitSums, targets: float) -> Row:
+    """Of the exits but the last, by their depth; means over so many targets."""
+    row: Row = {}
+    for depth, lost, right in zip(config.exits.depths, exits.cross_entropy, exits.correct, strict=True):
+        row |= {
+            f"exit/{depth:02d}/cross_entropy": float(lost) / targets,
+            f"exit/{depth:02d}/accuracy": float(right) / targets,
+        }
+    return row
 
 
 def bits_per_byte(cross_entropy: float) -> float:

@@ -44,6 +44,14 @@ class TableReport:
 
 
 @struct
+class ExitSums:
+    """Over targets, of the exits but the last."""
+
+    cross_entropy: Float[Array, " E"]
+    correct: Int[Array, " E"]
+
+
+@struct
 class StepReport:
     """Of one step. `terms` are the auxiliary losses as they entered `loss`, by name."""
 
@@ -59,7 +67,7 @@ class StepReport:
     tokens: Int[Array, ""]
     rows: Int[Array, ""]  # that are not all padding
     keys: Float[Array, ""]  # (query, key) pairs of one attention layer
-    exits: Float[Array, " E"]  # cross entropies of the exits but the last
+    exits: ExitSums
     passes: Int[Array, ""]  # over each of the tokens; reports are sums over them
     reports: dict[str, Report]
     tables: dict[str, TableReport]  # of the lookup tables, by memory
@@ -74,9 +82,9 @@ class EvalReport:
     targets: Int[Array, ""]
     tokens: Int[Array, ""]
     rows: Int[Array, ""]
+    exits: ExitSums
     reports: dict[str, Report]
     by_token: Optional[tuple[Float[Array, " V"], Int[Array, " V"]]] = None  # of a model with memories: Σ loss, targets
-    exit_sums: Optional[Float[Array, " E"]] = None  # as `cross_entropy_sum`, of the exits but the last
     decisions: Optional[dict[str, Decisions]] = None  # by position, when they are recorded; no sum
     reads: Optional[Reads] = None  # of memories whose addresses change with the parameters (`probe_of`); no sum
 
@@ -158,7 +166,7 @@ class Gradients:
 def make_grads_of_step(config: ExperimentConfig):
     """`(params, model_state, microbatches, step) -> ((loss, (nll, correct, terms, reports, exits)), Gradients)`, summed
     over microbatches; nll is the mean, correct and reports are the sums, of the passes that `train.consistency` asks
-    for; `exits` are the cross entropies of the exits but the last."""
+    for; `exits` are `ExitSums`."""
     graph, _, _ = abstract_model(config.model)
     count_first = config.train.accumulation > 1 and _needs_counts(config)
 
@@ -237,9 +245,9 @@ def microbatch_loss(
     targets = jnp.maximum(totals[0].targets, 1)
     lost, found, reads = passes_of(config, model, batch, keys, into, weighting)
     of_pass = [auxiliary_losses(config.model, reports, each) for reports, each in zip(found, totals, strict=True)]
-    each = jnp.stack([nll_BT.sum() for nll_BT in lost.nll]) / targets
-    exits, passes = each[: -len(found)], each[-len(found) :]
-    nll = passes.mean()
+    early = len(lost.nll) - len(found)
+    nll = jnp.stack([nll_BT.sum() / targets for nll_BT in lost.nll[early:]]).mean()
+    exits, correct = _exit_sums(lost, early), lost.correct[early:].sum()
     terms = functools.reduce(add, of_pass)
     loss = lost.total / targets + sum(terms.values())
     if config.train.consistency is not None:
@@ -248,7 +256,13 @@ def microbatch_loss(
         distilled = lost.divergence / targets
         terms |= {"exits": lost.total / targets - nll - distilled}
         terms |= {"distillation": distilled} if config.model.exits.distills else {}
-    return loss, ((nll, lost.correct, terms, functools.reduce(add, found), exits), reads)
+    return loss, ((nll, correct, terms, functools.reduce(add, found), exits), reads)
+
+
+def _exit_sums(lost: HeadLosses, early: int) -> ExitSums:
+    """Of the first `early` of what was passed to the head."""
+    cross_entropy = jnp.stack([nll_BT.sum() for nll_BT in lost.nll])
+    return ExitSums(cross_entropy=cross_entropy[:early], correct=lost.correct[:early])
 
 
 def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[Variables, Microbatches], EvalReport]:
@@ -265,18 +279,18 @@ def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[
             lost = model.exit_losses(out, batch, weighting)
         else:
             lost = model.losses([out], batch)
-        *exits, nll_BT = lost.nll
+        nll_BT = lost.nll[-1]
         reports, decisions = split_decisions(scored(config.model, out.reports, nll_BT, batch))
         totals = _totals(microbatches)
         return EvalReport(
             cross_entropy_sum=nll_BT.sum(),
-            correct=lost.correct,
+            correct=lost.correct[-1],
             targets=totals.targets,
             tokens=totals.tokens,
             rows=totals.rows,
             reports=without_measured(reports),
             by_token=by_target(config.model.vocab_size, nll_BT, batch) if by_token else None,
-            exit_sums=jnp.stack([each.sum() for each in exits]) if exits else None,
+            exits=_exit_sums(lost, len(out.exits)),
             decisions=decisions if record else None,
             reads=probe_of(config.model, out.reads) if config.model.memory else None,
         )

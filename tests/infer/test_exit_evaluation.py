@@ -12,11 +12,16 @@ from sparsejax import cli
 from sparsejax.base import devices
 from sparsejax.base.config import to_json
 from sparsejax.data.config import DataConfig
+from sparsejax.data.corpus import open_corpus
+from sparsejax.data.loader import eval_batches
+from sparsejax.data.tasks import Classify
 from sparsejax.infer import exit_evaluation
-from sparsejax.infer.exit_evaluation import exit_flops, make_measures
+from sparsejax.infer.exit_evaluation import exit_flops, make_measures, table_of
+from sparsejax.infer.exit_rules import RULES, fit_temperatures, leave
 from sparsejax.infer.exit_table import ExitTable, exit_table
 from sparsejax.model.cost import mean_keys, total
 from sparsejax.model.exits import ExitHeads
+from sparsejax.model.heads import Classes
 from sparsejax.model.partial import logits_at
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import EvalConfig, ExperimentConfig
@@ -55,6 +60,47 @@ def test_measures_are_those_of_the_logits(shape, monkeypatch):
     want = exit_table(flat(said), targets, cost=np.arange(2), depth=np.arange(2), states_NED=flat(features))
     for name, values in found.items():
         np.testing.assert_allclose(values.reshape(48, 2), getattr(want, name), rtol=2e-4, atol=2e-6, err_msg=name)
+
+
+ROWS_OF_CLASSES = ExperimentConfig(
+    model=dataclasses.replace(MODEL, vocab_size=260, causal=False, head=Classes(classes=3)),
+    data=DataConfig(name="synthetic", sequence_length=16, batch_size=4, task=Classify(classes=3, validation_rows=3)),
+)
+
+
+def test_a_classifiers_examples_are_rows():
+    config = ROWS_OF_CLASSES
+    graph_of = lambda: abstract_model(config.model)[0]  # noqa: E731
+    corpus = open_corpus(config.data)
+    with on_mesh(ONE) as mesh:
+        model = variables(config.model, mesh)
+        table = table_of(config, model, corpus, mesh)
+        graph, said, states, targets = graph_of(), [], [], []
+        run = jax.jit(lambda model, batch: nnx.merge(graph, model.params, model.model_state)(batch, mode="eval"))
+        for batch in eval_batches(corpus, config.data, 4):
+            out = jax.block_until_ready(run(model, put_batch(batch, mesh)))
+            real = batch["loss_mask"][:, 0]
+            features = [np.asarray(x)[real, 0] for x in (*out.exits, out.features)]
+            own = nnx.merge(graph, model.params, model.model_state)
+            weights = [own.exits.heads[0].weight[...], own.head.weight[...]]
+            logits = [5 * np.tanh(x @ np.asarray(w) / 5) for x, w in zip(features, weights, strict=True)]
+            said.append(np.stack(logits, 1))
+            states.append(np.stack(features, 1))
+            targets.append(batch["targets"][real, 0])
+    assert len(table) == 9 and table.classes == 3 and len(np.unique(table.group)) == 9
+    flops = exit_flops(config.model, 16)
+    more = {"cost": flops, "depth": np.array([1, 2]), "states_NED": np.concatenate(states), "keep_logits": True}
+    want = exit_table(np.concatenate(said), np.concatenate(targets), **more)
+    for field in dataclasses.fields(ExitTable):
+        if field.name not in ("group", "score"):
+            found, expected = getattr(table, field.name), getattr(want, field.name)
+            np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-5, err_msg=field.name)
+    for name in ("max_prob", "margin", "entropy", "patience", "similarity_patience", "state_similarity"):
+        np.testing.assert_array_equal(leave(RULES[name](), table), leave(RULES[name](), want))
+    assert len(fit_temperatures(table)) == 2
+    # Of a full row: each exit costs a product with the classes, once.
+    cost = total(config.model)
+    assert flops[-1] == 16 * cost.flops(16) + 2 * 2 * 16 * 3
 
 
 def test_the_last_exit_costs_the_model():

@@ -11,8 +11,9 @@ from flax import nnx
 from sparsejax.base.errors import ConfigError
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.continued import continued
-from sparsejax.model.cost import component_costs
-from sparsejax.model.exits import Alternating, ExitHeads, Gradual, Rotational, TwoStage
+from sparsejax.model.cost import component_costs, forward_flops
+from sparsejax.model.exits import Alternating, ExitHeads, Gradual, NoExits, Rotational, TwoStage
+from sparsejax.model.heads import Classes
 from sparsejax.model.lm import LanguageModel
 
 from reference import exit_training as reference
@@ -103,3 +104,15 @@ def test_every_exit_costs_a_head():
     assert shared["exit_heads"].per_token == own["exit_heads"].per_token == 2 * plain["head"].per_token
     assert shared["exit_heads"].parameters == 2 * 128
     assert own["exit_heads"].parameters == 2 * (128 + 256 * 128)
+
+
+def test_of_classes_it_costs_that_once_a_row():
+    exits = ExitHeads(layers=(1, 3), head="own")
+    config = ModelConfig(
+        d_model=16, num_heads=2, causal=False, pattern=("dense",), repeats=4, head=Classes(classes=5), exits=exits
+    )
+    cost = component_costs(config)["exit_heads"]
+    assert (cost.per_token, cost.per_row, cost.parameters) == (0, 2 * 2 * 16 * 5, 2 * (16 + 16 * 5))
+    plain = dataclasses.replace(config, exits=NoExits())
+    more = forward_flops(config, 40, 80, rows=3) - forward_flops(plain, 40, 80, rows=3)
+    assert more == forward_flops(config, 40, 80, 0.0, 3) - forward_flops(plain, 40, 80, 0.0, 3) == 3 * cost.per_row

@@ -71,7 +71,8 @@ def test_without_weight_they_change_nothing():
     loss, (nll, _, terms, _, exits), grads = run(experiment(ExitHeads(layers=(1, 2, 4), scale=0.0)))
     want = plain()
     np.testing.assert_allclose((loss, nll), (want[0], want[1][0]), rtol=1e-6)
-    assert abs(terms["exits"]) < 1e-6 and exits.shape == (3,) and (exits > 1).all()
+    assert abs(terms["exits"]) < 1e-6 and exits.correct.shape == (3,)
+    assert (exits.cross_entropy > ARRAYS["loss_mask"].sum()).all() and exits.correct.dtype == np.int32
     own = {path: grads.pop(path) for path in list(grads) if path.startswith("exits")}
     assert own and not any(each.any() for each in own.values())
     assert_close(grads, want[2], atol=1e-8)
@@ -102,7 +103,8 @@ def test_what_is_logged_adds_up():
     # Another way to the term: from the cross entropies and the weights of the paper.
     weights = reference.weights("sum_l", FULL.layers, MODEL.num_layers)
     hard = np.append(weights[:-1] * (1 - FULL.distill), weights[-1])
-    np.testing.assert_allclose(terms["exits"], hard @ np.append(exits, nll) - nll, rtol=1e-4)
+    means = exits.cross_entropy / ARRAYS["loss_mask"].sum()
+    np.testing.assert_allclose(terms["exits"], hard @ np.append(means, nll) - nll, rtol=1e-4)
 
 
 def test_equilibrium_gives_the_first_layer_the_mean_of_the_gradients():
@@ -141,7 +143,7 @@ def test_evaluation_tells_the_loss_of_every_exit():
     with on_mesh(plain_config.mesh.shape) as mesh:
         state = new_state(plain_config, make_optimizer(plain_config))
         want = to_numpy(jax.jit(make_eval_step(plain_config))(state.variables, shard_batch(ARRAYS, mesh, 1)))
-    assert report.exit_sums.shape == (3,) and np.isfinite(report.exit_sums).all()
+    assert report.exits.cross_entropy.shape == (3,) and np.isfinite(report.exits.cross_entropy).all()
     np.testing.assert_allclose(report.cross_entropy_sum, want.cross_entropy_sum, rtol=1e-6)
 
 
