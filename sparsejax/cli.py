@@ -118,9 +118,12 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
     from sparsejax.base.job import job
 
     place = find_place(args)
-    if place is not None and (verb == "generate" or (verb == "eval" and (args.parity or args.exit_table))):
-        what = "generate" if verb == "generate" else f"eval --{'parity' if args.parity else 'exit-table'}"
-        raise RequestError(f"{what} runs in one process, and this job has {place.num_processes}")
+    alone = "generate" if verb == "generate" else None
+    if verb == "eval":
+        given = {"parity": args.parity, "exit-table": args.exit_table, "exit-rule": args.exit_rule}
+        alone = next((f"eval --{flag}" for flag, value in given.items() if value), None)
+    if place is not None and alone is not None:
+        raise RequestError(f"{alone} runs in one process, and this job has {place.num_processes}")
     mesh = loaded.config.mesh
     needed = [(mesh.data, mesh.expert, mesh.tensor), *meshes]
     # data = -1 stands for what the other axes leave, so it asks for no more devices than they do.
@@ -132,6 +135,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
             return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
         if verb == "eval" and args.exit_table is not None:
             return _function("sparsejax.infer.exit_evaluation", "exit_table_command")(loaded, args.workdir, args)
+        if verb == "eval" and args.exit_rule is not None:
+            return _function("sparsejax.infer.encoder_command", "encoder_exit_command")(loaded, args.workdir, args)
         if verb == "eval":
             return _function("sparsejax.train.evaluate", "evaluate_command")(loaded, args.workdir, args)
         return _function("sparsejax.infer.command", "generate_command")(loaded, args.workdir, args)
@@ -145,13 +150,21 @@ def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
     if verb == "eval" and args.parity and args.step is not None:
         raise RequestError("--step has no effect with --parity, which restores no checkpoint")
     if verb == "eval" and args.parity:
-        for flag in ("trace", "replay", "exit-table"):
+        for flag in ("trace", "replay", "exit-table", "exit-rule", "exit-threshold"):
             if getattr(args, flag.replace("-", "_")) is not None:
                 raise RequestError(f"--{flag} has no effect with --parity")
     if verb == "eval" and args.exit_table is not None:
         for flag in ("trace", "replay"):
             if getattr(args, flag) is not None:
                 raise RequestError(f"--{flag} has no effect with --exit-table, which writes no decisions")
+        if args.exit_rule is not None:
+            raise RequestError("--exit-rule has no effect with --exit-table, which asks every exit about every example")
+    if verb == "eval" and args.exit_rule is not None:
+        for flag in ("trace", "replay"):
+            if getattr(args, flag) is not None:
+                raise RequestError(f"--{flag} has no effect with --exit-rule, which records no decisions")
+    if verb == "eval" and args.exit_rule is None and args.exit_threshold is not None:
+        raise RequestError("--exit-threshold has no effect without --exit-rule")
     if verb == "generate" and args.temperature == 0:
         for flag, value in (("--top-k", args.top_k), ("--top-p", args.top_p)):
             if value is not None:
@@ -259,6 +272,10 @@ def _eval_flags(add: Callable[..., Any]) -> None:
     table = "write what every exit says of every token, for rules and guarantees offline"
     add("--exit-table", type=flags.file, metavar="FILE.npz", help=table)
     add("--replay", type=flags.file, metavar="FILE", help="take the decisions of a trace again")
+    rule = "rows of a classifier leave at the first exit that satisfies it: max_prob, margin, entropy, patience, …"
+    add("--exit-rule", metavar="RULE", help=rule)
+    of_rule = "of the rule (default: the rule's own); exits that have to agree with patience"
+    add("--exit-threshold", type=flags.number(0, None), metavar="X", help=of_rule)
 
 
 def _generate_flags(add: Callable[..., Any]) -> None:

@@ -271,6 +271,14 @@ class MoESpec(BlockSpec):
         """FLOPs of one expert on one token."""
         return 2 * ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated)
 
+    def check_rows_apart(self, length: int, expert_axis: int) -> None:
+        if self.group_size is not None and length % self.group_size:
+            message = f"{self.group_size}: a group may hold tokens of several rows of {length}"
+            raise ConfigError("group_size", f"{message}; allowed: None, or what divides {length}")
+        if self.grouped("eval") and self.exchanges(expert_axis) and self.exchange != "all_gather":
+            message = f"{self.exchange}: rows compete for the room of dropless pairs from other devices"
+            raise ConfigError("exchange", f"{message}; allowed: all_gather, or mesh.expert=1")
+
     def processed_flops(self, report: Report, backbone: Backbone) -> float:
         return float(_moe(report).processed[: self.num_experts].sum()) * self.pair_flops(backbone)
 

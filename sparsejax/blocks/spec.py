@@ -77,6 +77,10 @@ class BlockSpec(abc.ABC):
     def check_tokens(self, tokens: int) -> None:
         """Raises `ConfigError` unless the block can take `tokens` tokens: what a device holds of one microbatch."""
 
+    def check_rows_apart(self, length: int, expert_axis: int) -> None:
+        """Raises `ConfigError` where, in evaluation, what becomes of a row of `length` tokens may depend on the rows
+        beside it. `expert_axis`: devices along the mesh axis of that name."""
+
     def processed_flops(self, report: Report, backbone: Backbone) -> float:
         """Forward FLOPs of the pairs that experts really processed, from a host report."""
         return 0.0

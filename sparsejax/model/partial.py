@@ -1,4 +1,4 @@
-"""Some layers of an unrolled model at a time, from its caches: what decoding that stops early is made of."""
+"""Some layers of an unrolled model at a time, of a decoder from its caches: what early exits are made of."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.base.structs import Batch
-from sparsejax.blocks.context import Context, Hidden
+from sparsejax.blocks.context import Context, Hidden, Mode
 from sparsejax.model.config import EMBEDDING
 from sparsejax.model.lm import LanguageModel
 from sparsejax.model.stack import Caches
@@ -17,28 +17,30 @@ from sparsejax.model.tables import NOTHING_READ, readers
 from sparsejax.ops.attention import soft_capped
 
 
-def embedded(model: LanguageModel, batch: Batch, caches: Caches) -> tuple[Hidden, Context, Caches]:
+def embedded(
+    model: LanguageModel, batch: Batch, caches: Optional[Caches], mode: Mode = "generate"
+) -> tuple[Hidden, Context, Caches]:
     """The residual before the first layer."""
     x_BTD = model.embedding(batch.tokens)
-    context = Context(batch=batch, mode="generate", embedded=x_BTD)
+    context, found = Context(batch=batch, mode=mode, embedded=x_BTD), dict(caches or {})
     begun = model.look_up(x_BTD, context, NOTHING_READ, caches)
-    if model.memories:
-        caches = {**caches, EMBEDDING: begun.cache}  # type: ignore[dict-item]
-    return model.spread(begun.x, batch), context, caches
+    if begun.cache is not None and EMBEDDING in found:
+        found[EMBEDDING] = begun.cache
+    return model.spread(begun.x, batch), context, found
 
 
 def run_layers(
     model: LanguageModel,
     x: Hidden,
     context: Context,
-    caches: Caches,
+    caches: Optional[Caches],
     layers: Sequence[int],
     active_B: Optional[Bool[Array, " B"]] = None,
     skipped_keys: bool = True,
 ) -> tuple[Hidden, Caches]:
     """These layers one after the other. Rows that are not `active_B` keep their residual; a layer that no row is active
     in costs its keys and values, or with `skipped_keys=False`, which are then not remembered, nothing."""
-    config, caches = model.config, dict(caches)
+    config, found = model.config, dict(caches or {})
     for layer in layers:
         position = f"prefix_{layer}"
         here = dataclasses.replace(
@@ -48,10 +50,11 @@ def run_layers(
             active=active_B,
             skipped_keys=skipped_keys,
         )
-        out = model.stack.prefix[layer](x, here.at_layer(layer), caches[position])
+        out = model.stack.prefix[layer](x, here.at_layer(layer), found.get(position))
         x = out.x if active_B is None else chosen_rows(active_B, out.x, x)
-        caches[position] = out.cache
-    return x, caches
+        if position in found:
+            found[position] = out.cache
+    return x, found
 
 
 def chosen_rows(chosen_B: Bool[Array, " B"], left: Hidden, right: Hidden) -> Hidden:
