@@ -68,7 +68,7 @@ class ExitingEncoder:
         self._graph = abstract_model(unrolled(config))[0]
         model = (variables.params, variables.model_state)
         self._model = jax.jit(lambda model: tuple(unrolled_variables(config, each) for each in model))(model)
-        self._compiled: dict[tuple[int, int], Compiled] = {}
+        self._compiled: dict[tuple[int, int], tuple[Compiled, float]] = {}  # with its FLOPs
 
     def __call__(self, batch: Mapping[str, np.ndarray], rule: ExitRule) -> Departures:
         """Of host arrays by the names of `Batch`, `[N, T]` with N ≤ the ladder's last size."""
@@ -91,19 +91,19 @@ class ExitingEncoder:
                 started = time.perf_counter()
                 self._compiled[key] = self._compile(number, operands)
                 compiling += time.perf_counter() - started
-            program = self._compiled[key]
+            program, cost = self._compiled[key]
             # Waited for before the next is dispatched: on CPU, two programs with collectives in flight can deadlock.
             x, logits_RC, features_RD = jax.block_until_ready(program(*operands))
             heard.hear(number, alive_N, to_numpy(logits_RC), to_numpy(features_RD))
             content_N = heard.content(rule, number, alive_N)
             exits_N[alive_N[content_N]] = number
             rungs.append(rung)
-            alive_N, flops = alive_N[~content_N], flops + ((program.cost_analysis() or {}).get("flops") or 0.0)
+            alive_N, flops = alive_N[~content_N], flops + cost
         logits_NC = np.where(exits_N[:, None] >= 0, heard.logits[np.arange(rows), exits_N], 0)
         seconds = time.perf_counter() - begun - compiling
         return Departures(logits=logits_NC, exits=exits_N, rungs=tuple(rungs), compiled_flops=flops, seconds=seconds)
 
-    def _compile(self, number: int, operands: tuple) -> Compiled:
+    def _compile(self, number: int, operands: tuple) -> tuple[Compiled, float]:
         first = self.depths[number - 1] if number else 0
         depth, last = self.depths[number], number == len(self.depths) - 1
 
@@ -124,7 +124,8 @@ class ExitingEncoder:
             x = None if last else jax.tree.map(lambda a, new: _put(a, index_R, new), x, here)
             return x, logits_RC, features_RD
 
-        return jax.jit(segment, donate_argnums=() if last else (4,)).lower(*operands).compile()
+        program = jax.jit(segment, donate_argnums=() if last else (4,)).lower(*operands).compile()
+        return program, (program.cost_analysis() or {}).get("flops") or 0.0
 
 
 def check_encoder(config: ModelConfig, length: int) -> None:
