@@ -290,7 +290,7 @@ def _generate_flags(add: Callable[..., Any]) -> None:
     rule = "leave at the first exit that satisfies it: max_prob, margin, entropy, state_similarity, patience"
     add("--exit-rule", metavar="RULE", help=rule)
     add("--exit-threshold", type=flags.number(0, None), metavar="X", help="of the rule (default: 0.9); 1 never leaves")
-    keys = "what skipped layers remember: propagate (default), evict, share; monotone: depth by a schedule"
+    keys = "what skipped layers remember: propagate (default), recompute, evict, share; monotone: depth by a schedule"
     add("--exit-policy", metavar="POLICY", help=keys)
     add("--exit-decay", type=flags.number(0, None), metavar="TAU", help="lower the threshold of later tokens")
     add("--draft-layers", type=flags.whole(1), metavar="E", help="draft with the first E layers, check with the rest")

@@ -1,9 +1,10 @@
 """Decoding where each row leaves the model at the first exit that satisfies a rule, whatever the other rows do.
 
 What the layers that a row skips remember of its token is the `keys` policy: `propagate`, keys and values from the state
-that it left with (CALM, arXiv:2207.07061); `evict`, nothing (later tokens do not see it there); `share`, those of the
-last layer that ran; `monotone`, nothing, but later tokens never run a layer that an earlier one has skipped, for the
-depth falls with the number of sampled tokens and the top layers are kept (SkipDecode, arXiv:2307.02628)."""
+that it left with (CALM, arXiv:2207.07061); `recompute`, nothing at first, and those of the full model once a later
+token goes there (`exit_recompute`); `evict`, nothing (later tokens do not see it there); `share`, those of the last
+layer that ran; `monotone`, nothing, but later tokens never run a layer that an earlier one has skipped, for the depth
+falls with the number of sampled tokens and the top layers are kept (SkipDecode, arXiv:2307.02628)."""
 
 import dataclasses
 import functools
@@ -20,6 +21,7 @@ from sparsejax.base.sharding import BATCH_AXES, zeros_of
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Hidden
 from sparsejax.blocks.tokens import EveryToken
+from sparsejax.infer.exit_recompute import Owing, caught_up, noted, owing
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel
 from sparsejax.model.partial import chosen_rows, embedded, features_at, logits_at, run_layers
@@ -28,7 +30,7 @@ from sparsejax.nn.attention import CACHE_SPECS, KVCache
 from sparsejax.ops.exits import decaying_threshold
 
 Rule = Literal["max_prob", "margin", "entropy", "state_similarity", "patience"]
-Keys = Literal["propagate", "evict", "share", "monotone"]
+Keys = Literal["propagate", "recompute", "evict", "share", "monotone"]
 RULES, POLICIES = get_args(Rule), get_args(Keys)
 
 
@@ -110,15 +112,17 @@ def exit_step(
     model: LanguageModel,
     how: EarlyExit,
     batch: Batch,
-    caches: Caches,
+    caches: Caches | Owing,
     threshold: Float[Array, ""],
     number: Int[Array, ""],
     tokens: int,
-) -> tuple[Float[Array, "B V"], Int[Array, " B"], Caches]:
+) -> tuple[Float[Array, "B V"], Int[Array, " B"], Caches | Owing]:
     """(logits, layers run, caches) of one token of every row; `model` is unrolled. The logits are those of the exit
-    that the row left at. `number` of `tokens` are sampled already."""
+    that the row left at. `number` of `tokens` are sampled already. Keys that are recomputed are `Owing`, as `begun`
+    made them."""
     config = model.config
-    x, context, caches = embedded(model, batch, caches)
+    owed = caches if isinstance(caches, Owing) else None
+    x, context, caches = embedded(model, batch, caches.caches if isinstance(caches, Owing) else caches)
     if how.keys == "monotone":
         return _on_schedule(model, how, x, context, caches, number, tokens)
     depths = (*config.exits.depths, config.num_layers)
@@ -134,12 +138,17 @@ def exit_step(
     depth_B = jnp.zeros_like(batch.tokens[:, 0])
     seen = Seen(prediction=depth_B - 1, agreeing=depth_B, features=nothing_BD)
     first = 0
-    for depth in depths:
+    for order, depth in enumerate(depths):
         run = active_B if how.compact else None
         before = x
+        if owed is not None and order:
+            owed = caught_up(model, dataclasses.replace(owed, caches=caches), order, active_B, batch.positions[:, 0])
+            caches = owed.caches
         x, caches = run_layers(model, x, context, caches, range(first, depth), run, how.keys == "propagate")
         if not how.compact:
             x = chosen_rows(active_B, x, before)
+        if owed is not None:
+            owed = noted(owed, order, x, batch, active_B)
 
         asked = functools.partial(ask, depth)
         skip = functools.partial(zeros_of, asked)
@@ -151,7 +160,12 @@ def exit_step(
         active_B, first = active_B & ~leaves_B, depth
     if how.keys == "share":
         caches = _shared(caches, batch, depth_B, config.num_layers)
-    return logits_BV, depth_B, caches
+    return logits_BV, depth_B, caches if owed is None else dataclasses.replace(owed, caches=caches)
+
+
+def begun(model: LanguageModel, how: EarlyExit, caches: Caches, length_B: Int[Array, " B"]) -> Caches | Owing:
+    """What `exit_step` goes on from, when full layers have filled caches with so many tokens of each row."""
+    return owing(model, caches, length_B) if how.keys == "recompute" else caches
 
 
 def schedule(depths: tuple[int, ...], number: Int[Array, ""], tokens: int) -> Int[Array, ""]:

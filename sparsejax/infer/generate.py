@@ -18,7 +18,8 @@ from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import BATCH_AXES
 from sparsejax.base.structs import Batch
 from sparsejax.infer.decoded import Decoded, Generation, Scores, Variables
-from sparsejax.infer.early_exit import EarlyExit, exit_step
+from sparsejax.infer.early_exit import EarlyExit, begun, exit_step
+from sparsejax.infer.exit_recompute import Owing
 from sparsejax.infer.prompts import Prompts, check_prompts, place_prompts, token_batch
 from sparsejax.infer.sampling import Sampling, sample
 from sparsejax.infer.self_speculation import SelfSpeculation, speculate
@@ -212,10 +213,11 @@ class Generator:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, EarlyExit)
         step = lambda batch, caches, number: exit_step(lm, how, batch, caches, limit, number, max_tokens)  # noqa: E731
+        caches = begun(lm, how, caches, prompts.lengths)
         return self._token_by_token(step, prompts, caches, key, forced, max_tokens)
 
     def _token_by_token(
-        self, step, prompts: Prompts, caches: Caches, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
+        self, step, prompts: Prompts, caches: Any, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
     ) -> Decoded:
         """`step`: (batch of one token a row, caches, its number) → (logits, layers run, caches)."""
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.salts)
@@ -232,6 +234,7 @@ class Generator:
         start = (prompts.before, prompts.last, prompts.lengths, caches)
         given_TB = None if forced_BT is None else jax.sharding.reshard(forced_BT, P(BATCH_AXES, None)).T
         (*_, caches), found_TB = jax.lax.scan(one, start, (jnp.arange(max_tokens), given_TB))
+        caches = caches.caches if isinstance(caches, Owing) else caches
         tokens_BT, depths_BT, nll_BT = jax.tree.map(lambda a: jax.sharding.reshard(a.T, P(None, None)), found_TB)
         return Decoded(tokens=tokens_BT, caches=caches, depths=depths_BT, nll=nll_BT)
 

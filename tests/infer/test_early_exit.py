@@ -62,11 +62,13 @@ class TestGenerator:
         for got, want in zip(found, masked, strict=True):
             np.testing.assert_array_equal(got, want)
 
-    def test_a_mesh_changes_nothing(self):
-        for got, want in zip(generated(MIXED, shape=CUBE), generated(MIXED), strict=True):
+    @pytest.mark.parametrize("keys", ["propagate", "recompute"])
+    def test_a_mesh_changes_nothing(self, keys):
+        how = dataclasses.replace(MIXED, keys=keys)
+        for got, want in zip(generated(how, shape=CUBE), generated(how), strict=True):
             np.testing.assert_array_equal(got, want)
 
-    @pytest.mark.parametrize("keys", ["propagate", "evict", "share"])
+    @pytest.mark.parametrize("keys", ["propagate", "recompute", "evict", "share"])
     def test_a_row_leaves_where_it_would_alone(self, keys):
         how = dataclasses.replace(MIXED, keys=keys)
         together, alone = generated(how), generated(how, prompts=(1,))
