@@ -87,14 +87,14 @@ def test_a_step_is_the_same_on_a_mesh_in_parts_and_unrolled():
     assert "exits" in of_exits
 
 
-def evaluated(config: ExperimentConfig, variables=None):
+def evaluated(config: ExperimentConfig, variables=None, batch=ARRAYS):
     """The sums of the batch as an evaluation, and the variables."""
     with on_mesh(config.mesh.shape) as mesh:
         if variables is None:  # norms are not to be alike
             rng, first = np.random.default_rng(0), new_state(config, make_optimizer(config)).variables
             moved = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), first.params)
             variables = dataclasses.replace(first, params=moved)
-        return to_numpy((jax.jit(make_eval_step(config))(variables, shard_batch(ARRAYS, mesh, 1)), variables))
+        return to_numpy((jax.jit(make_eval_step(config))(variables, shard_batch(batch, mesh, 1)), variables))
 
 
 def cut_off(config: ModelConfig, variables: Variables, depth: int) -> tuple[ModelConfig, Variables]:
@@ -121,6 +121,8 @@ def test_an_exit_says_what_the_model_cut_off_there_would(pool, streams):
         alone = evaluated(dataclasses.replace(config, model=model), of_it)[0]
         np.testing.assert_allclose(report.exits.cross_entropy[number], alone.cross_entropy_sum, rtol=1e-5)
         assert report.exits.correct[number] == alone.correct
+    other = ARRAYS | {"tokens": np.where(ARRAYS["segments"] > 0, ARRAYS["tokens"], 7)}
+    assert_close(evaluated(config, variables, other)[0].exits, report.exits, 1e-6)  # no exit pools padding
     row = eval_row(config.model, report)[0]
     assert row["exit/02/accuracy"] == report.exits.correct[1] / (ROWS - 1)
     assert row["exit/02/cross_entropy"] == pytest.approx(report.exits.cross_entropy[1] / (ROWS - 1))
