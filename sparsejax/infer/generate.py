@@ -213,8 +213,8 @@ class Generator:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, EarlyExit)
         step = lambda batch, caches, number: exit_step(lm, how, batch, caches, limit, number, max_tokens)  # noqa: E731
-        caches = begun(lm, how, caches, prompts.lengths)
-        return self._token_by_token(step, prompts, caches, key, forced, max_tokens)
+        start = begun(lm, how, caches, prompts.lengths)
+        return self._token_by_token(step, prompts, start, key, forced, max_tokens)
 
     def _token_by_token(
         self, step, prompts: Prompts, caches: Any, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
