@@ -269,7 +269,7 @@ def _eval_flags(add: Callable[..., Any]) -> None:
     add("--step", type=flags.whole(0), help="checkpoint to restore (default: the newest)")
     add("--parity", action="store_true", help="compare loss, gradients and ledger on every --mesh with one device")
     add("--trace", type=flags.file, metavar="FILE", help="write the routers' decisions, token by token")
-    table = "write what every exit says of every token, for rules and guarantees offline"
+    table = "write what every exit says of every token, or row of a classifier, for rules and guarantees offline"
     add("--exit-table", type=flags.file, metavar="FILE.npz", help=table)
     add("--replay", type=flags.file, metavar="FILE", help="take the decisions of a trace again")
     rule = "rows of a classifier leave at the first exit that satisfies it: max_prob, margin, entropy, patience, …"
