@@ -135,6 +135,8 @@ def _dispatch(verb: str, args: argparse.Namespace, overrides: list[tuple[str, st
             return _function("sparsejax.train.loop", "train")(loaded, workdir, *options)
         if verb == "eval" and args.exit_table is not None:
             return _function("sparsejax.infer.exit_evaluation", "exit_table_command")(loaded, args.workdir, args)
+        if verb == "eval" and args.exit_rule is not None and loaded.config.model.head.of_tokens:
+            return _function("sparsejax.infer.decoder_command", "exit_score_command")(loaded, args.workdir, args)
         if verb == "eval" and args.exit_rule is not None:
             return _function("sparsejax.infer.encoder_command", "encoder_exit_command")(loaded, args.workdir, args)
         if verb == "eval":
@@ -150,7 +152,7 @@ def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
     if verb == "eval" and args.parity and args.step is not None:
         raise RequestError("--step has no effect with --parity, which restores no checkpoint")
     if verb == "eval" and args.parity:
-        for flag in ("trace", "replay", "exit-table", "exit-rule", "exit-threshold"):
+        for flag in ("trace", "replay", "exit-table", "exit-rule", "exit-threshold", "exit-policy"):
             if getattr(args, flag.replace("-", "_")) is not None:
                 raise RequestError(f"--{flag} has no effect with --parity")
     if verb == "eval" and args.exit_table is not None:
@@ -163,8 +165,10 @@ def _refuse_inert_flags(verb: str, args: argparse.Namespace) -> None:
         for flag in ("trace", "replay"):
             if getattr(args, flag) is not None:
                 raise RequestError(f"--{flag} has no effect with --exit-rule, which records no decisions")
-    if verb == "eval" and args.exit_rule is None and args.exit_threshold is not None:
-        raise RequestError("--exit-threshold has no effect without --exit-rule")
+    if verb == "eval" and args.exit_rule is None:
+        for flag in ("exit-threshold", "exit-policy"):
+            if getattr(args, flag.replace("-", "_")) is not None:
+                raise RequestError(f"--{flag} has no effect without --exit-rule")
     if verb == "generate" and args.temperature == 0:
         for flag, value in (("--top-k", args.top_k), ("--top-p", args.top_p)):
             if value is not None:
@@ -272,10 +276,11 @@ def _eval_flags(add: Callable[..., Any]) -> None:
     table = "write what every exit says of every token, or row of a classifier, for rules and guarantees offline"
     add("--exit-table", type=flags.file, metavar="FILE.npz", help=table)
     add("--replay", type=flags.file, metavar="FILE", help="take the decisions of a trace again")
-    rule = "rows of a classifier leave at the first exit that satisfies it: max_prob, margin, entropy, patience, …"
+    rule = "rows of a classifier, tokens of a decoder leave at the first exit that satisfies it: max_prob, margin, …"
     add("--exit-rule", metavar="RULE", help=rule)
     of_rule = "of the rule (default: the rule's own); exits that have to agree with patience"
     add("--exit-threshold", type=flags.number(0, None), metavar="X", help=of_rule)
+    add("--exit-policy", metavar="POLICY", help="what skipped layers of a decoder remember: as for generate")
 
 
 def _generate_flags(add: Callable[..., Any]) -> None:

@@ -47,6 +47,7 @@ class Scores:
     nll: list[np.ndarray]  # nats, float32 `[T]` for each continuation
     decode_seconds: float
     depths: Optional[list[np.ndarray]] = None  # layers run for each token, with early exits
+    compiled_flops: Optional[float] = None  # as of a generation
 
 
 @struct

@@ -36,6 +36,8 @@ WANTING = {
 def encoder_exit_command(loaded: Loaded[ExperimentConfig], workdir: Path, args: argparse.Namespace) -> int:
     """Evaluates the newest good checkpoint (or `--step`) with rows that leave by `--exit-rule`; prints accuracy, exits,
     FLOPs and throughput, without compilation, as one JSON object."""
+    if args.exit_policy is not None:
+        raise RequestError("--exit-policy has no effect on a classifier, whose rows leave nothing behind")
     config = dataclasses.replace(loaded.config, mesh=loaded.config.mesh.resolve(jax.device_count()))
     rule = read_rule(args.exit_rule, args.exit_threshold)
     mesh, length = make_mesh(config.mesh), config.data.sequence_length

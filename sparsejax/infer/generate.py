@@ -115,10 +115,10 @@ class Generator:
         given = np.zeros((len(prompts), max(lengths)), np.int32)
         for row, tokens in zip(given, continuations, strict=True):
             row[: len(tokens)] = tokens
-        decoded, (_, seconds), _ = self._run(variables, prompts, max(lengths), 0, threshold, given)
+        decoded, (_, seconds), flops = self._run(variables, prompts, max(lengths), 0, threshold, given)
         cut = lambda array: [np.asarray(row)[:n] for row, n in zip(array, lengths, strict=False)]  # noqa: E731
         depths = None if decoded.depths is None else cut(decoded.depths)
-        return Scores(nll=cut(decoded.nll), decode_seconds=seconds, depths=depths)
+        return Scores(nll=cut(decoded.nll), decode_seconds=seconds, depths=depths, compiled_flops=flops)
 
     def _run(
         self,
@@ -213,25 +213,26 @@ class Generator:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, EarlyExit)
         step = lambda batch, caches, number: exit_step(lm, how, batch, caches, limit, number, max_tokens)  # noqa: E731
-        start = begun(lm, how, caches, prompts.lengths)
-        return self._token_by_token(step, prompts, start, key, forced, max_tokens)
+        held = begun(lm, how, caches, prompts.lengths)
+        return self._token_by_token(step, prompts, held, key, forced, max_tokens)
 
     def _token_by_token(
-        self, step, prompts: Prompts, caches: Any, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
+        self, step, prompts: Prompts, held: Any, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
     ) -> Decoded:
-        """`step`: (batch of one token a row, caches, its number) → (logits, layers run, caches)."""
+        """`step`: (batch of one token a row, caches, its number) → (logits, layers run, caches). `held` are caches, or
+        what holds them."""
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.salts)
 
         def one(carry, of_token):
             number, given_B = of_token
-            before_B, token_B, position_B, caches = carry
+            before_B, token_B, position_B, held = carry
             batch = token_batch(token_B[:, None], position_B[:, None], prompts.real[:, None], before_B[:, None])
-            logits_BV, depth_B, caches = step(batch, caches, number)
+            logits_BV, depth_B, held = step(batch, held, number)
             next_B = self._draw(logits_BV, keys_B, position_B) if given_B is None else given_B
             nll_B = None if given_B is None else self._lost(logits_BV, next_B, prompts.real)
-            return (token_B, next_B, position_B + 1, caches), (next_B, depth_B, nll_B)
+            return (token_B, next_B, position_B + 1, held), (next_B, depth_B, nll_B)
 
-        start = (prompts.before, prompts.last, prompts.lengths, caches)
+        start = (prompts.before, prompts.last, prompts.lengths, held)
         given_TB = None if forced_BT is None else jax.sharding.reshard(forced_BT, P(BATCH_AXES, None)).T
         (*_, caches), found_TB = jax.lax.scan(one, start, (jnp.arange(max_tokens), given_TB))
         caches = caches.caches if isinstance(caches, Owing) else caches

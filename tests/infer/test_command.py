@@ -89,6 +89,24 @@ class TestCommand:
         assert flops["ideal"] == 5 * (layer + head + 2 * 2 * d * kv) + keys * scores
         assert flops["full"] == 5 * (2 * layer + head) + 2 * keys * scores
 
+    def test_evaluation_decodes_with_early_exits(self, run_folder, capsys):
+        def evaluate(*flags):
+            words = ["eval", f"--workdir={run_folder}", "--config.eval.batches=1", "--exit-rule=entropy", *flags]
+            status = cli.main(words)
+            out, err = capsys.readouterr()
+            return (status, err) if status else json.loads(out.splitlines()[-1])
+
+        never, always = evaluate("--exit-threshold=0"), evaluate("--exit-threshold=9", "--exit-policy=evict")
+        assert never["exits"]["histogram"] == {"2": never["targets"]}
+        assert always["exits"]["histogram"] == {"1": never["targets"]} and always["exit_rule"]["keys"] == "evict"
+        assert never["cross_entropy"] != always["cross_entropy"] and never["tokens_per_second"] > 0
+        assert never["exits"]["flops"]["ideal"] > never["exits"]["flops"]["full"] > always["exits"]["flops"]["ideal"]
+        assert never["bits_per_byte"] == pytest.approx(never["cross_entropy"] / np.log(2))
+        status, said = evaluate("--exit-policy=monotone")
+        assert status == 2 and "asks no rule" in said and said.count("\n") == 1
+        status, said = evaluate("--exit-threshold=-1")
+        assert status == 2 and said.count("\n") == 1
+
     def test_drafts_change_nothing_but_the_time(self, generate):
         said = []
         for more in ((), ("--draft-layers=1", "--draft-length=2")):
