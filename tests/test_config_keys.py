@@ -346,6 +346,30 @@ def of_skim() -> dict[str, Row]:
 SKIMS = ("ltp", "power_bert", "transkimmer", "schedule", "tome")
 
 
+HALTING = {"model.pattern": "(dense,)", "model.repeats": "3"}
+OF_HALTING = {
+    "execution": row("masked", evaluation),
+    "epsilon": row(0.1, evaluation),
+    "coefficient": row(0.7, gradients),
+    "bias (act)": row(2.0, initial),
+    "scale (a_vit)": row(3.0, evaluation),
+    "shift (a_vit)": row(1.0, evaluation),
+    "depth (a_vit)": row(1.0, gradients),
+    "deviation (a_vit)": row(2.0, gradients),
+    "prior (a_vit)": row(0.7, gradients),
+}
+
+
+def of_halting() -> dict[str, Row]:
+    """The rows of `OF_HALTING`, those of no kind for each kind."""
+    found = {"model.halting.name": row("act", parameters, **HALTING)}
+    for key, change in OF_HALTING.items():
+        for kind in (key.partition(" (")[2].rstrip(")"),) if " (" in key else ("act", "a_vit"):
+            given = tuple((HALTING | {"model.halting": kind}).items())
+            found[f"model.halting.{key.partition(' ')[0]} ({kind})"] = dataclasses.replace(change, given=given)
+    return found
+
+
 def of_sequence() -> dict[str, Row]:
     """Rows of layers that compute on some tokens, for each kind."""
     narrow = {"model.blocks.narrow": "dense", "model.pattern": "(dense, narrow)"}
@@ -536,6 +560,8 @@ TABLE: dict[str, Row] = {
     **{f"{LOOKUP}.{key}": of_key for key, of_key in LOOKUP_KEYS.items()},
     **{f"{TABLES}.{key}": of_key for key, of_key in TABLE_KEYS.items()},
     **of_skim(),
+    **of_halting(),
+    "model.tied_repeats": row(True, parameters, **HALTING),
     "model.causal": row(False, evaluation, **CLASSIFY),
     "model.head.name": row("classes", "tests/train/test_tasks.py::TestRefused"),
     "model.head.classes (classes)": row(4, "tests/train/test_tasks.py::TestRefused"),

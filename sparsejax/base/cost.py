@@ -28,6 +28,10 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
 
+    def again(self) -> "Cost":
+        """Of the same parameters in one more place."""
+        return dataclasses.replace(self, parameters=0, active=0)
+
     def every_kth(self, k: float) -> "Cost":
         """Of the same parameters when they see every k-th token alone, and those only each other."""
         less = {name: getattr(self, name) / k for name in ("per_token", "routed", "gathered")}

@@ -158,6 +158,20 @@ class SkimReport:
 
 
 @struct
+class HaltingReport:
+    """One layer as a step that tokens take until they halt (leading axes: repeats of the layer). Counts are int32, sums
+    float32."""
+
+    tokens: Int[Array, "*R"]  # unmasked tokens
+    running: Int[Array, "*R"]  # of them, those that took the step
+    halting: Int[Array, "*R"]  # of these, those whose last step it was
+    remainder_sum: Float[Array, "*R"]  # Σ over the latter of the weight of that step
+    probability_sum: Float[Array, "*R"]  # Σ over those running of the probability of halting, which the last step has 1
+    prior_sum: Float[Array, "*R"]  # Σ over tokens of the step's part of the divergence from the prior, nats
+    keys: Float[Array, "*R"]  # (query, key) pairs of those running
+
+
+@struct
 class Report:
     """What one block returns: a part for each kind of conditional computation in it, None where there is none."""
 
@@ -167,6 +181,7 @@ class Report:
     sequence: Optional[SequenceReport] = None
     selection: Optional[SelectionReport] = None
     skim: Optional[SkimReport] = None
+    halting: Optional[HaltingReport] = None
 
 
 Reports = Mapping[str, Report]
@@ -240,6 +255,21 @@ def skim_ratios(report: SkimReport) -> dict[str, float]:
     return {
         "select/keep_fraction": float(report.kept / tokens),
         "select/unplaced_fraction": float(report.unplaced / tokens),
+    }
+
+
+def halting_ratios(layers: Sequence[HaltingReport]) -> dict[str, float]:
+    """The `halting/…` metrics of a model, from the unstacked host reports of its layers."""
+    if not layers:
+        return {}
+    tokens = max(float(layers[0].tokens), 1.0)
+    depth = sum(float(report.running) for report in layers) / tokens
+    remainder = sum(float(report.remainder_sum) for report in layers) / tokens
+    return {
+        "halting/mean_depth": depth,
+        "halting/remainder": remainder,
+        "halting/ponder": depth + remainder,
+        "halting/last_fraction": float(layers[-1].halting) / tokens,
     }
 
 

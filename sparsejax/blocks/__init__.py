@@ -1,10 +1,12 @@
 """Floor 3: blocks, `(x, context, cache) -> BlockOutput`, and the registries of what a config may name in its layer
-pattern, of the residuals that join them, and of what they compute on along a row."""
+pattern, of the residuals that join them, of what they compute on along a row, and of where tokens halt."""
 
 from sparsejax.base.registry import Registry
 from sparsejax.blocks.altup import AltUp, DynamicAltUp
 from sparsejax.blocks.attention import AttentionSpec
 from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.halting import NoHalting
+from sparsejax.blocks.halting_methods import AdaptiveComputationTime, AViT
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
@@ -45,3 +47,4 @@ SKIMS = Registry(
         "tome": TokenMerging,
     },
 )
+HALTINGS = Registry("halting", {"none": NoHalting, "act": AdaptiveComputationTime, "a_vit": AViT})

@@ -14,6 +14,7 @@ from sparsejax.base.structs import Batch, struct
 from sparsejax.memory.layer import MemoryCache
 from sparsejax.nn.attention import KVCache
 from sparsejax.nn.table import Given, Reader
+from sparsejax.ops.halting import Halted
 from sparsejax.ops.skim import Survivors
 from sparsejax.ops.streams import Streams
 
@@ -21,8 +22,9 @@ Mode = Literal["train", "eval", "generate"]
 """train: noise, training capacity. eval: no noise, evaluation capacity. generate: no noise, a slot for every token."""
 
 
-Hidden = Float[Array, "B T D"] | Streams | Survivors
-"""What goes from layer to layer: one residual stream, several, or that of the tokens that are left."""
+Hidden = Float[Array, "B T D"] | Streams | Survivors | Halted
+"""What goes from layer to layer: one residual stream, several, that of the tokens that are left, or one with outputs of
+tokens that have halted."""
 
 
 @dataclass(frozen=True, kw_only=True)

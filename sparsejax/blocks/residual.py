@@ -6,7 +6,7 @@ from typing import Optional, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparsejax.base.reports import MoEReport, Report
 from sparsejax.base.sharding import zeros_of
@@ -78,11 +78,22 @@ class TransformerBlock(nnx.Module):
             seen_BT = jnp.where(active_B[:, None], batch.segments, 0)
         cache = self.attention.remember(k, v, batch.positions, seen_BT, cache, batch.places)
 
-        def rest(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            x_BTD = x_BTD + self.attention.recall(self.attention_norm(x_BTD), *where, cache, batch.places)
-            if self.feed_forward is None or self.feed_forward_norm is None:
-                return x_BTD
-            return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD), context)[0]
-
+        rest = lambda x_BTD: self.onwards(x_BTD, *where, cache, batch.places, context)  # noqa: E731
         x_BTD = jax.lax.cond(any_active, rest, lambda x_BTD: x_BTD, x_BTD)
         return BlockOutput(x=x_BTD, report=Report(), cache=BlockCache(attention=cache))
+
+    def onwards(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        positions_BS: Int[Array, "B S"],
+        segments_BS: Int[Array, "B S"],
+        cache: KVCache,
+        places_BS: Optional[Int[Array, "B S"]],
+        context: Context,
+    ) -> Float[Array, "B S D"]:
+        """The block on tokens of rows whose keys and values are all remembered already."""
+        where = positions_BS, segments_BS, cache, places_BS
+        x_BSD = x_BSD + self.attention.recall(self.attention_norm(x_BSD), *where)
+        if self.feed_forward is None or self.feed_forward_norm is None:
+            return x_BSD
+        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD), context)[0]

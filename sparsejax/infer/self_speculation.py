@@ -19,6 +19,7 @@ from sparsejax.base.errors import RequestError
 from sparsejax.base.sharding import BATCH_AXES
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Hidden
+from sparsejax.blocks.halting import NoHalting
 from sparsejax.blocks.tokens import EveryToken
 from sparsejax.infer.sampling import Sampling, distribution
 from sparsejax.model.config import ModelConfig
@@ -50,6 +51,8 @@ class SelfSpeculation:
             )
         if not all(isinstance(tokens, EveryToken) for tokens in (config.sequence, config.select)):
             raise RequestError("self-speculation wants a model whose layers compute on every token")
+        if not isinstance(config.halting, NoHalting):
+            raise RequestError("self-speculation wants a model whose tokens go through all layers (model.halting=none)")
         for name, memory in config.memory.items():
             if memory.address.window is not None or memory.consume.window(config) is not None:
                 raise RequestError(f"self-speculation cannot take back what model.memory.{name} remembers of a draft")

@@ -6,8 +6,9 @@ from typing import Any, Literal, Optional
 
 from sparsejax.base.errors import ConfigError, did_you_mean
 from sparsejax.base.registry import choice, choices
-from sparsejax.blocks import BLOCKS, RESIDUALS, SELECTIONS, SEQUENCES, SKIMS
+from sparsejax.blocks import BLOCKS, HALTINGS, RESIDUALS, SELECTIONS, SEQUENCES, SKIMS
 from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.halting import HaltingSpec, TokenHalting
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.blocks.skim import Skim, Skimming
 from sparsejax.blocks.spec import BlockSpec
@@ -54,6 +55,7 @@ class ModelConfig(Backbone):
     prefix: tuple[str, ...] = ()
     pattern: tuple[str, ...] = ("dense", "moe")
     repeats: int = 2
+    tied_repeats: bool = False  # all repeats have the same parameters (Universal Transformer, arXiv:1807.03819)
     suffix: tuple[str, ...] = ()
     blocks: Mapping[str, BlockSpec] = choices(BLOCKS, dense=DenseSpec(), moe=MoESpec())
     memory: Mapping[str, MemorySpec] = choices(MEMORIES)  # lookup layers by name, each in the blocks that it names
@@ -61,6 +63,7 @@ class ModelConfig(Backbone):
     sequence: Tokens = choice(SEQUENCES, "none")  # layers that compute on every k-th token of a row; none: on all
     select: Tokens = choice(SELECTIONS, "none")  # layers that compute on tokens chosen for them; none: on all
     skim: Skim = choice(SKIMS, "none")  # tokens that leave on the way; none: no token does
+    halting: HaltingSpec = choice(HALTINGS, "none")  # tokens that stop at some layer; none: no token does
     head: HeadSpec = choice(HEADS, "tokens")  # what is scored
     exits: Exits = choice(EXITS, "none")  # output heads after some of the layers
     layer_dropout: float = 0.0  # rows that skip the last layer in training; of those before, exponentially fewer do
@@ -86,6 +89,8 @@ class ModelConfig(Backbone):
         self._check_tokens_apart()
         self._check_skim()
         self._check_exits()
+        self._check_halting()
+        self._check_tied_repeats()
         if self.vocab_size < 2:
             raise ConfigError("vocab_size", f"{self.vocab_size} is less than 2")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -232,6 +237,24 @@ class ModelConfig(Backbone):
         if not 0 <= self.layer_dropout < 1:
             raise ConfigError("layer_dropout", f"{self.layer_dropout} is outside [0, 1)")
 
+    def _check_halting(self) -> None:
+        if not isinstance(self.halting, TokenHalting):
+            return
+        name = HALTINGS.name_of(self.halting)
+        plain = isinstance(self.streams, OneStream) and self.sequence == self.select == EveryToken()
+        if not plain or isinstance(self.skim, Skimming) or self.exits.depths or self.layer_dropout:
+            others = "streams, sequence, select, skim and exits=none, and layer_dropout=0"
+            raise ConfigError("halting", f"{name} goes with {others}")
+        for block in dict.fromkeys(self.positions.values()):
+            if self.blocks[block].has_router or self._not_shortened(block):
+                raise ConfigError("halting", f"{name}: layers that are {block!r} need all tokens; allowed: dense ones")
+
+    def _check_tied_repeats(self) -> None:
+        for block in dict.fromkeys(self.pattern) if self.tied_repeats else ():
+            if self.blocks[block].has_router or any(block in spec.blocks for spec in self.memory.values()):
+                message = f"true, but {block!r} has a router or a memory, whose state is that of one layer"
+                raise ConfigError("tied_repeats", f"{message}; allowed in the pattern: dense blocks")
+
     def _not_shortened(self, block: str) -> Optional[str]:
         """Why layers with this block spec cannot compute on some tokens of a row."""
         try:
@@ -265,6 +288,10 @@ class ModelConfig(Backbone):
         places += [(name, f"suffix_{i}", None) for i, name in enumerate(self.suffix)]
         return tuple(Layer(index=n, block=name, position=where, repeat=r) for n, (name, where, r) in enumerate(places))
 
+    def stored(self, layer: Layer) -> Optional[int]:
+        """Index of a layer into stacked parameters; None where they are not stacked."""
+        return 0 if self.tied_repeats and layer.repeat is not None else layer.repeat
+
     @property
     def positions(self) -> dict[str, str]:
         """Report key → block name, each once."""
@@ -280,6 +307,8 @@ class ModelConfig(Backbone):
             reasons["repeats"] = "the pattern is empty"
         if not self.pattern or self.repeats == 0:
             reasons["scan"] = "there is no repeated pattern"
+        if not self.pattern or self.repeats < 2:
+            reasons["tied_repeats"] = "nothing is repeated"
         if not self.causal:
             accepting = [*(f"blocks.{name}{part}" for name in self.blocks for part in ("", ".router")), "sequence"]
             reasons |= {f"{path}.allow_leak": "causal=false: tokens see those after them" for path in accepting}

@@ -29,6 +29,9 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
     """
     if config.num_layers != before.num_layers:
         raise RequestError(f"it has {before.num_layers} layers, and config.model has {config.num_layers}")
+    shape = lambda model: (model.prefix, model.pattern, model.repeats, model.tied_repeats)  # noqa: E731
+    if config.tied_repeats and shape(config) != shape(before):
+        raise RequestError("config.model.tied_repeats: repeats that were trained apart, or of another pattern, differ")
     # Whole on every device: cutting and stacking need not follow how the arrays are split.
     whole = jax.tree.map(lambda array: jax.sharding.reshard(array, P()), trained)
     flat = dict(nnx.to_flat_state(fresh))
@@ -53,7 +56,7 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
             continue
         position, name = place(path)
         values = [layers[layer.index][name] for layer in config.layers if layer.position == position]
-        flat[path] = variable.replace(jnp.stack(values) if path[1] == "units" else values[0])
+        flat[path] = variable.replace(jnp.stack(values[: len(variable[...])]) if path[1] == "units" else values[0])
     return nnx.from_flat_state(flat)
 
 
@@ -86,5 +89,6 @@ def _by_layer(config: ModelConfig, variables: Iterable[tuple[tuple, Any]]) -> tu
         position, name = place(path)
         for layer in config.layers:
             if layer.position == position:
-                layers[layer.index][name] = variable[...] if layer.repeat is None else variable[layer.repeat]
+                stored = config.stored(layer)
+                layers[layer.index][name] = variable[...] if stored is None else variable[stored]
     return outside, layers

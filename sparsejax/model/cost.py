@@ -33,6 +33,7 @@ COMPONENTS = (
     "sequence",
     "selection",
     "skim",
+    "halting",
 )
 
 
@@ -44,7 +45,8 @@ def component_costs(config: ModelConfig) -> dict[str, Cost]:
     costs |= config.exits.costs(own_head, config.streams.norm_width(config.d_model))
     for layer in config.layers:
         for name, cost in layer_costs(config, layer.block).items():
-            costs[name] = costs.get(name, Cost()) + cost
+            again = config.stored(layer) != layer.repeat  # with parameters that an earlier repeat has, too
+            costs[name] = costs.get(name, Cost()) + (cost.again() if again else cost)
     for block, layers in Counter(layer.block for layer in config.layers).items():
         for name, cost in config.blocks[block].pool_costs(config, layers).items():
             costs[name] = costs.get(name, Cost()) + cost
@@ -86,7 +88,7 @@ def layer_costs(config: ModelConfig, block: str) -> dict[str, Cost]:
     """Component → cost of one layer with this block spec."""
     of_block = _attention(config) | config.blocks[block].costs(config)
     of_layer = config.tokens_of(block).costs(of_block, config)
-    return of_layer | config.skim.costs(config) | config.streams.costs(config)
+    return of_layer | config.skim.costs(config) | config.halting.costs(config) | config.streams.costs(config)
 
 
 def _table(config: ModelConfig) -> Cost:
@@ -100,8 +102,9 @@ def _head(config: ModelConfig) -> Cost:
 
 def _norms(config: ModelConfig) -> Cost:
     per_layer = config.d_model + (2 * config.width_of_head if config.qk_norm else 0)
-    networks = sum(config.blocks[layer.block].has_network for layer in config.layers)
-    size = config.streams.norm_width(config.d_model) + config.num_layers * per_layer + networks * config.d_model
+    own = [config.blocks[layer.block] for layer in config.layers if config.stored(layer) == layer.repeat]
+    networks = sum(block.has_network for block in own)
+    size = config.streams.norm_width(config.d_model) + len(own) * per_layer + networks * config.d_model
     return Cost(parameters=size, active=size)
 
 

@@ -14,6 +14,7 @@ from sparsejax.base.errors import ConfigError
 from sparsejax.base.reports import MoEReport, Report, Reports
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden, Mode, Totals
+from sparsejax.blocks.halting import NoHalting
 from sparsejax.blocks.lookups import Lookups, build_lookups
 from sparsejax.memory.address import Fixed, Running
 from sparsejax.memory.layer import empty_cache
@@ -102,11 +103,11 @@ class LanguageModel(nnx.Module):
     def spread(self, x_BTD: Hidden, batch: Batch) -> Hidden:
         """What the first layer gets."""
         assert isinstance(x_BTD, jax.Array)  # what comes before the stack is one stream
-        return self.config.skim.begin(self.ends.spread(x_BTD), batch)
+        return self.config.halting.begin(self.config.skim.begin(self.ends.spread(x_BTD), batch), batch)
 
     def read(self, x: Hidden, batch: Batch, norm: Optional[RMSNorm] = None) -> Float[Array, "B S D"]:
         """What the head gets, after the final norm or another."""
-        left, weight_BT = self.config.skim.end(x, batch)
+        left, weight_BT = self.config.skim.end(self.config.halting.end(x), batch)
         return self.config.head.pooled(self.ends.read(left, self.final_norm if norm is None else norm), weight_BT)
 
     def at_exit(self, number: int, state: Hidden, batch: Batch) -> Float[Array, "B S D"]:
@@ -222,7 +223,11 @@ def auxiliary_losses(config: ModelConfig, reports: Reports, totals: Totals) -> d
             value = config.memory[name].address.balance_loss(found, totals.tokens)
             if value is not None:
                 terms[LOOKUP_BALANCE] = terms[LOOKUP_BALANCE] + value if LOOKUP_BALANCE in terms else value
-    return terms | config.skim.losses([reports[position] for position in config.positions], totals)
+    terms |= config.skim.losses([reports[position] for position in config.positions], totals)
+    if isinstance(config.halting, NoHalting):
+        return terms
+    by_layer = lambda reports: None if reports is None else list(layer_reports(config, reports).values())  # noqa: E731
+    return terms | config.halting.losses(by_layer(reports) or [], totals, by_layer(totals.reports))
 
 
 def settle(config: ModelConfig, reports: Reports) -> dict[str, Report]:

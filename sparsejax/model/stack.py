@@ -50,13 +50,14 @@ class Unit(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All blocks of the model. The pattern's parameters are stacked along a leading axis R, scanned or not. What all
-    layers of a block spec share is in `pools`, by the spec's name, and no part of the scanned axis."""
+    """All blocks of the model. The pattern's parameters are stacked along a leading axis R, scanned or not; tied ones
+    along an axis of 1. What all layers of a block spec share is in `pools`, by the spec's name, and no part of the
+    scanned axis."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig):
         prefix_key, pattern_key, suffix_key = jax.random.split(key, 3)
         self.prefix = nnx.List(_build_all(prefix_key, "prefix", config))
-        unit_keys = jax.random.split(pattern_key, config.repeats)
+        unit_keys = jax.random.split(pattern_key, 1 if config.tied_repeats else config.repeats)
         has_units = bool(config.pattern) and config.repeats > 0
         self.units = jax.vmap(lambda k: Unit(k, config))(unit_keys) if has_units else None
         self.suffix = nnx.List(_build_all(suffix_key, "suffix", config))
@@ -85,7 +86,7 @@ class Stack(nnx.Module):
         where, number = layer.position.split("_")
         if layer.repeat is None:
             return getattr(self, where)[int(number)]
-        return jax.tree.map(lambda leaf: leaf[layer.repeat], self.units).blocks[int(number)]
+        return jax.tree.map(lambda leaf: leaf[self.config.stored(layer)], self.units).blocks[int(number)]
 
     def pool(self, block: str) -> Optional[nnx.Module]:
         """What all layers with this block spec share."""
@@ -151,12 +152,14 @@ class _Pass:
 
         def step(x, of_unit, first):
             unit, caches, into, own = of_unit
+            unit = jax.tree.map(lambda leaf: leaf[0], units) if config.tied_repeats else unit
             prefetched = dataclasses.replace(self.prefetched, own=own)
             run = _Pass(self.stack, self.context, caches, self.tables, prefetched, into)
             x = run.blocks(unit.blocks, "pattern", x, first)
             return x, (run.reports, run.caches, run.reads, run.states)
 
-        per_unit = units, stacked(self.given_caches), stacked(self.into), self.prefetched.stacked()
+        of_repeats = None if config.tied_repeats else units
+        per_unit = of_repeats, stacked(self.given_caches), stacked(self.into), self.prefetched.stacked()
         if config.scan:
             number_R = jnp.arange(config.repeats)
             x, found = jax.lax.scan(lambda x, of: step(x, of[0], first_of(of[1])), x, (per_unit, number_R))
@@ -179,7 +182,7 @@ def place(path: Sequence[Any]) -> tuple[str, str]:
     if path[0] != "stack":
         return EMBEDDING, "/".join(map(str, path))
     position, inside = in_layer(path)
-    while inside[0] == "block":  # of one with several streams, or that computes on some tokens
+    while inside[0] == "block":  # of one with several streams, that computes on some tokens, or that tokens halt after
         inside = inside[1:]
     return position, "/".join(map(str, inside))
 
@@ -203,6 +206,7 @@ def _build(key: PRNGKeyArray, position: str, config: ModelConfig) -> nnx.Module:
         block.memories = build_lookups(jax.random.fold_in(key, 2), memory, config, config.vocab_size)
     block = config.tokens_of(config.positions[position]).around(block, jax.random.fold_in(key, 3), config)
     block = config.skim.around(block, jax.random.fold_in(key, 4), config)
+    block = config.halting.around(block, jax.random.fold_in(key, 5), config)
     layers = tuple(layer.index for layer in config.layers if layer.position == position)
     return config.streams.around(block, jax.random.fold_in(key, 1), config, layers)
 

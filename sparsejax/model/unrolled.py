@@ -30,7 +30,8 @@ def unrolled_variables(config: ModelConfig, variables: nnx.State) -> nnx.State:
         position, inside = in_layer(path)
         for layer in config.layers:
             if layer.position == position:
-                own = variable if layer.repeat is None else variable.replace(variable[...][layer.repeat])
+                stored = config.stored(layer)
+                own = variable if stored is None else variable.replace(variable[...][stored])
                 flat[("stack", "prefix", layer.index, *inside)] = own
     return nnx.from_flat_state(flat)
 

@@ -110,7 +110,8 @@ class Attention(nnx.Module):
         """What tokens find in a cache that holds them already."""
 
         def local(q, places, segments, cache):
-            found = xla_attention(q, cache.k, cache.v, segments, cache.segments, places, self.soft_cap)
+            order = places if self.causal else None
+            found = xla_attention(q, cache.k, cache.v, segments, cache.segments, order, self.soft_cap)
             return found.astype(q.dtype)
 
         specs: Any = (HEADS_SPEC, ROWS_SPEC, ROWS_SPEC, CACHE_SPECS)

@@ -4,6 +4,8 @@ A step is one pass through a layer. Everything is per token: leading axes `*N` a
 over steps is their order. The last step is always forced, so the weights of a token add up to 1 whatever it is given.
 Float32."""
 
+from typing import Optional
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -28,8 +30,19 @@ class Halting:
 
 def begin(tokens: Bool[Array, "*N"]) -> Halting:
     """Before the first step; what is not a token has halted and takes none."""
-    none = jnp.zeros(tokens.shape, jnp.float32)
+    none = jnp.zeros_like(tokens, jnp.float32)
     return Halting(spent=none, halted=~tokens, steps=none.astype(jnp.int32), remainder=none)
+
+
+@struct
+class Halted:
+    """A row on its way through layers that its tokens stop at. A token that has halted keeps its state; its output is
+    Σ over its steps of weight · state."""
+
+    x: Float[Array, "B T D"]
+    output: Float[Array, "B T D"]  # float32
+    weight: Float[Array, "B T"]  # of the last step
+    progress: Halting
 
 
 def take_step(
@@ -56,6 +69,24 @@ def act(probability: Float[Array, "*N S"], epsilon: float = 0.01) -> tuple[Float
         weight, state = take_step(state, probability[..., step], step == probability.shape[-1] - 1, epsilon)
         weights.append(weight)
     return jnp.stack(weights, axis=-1), state
+
+
+def take_ponder_step(
+    state: Halting, probability: Float[Array, "*N"], last: bool | Bool[Array, ""], quantile: Optional[float] = None
+) -> tuple[Float[Array, "*N"], Halting]:
+    """(weight of this step's output, state after it), by PonderNet (arXiv:2107.05407). `spent` is the probability of
+    having halted so far.
+
+    Without a quantile every token goes on to the last step, and the weight is p_n, the probability that it halts here.
+    With one it halts, as in evaluation, at the first step by which more than that has halted (PALBERT,
+    arXiv:2204.03276), and the weight is 1 there and 0 elsewhere."""
+    goes_on = jnp.where(state.halted, 0, 1 - state.spent)
+    p = goes_on * jnp.where(last, 1, probability.astype(jnp.float32))
+    spent = jnp.where(last & ~state.halted, 1, state.spent + p)
+    halts = ~state.halted & (last if quantile is None else ((spent > quantile) | last))
+    weight = p if quantile is None else halts.astype(jnp.float32)
+    taken = state.steps + ~state.halted
+    return weight, Halting(spent=spent, halted=state.halted | halts, steps=taken, remainder=state.remainder)
 
 
 def by_first_feature(x_ND: Float[Array, "*N D"], scale: float, shift: float) -> Float[Array, "*N"]:

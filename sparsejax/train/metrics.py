@@ -10,6 +10,7 @@ import numpy as np
 from sparsejax.base.reports import (
     Report,
     add,
+    halting_ratios,
     over_layers,
     selection_ratios,
     sequence_ratios,
@@ -53,7 +54,8 @@ class Window:
         forward = forward_flops(
             self.config, passes * float(last.tokens), passes * float(last.keys), pairs, passes * float(last.rows)
         )
-        return int(last.tokens), TRAINING * (forward - skimmed_flops(self.config, last.reports, float(last.keys)))
+        spared = spared_flops(self.config, last.reports, passes * float(last.keys))
+        return int(last.tokens), TRAINING * (forward - spared)
 
     def saved(self) -> dict[str, Any]:
         """The window as JSON values, for a checkpoint that falls between two rows."""
@@ -125,7 +127,8 @@ def layer_metrics(config: ModelConfig, reports: dict[str, Report], mode: Mode) -
     """The scalars that conditional layers report, over all layers."""
     layers = layer_reports(config, reports)
     of_blocks = [_of_layer(config, layer.block, layers[layer.name], mode) for layer in config.layers]
-    return over_layers(of_blocks + memory_rows(config, reports))
+    halting = [report.halting for report in layers.values() if report.halting is not None]
+    return over_layers(of_blocks + memory_rows(config, reports)) | halting_ratios(halting)
 
 
 def _of_layer(config: ModelConfig, block: str, report: Report, mode: Mode) -> dict[str, float]:
@@ -139,11 +142,13 @@ def _of_layer(config: ModelConfig, block: str, report: Report, mode: Mode) -> di
 def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
     """What `routing/STEP.npz` holds: for every MoE layer, `LAYER/FIELD`, FIELD being those of `MoEReport` (one in a
     part of it as `PART/FIELD`) and `dropped`; for every lookup layer, `LAYER/MEMORY/loads`; for every layer that tokens
-    leave after, `LAYER/kept` and `LAYER/tokens`."""
+    leave or halt after, `LAYER/kept` or `LAYER/halting`, and `LAYER/tokens`."""
     arrays: Arrays = {}
     for name, report in layer_reports(config, reports).items():
         if report.skim is not None:
             arrays |= {f"{name}/{field}": np.asarray(getattr(report.skim, field)) for field in ("kept", "tokens")}
+        if report.halting is not None:
+            arrays |= {f"{name}/{field}": np.asarray(getattr(report.halting, field)) for field in ("halting", "tokens")}
     for name, report in moe_layers(config, reports).items():
         arrays[f"{name}/dropped"] = np.asarray(report.dropped)
         for path, value in jax.tree_util.tree_leaves_with_path(report):
@@ -151,14 +156,20 @@ def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
     return arrays | {f"{where}/loads": np.asarray(report.loads) for where, _, report in lookups_of(config, reports)}
 
 
-def skimmed_flops(config: ModelConfig, reports: dict[str, Report], keys: float) -> float:
-    """Forward FLOPs that layers were spared because tokens had left, of a pass with so many pairs in each layer."""
+def spared_flops(config: ModelConfig, reports: dict[str, Report], keys: float) -> float:
+    """Forward FLOPs that layers were spared because tokens had left or halted, of passes with so many pairs in each
+    layer."""
     saved = 0.0
     for layer, report in zip(config.layers, layer_reports(config, reports).values(), strict=True):
         if report.skim is not None:
             found, costs = report.skim, layer_costs(config, layer.block)
             before = costs["attention_projections"].per_token
             saved += (found.tokens - found.attended) * before + (found.tokens - found.left) * costs["mlp"].per_token
+            saved += (keys - float(found.keys)) * costs["attention_scores"].per_key
+        if report.halting is not None:
+            found, costs = report.halting, layer_costs(config, layer.block)
+            of_token = sum(cost.per_token for cost in costs.values()) - config.halting.halted_flops(config)
+            saved += (found.tokens - found.running) * of_token
             saved += (keys - float(found.keys)) * costs["attention_scores"].per_key
     return float(saved)
 

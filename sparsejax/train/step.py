@@ -357,8 +357,9 @@ def _totals(microbatches: Microbatches) -> Totals:
 
 
 def _needs_counts(config: ExperimentConfig) -> bool:
-    blocks = config.model.blocks
-    return any(blocks[name].counts_first for name in set(config.model.positions.values()))
+    model = config.model
+    blocks = [model.blocks[name] for name in set(model.positions.values())]
+    return model.halting.counts_first or any(block.counts_first for block in blocks)
 
 
 def sum_over(fn: Callable[[Batch], Any], microbatches: Microbatches, listed: bool = False) -> Any:

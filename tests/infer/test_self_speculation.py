@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import chisquare
 
 from sparsejax.base.errors import RequestError
+from sparsejax.blocks import HALTINGS
 from sparsejax.infer.generate import Generator
 from sparsejax.infer.sampling import Sampling
 from sparsejax.infer.self_speculation import DRAFT, SelfSpeculation, _draw, accepted
@@ -109,6 +110,11 @@ class TestAccepted:
 def test_numbers_are_positive(layers, length):
     with pytest.raises(RequestError, match="allowed: 1 or more"):
         SelfSpeculation(layers=layers, length=length)
+
+
+def test_tokens_that_halt_have_no_draft():
+    with pytest.raises(RequestError, match="halting=none"):
+        SelfSpeculation(layers=1).check(dataclasses.replace(DENSE, repeats=2, halting=HALTINGS["act"]()))
 
 
 def test_a_draft_takes_fewer_layers_than_the_model_has():

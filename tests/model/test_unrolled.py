@@ -20,6 +20,7 @@ SHAPE = {"d_model": 16, "num_heads": 2, "vocab_size": 32, "prefix": ("dense",), 
 BLOCKS = {"dense": DenseSpec(d_ff=32), "moe": MoESpec(num_experts=4, d_ff=32, pooled=True)}
 CONFIGS = {
     "plain": ModelConfig(**SHAPE, blocks=BLOCKS),
+    "tied": ModelConfig(**SHAPE, blocks=BLOCKS, pattern=("dense",), tied_repeats=True),
     "altup": ModelConfig(**SHAPE, blocks=BLOCKS, streams=AltUp(streams=2)),
     "lookup": ModelConfig(**SHAPE, blocks=BLOCKS, memory={"lookup": MEMORIES["lookup"](blocks=("dense",))}),
 }

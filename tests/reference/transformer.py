@@ -45,11 +45,21 @@ def logits(
     mask = arrays["segments"] > 0
     table = params["embedding"]["table"]
     x = np.sqrt(table.shape[1]) * table[arrays["tokens"]]
-    for block in blocks:
-        x = x + self_attention(
-            block["attention"], rms_norm(x, block["attention_norm"]["scale"], config.norm_epsilon), arrays, config
-        )
-        normed = rms_norm(x, block["feed_forward_norm"]["scale"], config.norm_epsilon)
-        x = x + feed_forward(block["feed_forward"], normed, mask, moe)
-    head = params["head"]["weight"] if "head" in params else table.T
+    for params_of_block in blocks:
+        x = block(params_of_block, x, arrays, config, mask, moe)
+    return scores(params, x, config)
+
+
+def block(
+    params: Params, x: np.ndarray, arrays: dict[str, np.ndarray], config: Any, mask: np.ndarray, moe: dict[str, Any]
+) -> np.ndarray:
+    normed = rms_norm(x, params["attention_norm"]["scale"], config.norm_epsilon)
+    x = x + self_attention(params["attention"], normed, arrays, config)
+    normed = rms_norm(x, params["feed_forward_norm"]["scale"], config.norm_epsilon)
+    return x + feed_forward(params["feed_forward"], normed, mask, moe)
+
+
+def scores(params: Params, x: np.ndarray, config: Any) -> np.ndarray:
+    """Of what the last layer gives."""
+    head = params["head"]["weight"] if "head" in params else params["embedding"]["table"].T
     return soft_cap(rms_norm(x, params["final_norm"]["scale"], config.norm_epsilon) @ head, config.logit_soft_cap)

@@ -9,7 +9,7 @@ from sparsejax.blocks.skim_methods import Schedule
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import forward_flops
 from sparsejax.model.heads import Classes
-from sparsejax.train.metrics import skimmed_flops
+from sparsejax.train.metrics import spared_flops
 
 MODEL = ModelConfig(
     d_model=8,
@@ -30,4 +30,4 @@ def test_layers_are_spared_what_left():
     whole = forward_flops(MODEL, tokens=100, keys=1000, rows=10)
     projections, scores, feed_forward = 2 * 4 * 8 * 8, 2 * 2 * 8, 2 * 2 * 8 * 20
     expected = 150 * projections + 1250 * scores + 75 * feed_forward + 10 * 2 * 8 * 3
-    assert whole - skimmed_flops(MODEL, {"pattern_0": Report(skim=skim)}, 1000) == pytest.approx(expected)
+    assert whole - spared_flops(MODEL, {"pattern_0": Report(skim=skim)}, 1000) == pytest.approx(expected)
