@@ -352,6 +352,9 @@ OF_HALTING = {
     "epsilon": row(0.1, evaluation),
     "coefficient": row(0.7, gradients),
     "bias (act)": row(2.0, initial),
+    "bias (ponder_net)": row(2.0, initial),
+    "rate (ponder_net)": row(0.5, gradients),
+    "quantile (ponder_net)": row(0.3, evaluation),
     "scale (a_vit)": row(3.0, evaluation),
     "shift (a_vit)": row(1.0, evaluation),
     "depth (a_vit)": row(1.0, gradients),
@@ -360,11 +363,18 @@ OF_HALTING = {
 }
 
 
+OF_HALTINGS = {
+    "execution": ("act", "a_vit", "ponder_net"),
+    "epsilon": ("act", "a_vit"),
+    "coefficient": ("act", "a_vit", "ponder_net"),
+}
+
+
 def of_halting() -> dict[str, Row]:
-    """The rows of `OF_HALTING`, those of no kind for each kind."""
+    """The rows of `OF_HALTING`, those of no kind for each kind that has them."""
     found = {"model.halting.name": row("act", parameters, **HALTING)}
     for key, change in OF_HALTING.items():
-        for kind in (key.partition(" (")[2].rstrip(")"),) if " (" in key else ("act", "a_vit"):
+        for kind in (key.partition(" (")[2].rstrip(")"),) if " (" in key else OF_HALTINGS[key]:
             given = tuple((HALTING | {"model.halting": kind}).items())
             found[f"model.halting.{key.partition(' ')[0]} ({kind})"] = dataclasses.replace(change, given=given)
     return found

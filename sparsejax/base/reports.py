@@ -165,7 +165,8 @@ class HaltingReport:
     tokens: Int[Array, "*R"]  # unmasked tokens
     running: Int[Array, "*R"]  # of them, those that took the step
     halting: Int[Array, "*R"]  # of these, those whose last step it was
-    remainder_sum: Float[Array, "*R"]  # Σ over the latter of the weight of that step
+    weight_sum: Float[Array, "*R"]  # Σ over those running of the weight of the step
+    remainder_sum: Float[Array, "*R"]  # Σ over those halting of their remainder, the weight of their last step
     probability_sum: Float[Array, "*R"]  # Σ over those running of the probability of halting, which the last step has 1
     prior_sum: Float[Array, "*R"]  # Σ over tokens of the step's part of the divergence from the prior, nats
     keys: Float[Array, "*R"]  # (query, key) pairs of those running
@@ -269,6 +270,7 @@ def halting_ratios(layers: Sequence[HaltingReport]) -> dict[str, float]:
         "halting/mean_depth": depth,
         "halting/remainder": remainder,
         "halting/ponder": depth + remainder,
+        "halting/weighted_depth": sum(n * float(found.weight_sum) for n, found in enumerate(layers, 1)) / tokens,
         "halting/last_fraction": float(layers[-1].halting) / tokens,
     }
 

@@ -6,7 +6,7 @@ from sparsejax.blocks.altup import AltUp, DynamicAltUp
 from sparsejax.blocks.attention import AttentionSpec
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.halting import NoHalting
-from sparsejax.blocks.halting_methods import AdaptiveComputationTime, AViT
+from sparsejax.blocks.halting_methods import AdaptiveComputationTime, AViT, PonderNet
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
@@ -47,4 +47,6 @@ SKIMS = Registry(
         "tome": TokenMerging,
     },
 )
-HALTINGS = Registry("halting", {"none": NoHalting, "act": AdaptiveComputationTime, "a_vit": AViT})
+HALTINGS = Registry(
+    "halting", {"none": NoHalting, "act": AdaptiveComputationTime, "a_vit": AViT, "ponder_net": PonderNet}
+)

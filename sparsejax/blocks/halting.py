@@ -45,7 +45,7 @@ class HaltingSpec:
     """A config's description of where tokens halt: the base of the frozen dataclasses in `blocks.HALTINGS`."""
 
     by_step = False
-    """Whether training loses at every step, weighted by that step's weight."""
+    """Whether training loses what every step's state does, weighted by that step's weight."""
 
     def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module:
         """`block`, as one step."""
@@ -62,6 +62,11 @@ class HaltingSpec:
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         """Component → cost of one layer's decision."""
         return {}
+
+    def head_costs(self, vocab_size: int, backbone: Backbone) -> dict[str, Cost]:
+        """Component → cost of the heads that training has beside the last."""
+        steps = backbone.num_layers - 1 if self.by_step else 0
+        return {"exit_heads": Cost(per_token=2 * steps * vocab_size * backbone.d_model)} if steps else {}
 
     def halted_flops(self, backbone: Backbone) -> float:
         """Forward FLOPs that a layer spends on a token that has halted."""
@@ -100,7 +105,7 @@ class TokenHalting(HaltingSpec, abc.ABC):
     def step(self, state: Halting, probability: Probability, last: Any, mode: Mode) -> tuple[Array, Halting]:
         """(weight of this step, state after it)."""
 
-    def prior_part(self, weight: Probability, layer: Int[Array, ""], num_layers: int) -> Probability:
+    def prior_part(self, weight: Probability, layer: Int[Array, ""], num_layers: int, mode: Mode) -> Probability:
         """The part of each token's divergence from the prior that this step has, nats."""
         return jnp.zeros_like(weight)
 
@@ -148,12 +153,13 @@ class HaltingBlock(nnx.Module):
             weight_BT, after = self.settings.step(before, probability_BT, last, context.mode)
             output_BTD = row.output + weight_BT[..., None] * x_BTD.astype(jnp.float32)
         halts_BT = after.halted & running_BT
-        prior_BT = self.settings.prior_part(weight_BT, jnp.asarray(context.layer), self.num_layers)
+        prior_BT = self.settings.prior_part(weight_BT, jnp.asarray(context.layer), self.num_layers, context.mode)
         total = lambda values_BT, where_BT: jnp.sum(values_BT, where=where_BT, dtype=jnp.float32)  # noqa: E731
         report = HaltingReport(
             tokens=_count(batch.segments > 0),
             running=_count(running_BT),
             halting=_count(halts_BT),
+            weight_sum=total(weight_BT, running_BT),
             remainder_sum=total(after.remainder, halts_BT),
             probability_sum=total(jnp.where(last, 1.0, probability_BT), running_BT),
             prior_sum=total(prior_BT, running_BT),

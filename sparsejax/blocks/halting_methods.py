@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
@@ -16,7 +16,7 @@ from sparsejax.blocks.halting import Chooser, Probability, Terms, TokenHalting
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import param
 from sparsejax.ops import budgets
-from sparsejax.ops.halting import Halting, by_first_feature, take_step
+from sparsejax.ops.halting import Halting, by_first_feature, take_ponder_step, take_step
 
 
 class Score(Chooser):
@@ -67,7 +67,7 @@ class AdaptiveComputationTime(TokenHalting):
         return Score(backbone.d_model, self.bias)
 
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
-        return {"halting": Cost.of_matrices(backbone.d_model) + Cost(parameters=1, active=1)}
+        return score_cost(backbone)
 
     def step(self, state: Halting, probability: Probability, last: Any, mode: Mode) -> tuple[Array, Halting]:
         return take_step(state, probability, last, self.epsilon)
@@ -128,6 +128,52 @@ class AViT(TokenHalting):
         """Of what the layers' halting probabilities are in proportion, nats."""
         p = scores / jnp.maximum(scores.sum(), 1e-9)
         return budgets.kl_to_prior(p, budgets.gaussian_prior(self.depth, self.deviation, len(scores)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PonderNet(TokenHalting):
+    """A linear score of the state gives λ_n, and p_n = λ_n Π_{j < n} (1 − λ_j) is the probability to halt at layer n.
+    Training runs all layers and loses Σ_n p_n L_n, L_n being what the head makes of layer n, and the divergence of p
+    from a geometric prior (arXiv:2107.05407). Evaluation draws nothing: a token halts where more than the `quantile` of
+    its distribution has, and the head reads that state (PALBERT, arXiv:2204.03276)."""
+
+    bias: float = -1.0  # of the score, at first
+    rate: float = 0.2  # of the prior: a token would halt after this part of all layers that it begins
+    coefficient: float = 0.01  # price of the divergence, KL(p ‖ prior)
+    quantile: float = 0.5
+
+    by_step = True
+
+    def __post_init__(self):
+        if not 0 < self.rate < 1:
+            raise ConfigError("rate", f"{self.rate} is outside (0, 1)")
+        if self.coefficient < 0:
+            raise ConfigError("coefficient", f"{self.coefficient} is negative; allowed: 0 or more")
+        if not 0 <= self.quantile < 1:
+            raise ConfigError("quantile", f"{self.quantile} is outside [0, 1)")
+
+    def chooser(self, backbone: Backbone) -> Score:
+        return Score(backbone.d_model, self.bias)
+
+    def costs(self, backbone: Backbone) -> dict[str, Cost]:
+        return score_cost(backbone)
+
+    def step(self, state: Halting, probability: Probability, last: Any, mode: Mode) -> tuple[Array, Halting]:
+        return take_ponder_step(state, probability, last, None if mode == "train" else self.quantile)
+
+    def prior_part(self, weight: Probability, layer: Int[Array, ""], num_layers: int, mode: Mode) -> Probability:
+        if mode != "train":
+            return jnp.zeros_like(weight)
+        prior = budgets.geometric_prior(self.rate, num_layers)[layer]
+        return budgets.kl_to_prior(weight[..., None], prior[None])
+
+    def losses(self, reports: Sequence[Report], totals: Totals, counted: Optional[Sequence[Report]]) -> Terms:
+        each = [found.prior_sum for found in _found(reports)]
+        return {"halting_prior": self.coefficient * sum(each[1:], each[0]) / jnp.maximum(totals.tokens, 1)}
+
+
+def score_cost(backbone: Backbone) -> dict[str, Cost]:
+    return {"halting": Cost.of_matrices(backbone.d_model) + Cost(parameters=1, active=1)}
 
 
 def _scores(reports: Sequence[Report]) -> Float[Array, " L"]:

@@ -245,6 +245,8 @@ class ModelConfig(Backbone):
         if not plain or isinstance(self.skim, Skimming) or self.exits.depths or self.layer_dropout:
             others = "streams, sequence, select, skim and exits=none, and layer_dropout=0"
             raise ConfigError("halting", f"{name} goes with {others}")
+        if self.halting.by_step and not self.head.of_tokens:
+            raise ConfigError("halting", f"{name}: it weighs the losses of tokens; it goes with head=tokens")
         for block in dict.fromkeys(self.positions.values()):
             if self.blocks[block].has_router or self._not_shortened(block):
                 raise ConfigError("halting", f"{name}: layers that are {block!r} need all tokens; allowed: dense ones")

@@ -43,6 +43,7 @@ def component_costs(config: ModelConfig) -> dict[str, Cost]:
     costs |= config.streams.end_costs(config)
     own_head = config.head.cost(config.vocab_size, config.streams.head_width(config.d_model), tied=False)
     costs |= config.exits.costs(own_head, config.streams.norm_width(config.d_model))
+    costs |= config.halting.head_costs(config.vocab_size, config)
     for layer in config.layers:
         for name, cost in layer_costs(config, layer.block).items():
             again = config.stored(layer) != layer.repeat  # with parameters that an earlier repeat has, too

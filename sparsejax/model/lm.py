@@ -25,6 +25,7 @@ from sparsejax.nn.attention import HEADS_SPEC, ROWS_SPEC, KVCache
 from sparsejax.nn.embed import ClassHead, Embedding, Head
 from sparsejax.nn.linear import RMSNorm
 from sparsejax.ops.attention import soft_capped
+from sparsejax.ops.halting import Step
 from sparsejax.ops.head_loss import HeadLosses, Weighting
 
 LOOKUP_BALANCE = "lookup_balance"
@@ -42,6 +43,7 @@ class ModelOutput:
     caches: dict[str, Optional[BlockCache]]
     reads: dict[str, dict[str, Int[Array, "*R B T K"]]]
     exits: tuple[Float[Array, "B S D"], ...] = ()  # what the heads of the exits read
+    steps: tuple[Step, ...] = ()  # what the head reads of every step of a halting that loses by step
 
 
 class LanguageModel(nnx.Module):
@@ -97,7 +99,8 @@ class LanguageModel(nnx.Module):
             reports=out.reports,
             caches=out.caches,
             reads=out.reads,
-            exits=tuple(self.at_exit(number, state, batch) for number, state in enumerate(out.states)),
+            exits=tuple(self.at_exit(n, at, batch) for n, at in enumerate(out.states) if not isinstance(at, Step)),
+            steps=tuple(self._at_step(state) for state in out.states if isinstance(state, Step)),
         )
 
     def spread(self, x_BTD: Hidden, batch: Batch) -> Hidden:
@@ -150,8 +153,26 @@ class LanguageModel(nnx.Module):
 
     def losses(self, outputs: Sequence[ModelOutput], batch: Batch, consistency: Optional[float] = None) -> HeadLosses:
         """What passes over the same batch lose, and how far two of them differ, without their logits."""
+        if outputs[0].steps:
+            return self._expected(outputs[0].steps, batch)
         passes, soft_cap = tuple(out.features for out in outputs), self.config.logit_soft_cap
         return self._head.losses(passes, batch, soft_cap=soft_cap, consistency=consistency)
+
+    def _at_step(self, step: Step) -> Step:
+        return Step(x=self.ends.read(step.x, self.final_norm), weight=step.weight)
+
+    def _expected(self, steps: Sequence[Step], batch: Batch) -> HeadLosses:
+        """Of one pass whose steps each token weighs itself. The head's losses know no gradient of the weights: it is
+        that of a sum whose value is 0."""
+        shares = [jax.lax.stop_gradient(step.weight) for step in steps]
+        lost = self._head.losses(
+            tuple(step.x for step in steps), batch, shares=shares, soft_cap=self.config.logit_soft_cap
+        )
+        nll = [jax.lax.stop_gradient(each) for each in lost.nll]
+        of_weights = [jnp.sum((s.weight - w) * each) for s, w, each in zip(steps, shares, nll, strict=True)]
+        expected_BT = sum((w * each for w, each in zip(shares, nll, strict=True)), jnp.zeros_like(nll[0]))
+        total = lost.total + sum(of_weights)
+        return dataclasses.replace(lost, total=total, nll=(expected_BT,), correct=lost.correct[-1:])
 
     @property
     def _head(self) -> Embedding | Head | ClassHead:

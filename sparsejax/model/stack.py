@@ -12,13 +12,14 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from sparsejax.base.reports import Report
 from sparsejax.base.structs import struct
-from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden
+from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden, Mode
 from sparsejax.blocks.lookups import build_lookups
 from sparsejax.model.config import EMBEDDING, Layer, ModelConfig
 from sparsejax.model.exits import rescaled
 from sparsejax.model.tables import NOTHING_READ, Into, Prefetched, readers
 from sparsejax.nn.table import Table
 from sparsejax.ops.dropout import rows_drawn
+from sparsejax.ops.halting import Halted, Step
 
 Caches = Mapping[str, BlockCache]
 
@@ -26,13 +27,13 @@ Caches = Mapping[str, BlockCache]
 @struct
 class StackOutput:
     """`reports`, `caches` and `reads` by position; those of the pattern have a leading axis R. `states` is the residual
-    at each exit but the last."""
+    at each exit but the last, or what is read of every step."""
 
     x: Hidden
     reports: dict[str, Report]
     caches: dict[str, Optional[BlockCache]]
     reads: dict[str, dict[str, Int[Array, "*R B T K"]]]
-    states: tuple[Hidden, ...] = ()
+    states: tuple[Hidden | Step, ...] = ()
 
     def after(self, position: str, before: BlockOutput) -> "StackOutput":
         """The same with what came before the stack, at this position."""
@@ -108,9 +109,8 @@ class _Pass:
         self.stack, self.config, self.context, self.tables = stack, stack.config, context, tables
         self.given_caches, self.prefetched, self.into = caches, prefetched, into
         self.reports, self.caches, self.reads, self.states = {}, {}, {}, {}
-        self.exit_positions = {
-            layer.position for layer in self.config.layers if layer.index + 1 in _depths(self.config)
-        }
+        self.depths = _depths(self.config, context.mode)
+        self.exit_positions = {layer.position for layer in self.config.layers if layer.index + 1 in self.depths}
 
     def blocks(self, blocks: Sequence[nnx.Module], where: str, x: Hidden, first_layer: int | Int[Array, ""]) -> Hidden:
         """Blocks one after the other, each recomputed in the backward pass as `remat` says."""
@@ -134,11 +134,11 @@ class _Pass:
                 x, self.states[position] = _parted(self.config, x, here)
         return x
 
-    def at_exits(self) -> tuple[Hidden, ...]:
+    def at_exits(self) -> tuple[Hidden | Step, ...]:
         """The residual after each layer that has an exit. The scan hands on that of every repeat: what its backward
         pass keeps, too."""
         by_depth = {layer.index + 1: layer for layer in self.config.layers}
-        layers = [by_depth[depth] for depth in _depths(self.config)]
+        layers = [by_depth[depth] for depth in self.depths]
         one_of = lambda state, repeat: state if repeat is None else jax.tree.map(lambda a: a[repeat], state)  # noqa: E731
         return tuple(one_of(self.states[layer.position], layer.repeat) for layer in layers)
 
@@ -217,12 +217,16 @@ def _build_pools(key: PRNGKeyArray, config: ModelConfig) -> nnx.Dict:
     return nnx.Dict({name: pool for name, pool in built.items() if pool is not None})
 
 
-def _depths(config: ModelConfig) -> tuple[int, ...]:
-    return config.exits.depths
+def _depths(config: ModelConfig, mode: Mode) -> tuple[int, ...]:
+    """After how many layers something is read, beside the last."""
+    by_step = config.halting.by_step and mode == "train"
+    return tuple(range(1, config.num_layers + 1)) if by_step else config.exits.depths
 
 
-def _parted(config: ModelConfig, x: Hidden, layer: int | Int[Array, ""]) -> tuple[Hidden, Hidden]:
+def _parted(config: ModelConfig, x: Hidden, layer: int | Int[Array, ""]) -> tuple[Hidden, Hidden | Step]:
     """What goes on after a layer and what its exit reads, if it has one."""
+    if isinstance(x, Halted):
+        return x, Step(x=x.x, weight=x.weight)
     factors = config.exits.rescaled
     if not factors:
         return x, x

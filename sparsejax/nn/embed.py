@@ -49,11 +49,19 @@ class Embedding(nnx.Module):
         return project("btd,vd->btv", x_BTD, table, LOGITS_SPEC, self.dtype, jnp.float32)
 
     def losses(
-        self, passes: Passes, batch: Batch, exits: Optional[Weighting] = None, others: Sequence = (), **more: Any
+        self,
+        passes: Passes,
+        batch: Batch,
+        exits: Optional[Weighting] = None,
+        others: Sequence = (),
+        shares: Sequence = (),
+        **more: Any,
     ) -> HeadLosses:
-        """`head_losses` of these logits, with weights of `exits` and their `others`; `more` of their `HeadKind`."""
+        """`head_losses` of these logits, with weights of `exits` and their `others`, or `shares` of steps; `more` of
+        their `HeadKind`."""
         kind = HeadKind(equation="nd,vd->nv", dtype=self.dtype, **more)
-        return head_losses(kind, passes, self.table[...], batch.targets, batch.loss_mask, exits, tuple(others))
+        given = batch.targets, batch.loss_mask, exits, tuple(others), tuple(shares)
+        return head_losses(kind, passes, self.table[...], *given)
 
 
 class Head(nnx.Module):
@@ -68,10 +76,17 @@ class Head(nnx.Module):
         return project("btd,dv->btv", x_BTD, weight, LOGITS_SPEC, self.dtype, jnp.float32)
 
     def losses(
-        self, passes: Passes, batch: Batch, exits: Optional[Weighting] = None, others: Sequence = (), **more: Any
+        self,
+        passes: Passes,
+        batch: Batch,
+        exits: Optional[Weighting] = None,
+        others: Sequence = (),
+        shares: Sequence = (),
+        **more: Any,
     ) -> HeadLosses:
         kind = HeadKind(equation="nd,dv->nv", dtype=self.dtype, **more)
-        return head_losses(kind, passes, self.weight[...], batch.targets, batch.loss_mask, exits, tuple(others))
+        given = batch.targets, batch.loss_mask, exits, tuple(others), tuple(shares)
+        return head_losses(kind, passes, self.weight[...], *given)
 
 
 class ClassHead(nnx.Module):

@@ -45,6 +45,14 @@ class Halted:
     progress: Halting
 
 
+@struct
+class Step:
+    """What training reads of one step."""
+
+    x: Float[Array, "B T D"]
+    weight: Float[Array, "B T"]
+
+
 def take_step(
     state: Halting, probability: Float[Array, "*N"], last: bool | Bool[Array, ""], epsilon: float = 0.01
 ) -> tuple[Float[Array, "*N"], Halting]:

@@ -33,7 +33,7 @@ class HeadLosses:
     `correct` are the targets that each pass finds likeliest.
 
     With a `Weighting`, `total` is Σ over passes of hard · nll + soft · KL(p_last ‖ p), and `divergence` the part of it
-    with KL."""
+    with KL. With `shares`, `total` is Σ over passes and targets of share · nll, without gradient of the shares."""
 
     total: Float[Array, ""]
     nll: tuple[Float[Array, "B T"], ...]
@@ -74,11 +74,14 @@ def head_losses(
     mask_BT: Bool[Array, "B T"],
     weighting: Optional[Weighting] = None,
     others: tuple[Float[Array, "_ _"], ...] = (),
+    shares: tuple[Float[Array, "B T"], ...] = (),
 ) -> HeadLosses:
-    """Of what forward passes hand to the head: one, two that are compared, or those of several exits with their
-    `weighting`. The `stored` weight, split as it may be, is gathered once, and the gradient scattered once; exits may
-    have `others` of the same shape (`HeadKind.heads`)."""
-    found: Any = _losses(kind, split_axes(stored), passes, (stored, *others), targets_BT, mask_BT, weighting)
+    """Of what forward passes hand to the head: one, two that are compared, those of several exits with their
+    `weighting`, or of several steps with the `shares` that each token has in them. The `stored` weight, split as it may
+    be, is gathered once, and the gradient scattered once; exits may have `others` of the same shape
+    (`HeadKind.heads`)."""
+    given = (stored, *others), targets_BT, mask_BT, weighting, shares
+    found: Any = _losses(kind, split_axes(stored), passes, *given)
     return HeadLosses(total=found[0], nll=found[1], divergence=found[2], correct=found[3])
 
 
@@ -91,19 +94,23 @@ def pieces(tokens: int, vocab: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _losses(kind: HeadKind, spec: P, passes: Passes, stored: Weights, targets_BT: Array, mask_BT: Array, weighting):
-    def local(passes, stored, targets_BT, mask_BT, weighting):
+def _losses(
+    kind: HeadKind, spec: P, passes: Passes, stored: Weights, targets_BT: Array, mask_BT: Array, weighting, shares
+):
+    def local(passes, stored, targets_BT, mask_BT, weighting, shares):
         w = _gathered(kind, spec, stored, passes[0])
         one = lambda _, piece: (None, _of_piece(kind, spec, piece[0], w, weighting, *piece[1:])[1])  # noqa: E731
-        _, found = jax.lax.scan(one, None, _split(kind, (passes, targets_BT, mask_BT), w, weighting))
-        return _told(kind, found, targets_BT, weighting)
+        _, found = jax.lax.scan(one, None, _split(kind, (passes, targets_BT, mask_BT, shares), w, weighting))
+        return _told(kind, found, targets_BT, weighting, shares)
 
-    given = passes, stored, targets_BT, mask_BT, weighting
+    given = passes, stored, targets_BT, mask_BT, weighting, shares
     return on_each_device(local, _specs(spec), (P(), P(BATCH_AXES), P(), P()))(*given)
 
 
-def _losses_fwd(kind: HeadKind, spec: P, passes: Passes, stored: Weights, targets_BT: Array, mask_BT: Array, weighting):
-    def local(passes, stored, targets_BT, mask_BT, weighting):
+def _losses_fwd(
+    kind: HeadKind, spec: P, passes: Passes, stored: Weights, targets_BT: Array, mask_BT: Array, weighting, shares
+):
+    def local(passes, stored, targets_BT, mask_BT, weighting, shares):
         w, scatter = jax.vjp(lambda stored: _gathered(kind, spec, stored, passes[0]), stored)
 
         def one(dw, piece):
@@ -113,13 +120,15 @@ def _losses_fwd(kind: HeadKind, spec: P, passes: Passes, stored: Weights, target
             return jax.tree.map(lambda dw, more: dw + more.astype(jnp.float32), dw, more), (found, dpasses)
 
         zeros = tuple(vary_like(jnp.zeros(each.shape, jnp.float32), each) for each in w)
-        dw, (found, dpasses) = jax.lax.scan(one, zeros, _split(kind, (passes, targets_BT, mask_BT), w, weighting))
+        dw, (found, dpasses) = jax.lax.scan(
+            one, zeros, _split(kind, (passes, targets_BT, mask_BT, shares), w, weighting)
+        )
         dpasses = tuple(d.reshape(x.shape) for d, x in zip(dpasses, passes, strict=True))
-        told = _told(kind, found, targets_BT, weighting)
+        told = _told(kind, found, targets_BT, weighting, shares)
         return *told, dpasses, *scatter(tuple(d.astype(each.dtype) for d, each in zip(dw, w, strict=True)))
 
     out_specs = P(), P(BATCH_AXES), P(), P(), P(BATCH_AXES), jax.typeof(stored[0]).sharding.spec
-    given = passes, stored, targets_BT, mask_BT, weighting
+    given = passes, stored, targets_BT, mask_BT, weighting, shares
     *told, dpasses, dstored = on_each_device(local, _specs(spec), out_specs)(*given)
     return tuple(told), (dpasses, dstored)
 
@@ -127,14 +136,14 @@ def _losses_fwd(kind: HeadKind, spec: P, passes: Passes, stored: Weights, target
 def _losses_bwd(kind: HeadKind, spec: P, residuals, cotangents):
     of_total, *_ = cotangents
     times = lambda grad: (grad.astype(jnp.float32) * of_total).astype(grad.dtype)  # noqa: E731
-    return *jax.tree.map(times, residuals), None, None, None
+    return *jax.tree.map(times, residuals), None, None, None, None
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)
 
 
 def _specs(spec: P) -> tuple[P, ...]:
-    return P(BATCH_AXES), spec, P(BATCH_AXES), P(BATCH_AXES), P()
+    return P(BATCH_AXES), spec, P(BATCH_AXES), P(BATCH_AXES), P(), P(BATCH_AXES)
 
 
 def _gathered(kind: HeadKind, spec: P, stored: Weights, like: Array) -> Weights:
@@ -143,13 +152,16 @@ def _gathered(kind: HeadKind, spec: P, stored: Weights, like: Array) -> Weights:
 
 def _split(kind: HeadKind, arrays, w: Weights, weighting: Optional[Weighting]):
     """`[B, T, …]` → `[pieces, tokens of one, …]`."""
-    passes, targets_BT, _ = arrays
+    passes, targets_BT, _, shares = arrays
     tokens, vocab = targets_BT.size, w[0].shape[kind.vocabulary]
-    number = pieces(tokens, vocab if weighting is None else vocab * len(passes))  # there may be many exits
+    at_once = len(passes) if shares or weighting is not None else 1  # there may be many exits, or steps
+    number = pieces(tokens, vocab * at_once)
     return jax.tree.map(lambda array: array.reshape(number, tokens // number, *array.shape[2:]), arrays)
 
 
-def _of_piece(kind: HeadKind, spec: P, passes, w: Weights, weighting: Optional[Weighting], targets_N: Array, mask_N):
+def _of_piece(
+    kind: HeadKind, spec: P, passes, w: Weights, weighting: Optional[Weighting], targets_N: Array, mask_N, shares
+):
     """(what is differentiated, (nll by pass, divergence, correct))."""
     split = "tensor" if "tensor" in spec else None
     product = functools.partial(jnp.einsum, kind.equation, preferred_element_type=jnp.float32)
@@ -167,19 +179,22 @@ def _of_piece(kind: HeadKind, spec: P, passes, w: Weights, weighting: Optional[W
     weight = 1.0 if weighting is not None else kind.consistency or 0.0
     found = [hits(jax.lax.stop_gradient(each), targets_N, mask_N, split) for each in logits]
     correct = jnp.stack([each.sum(dtype=jnp.int32) for each in found])
-    return _lost([each.sum() for each in nll], weighting) + weight * divergence, (nll, divergence, correct)
+    return _lost(nll, weighting, shares) + weight * divergence, (nll, divergence, correct)
 
 
-def _lost(nll: list[Array], weighting: Optional[Weighting]) -> Array:
-    weighted = [each if weighting is None else weighting.hard[i] * each for i, each in enumerate(nll)]
+def _lost(nll: Weights, weighting: Optional[Weighting], shares: Weights) -> Array:
+    sums = [each.sum() for each in nll]
+    if shares:
+        sums = [jnp.sum(share * each) for share, each in zip(shares, nll, strict=True)]
+    weighted = [each if weighting is None else weighting.hard[i] * each for i, each in enumerate(sums)]
     return sum(weighted[1:], weighted[0])
 
 
-def _told(kind: HeadKind, found, targets_BT: Array, weighting: Optional[Weighting]):
+def _told(kind: HeadKind, found, targets_BT: Array, weighting: Optional[Weighting], shares: Weights):
     """(total, nll by pass `[B, T]`, divergence, correct), summed over devices."""
     nll, divergence, correct = found
     nll = tuple(each.reshape(targets_BT.shape) for each in nll)
-    sums = _lost([each.sum() for each in nll], weighting), divergence.sum(), correct.sum(0)
+    sums = _lost(nll, weighting, shares), divergence.sum(), correct.sum(0)
     lost, divergence, correct = sum_over(sums, BATCH_AXES)
     weight = 1.0 if weighting is not None else kind.consistency or 0.0
     return lost + weight * divergence, nll, divergence, correct

@@ -96,6 +96,9 @@ class ExperimentConfig:
         self._check_task()
         if self.train.consistency is not None and self.model.exits.depths:
             raise ConfigError("train.consistency", f"{self.train.consistency} with model.exits; allowed: None")
+        if self.train.consistency is not None and self.model.halting.by_step:
+            message = f"{self.train.consistency} with a halting that loses at every step; allowed: None"
+            raise ConfigError("train.consistency", message)
         if self.mesh.data != -1:  # else once the devices are known: the loop replaces `mesh` and comes here again
             self._check_rows()
             self._check_splits()

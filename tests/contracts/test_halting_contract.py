@@ -20,6 +20,7 @@ from sparsejax.blocks.moe import MoESpec
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.continued import continued
+from sparsejax.model.cost import component_costs
 from sparsejax.model.exits import ExitHeads
 from sparsejax.model.heads import Classes
 from sparsejax.model.lm import LanguageModel, init_caches, layer_reports
@@ -32,11 +33,12 @@ from support import ONE_DEVICE, assert_close, graph_of, host_batch, on_mesh, put
 LAYERS, LENGTH, ROWS = 4, 12, 4
 SETTINGS = {
     "act": {"coefficient": 0.3},
+    "ponder_net": {"coefficient": 0.3, "rate": 0.3, "quantile": 0.6},
     "a_vit": {"scale": 2.0, "shift": -0.5, "coefficient": 0.3, "prior": 0.5, "depth": 1.5},
 }
 KINDS = [name for name in HALTINGS if name != "none"]
-NEVER = {"act": {"bias": -100.0}, "a_vit": {"scale": 0.0, "shift": -100.0}}
-AT_ONCE = {"act": {"bias": 100.0}, "a_vit": {"scale": 0.0, "shift": 100.0}}
+NEVER = {"a_vit": {"scale": 0.0, "shift": -100.0}}  # the others have a learned bias
+AT_ONCE = {"a_vit": {"scale": 0.0, "shift": 100.0}}
 
 
 def model(kind="none", execution="compact", **more):
@@ -79,7 +81,7 @@ def program(config, mode):
     return jax.jit(call)
 
 
-def outcome(config, given, batch=None, mode="eval"):
+def outcome(config, given, batch=None, mode="eval", program=program):
     with on_mesh(ONE_DEVICE) as mesh:
         on_device = put_params(given, mesh), put_batch(arrays() if batch is None else batch, mesh)
         return to_numpy(program(config, mode)(*on_device))
@@ -114,7 +116,8 @@ def expected(config, kind, given):
         chooser = of_layer["chooser"]
         return lambda x: float(1 / (1 + np.exp(-(x @ chooser["weight"] + chooser["bias"]))))
 
-    rule = slow.act_rule(settings.epsilon)
+    by_quantile = kind == "ponder_net"
+    rule = slow.quantile_rule(settings.quantile) if by_quantile else slow.act_rule(settings.epsilon)
     x = np.sqrt(table.shape[1]) * table[batch["tokens"]]
     choosers = [probability(each) for each in of_layers]
     output, *found = slow.layers(
@@ -136,6 +139,9 @@ def test_against_the_slow_model(kind, tied):
     assert len({*depth[mask]}) > 2, "the test should see several depths"
     ratios = halting_ratios(reports)
     assert ratios["halting/mean_depth"] == pytest.approx(depth[mask].mean())
+    assert sum(report.weight_sum for report in reports) == pytest.approx(mask.sum())
+    if kind == "ponder_net":
+        return
     assert ratios["halting/remainder"] == pytest.approx(last[mask].mean(), rel=1e-5)
     totals = dataclasses.make_dataclass("Totals", ["tokens", "microbatches"])(int(mask.sum()), 1)
     terms = config.halting.losses(list(found[1].values()), totals, None)
@@ -156,14 +162,15 @@ def test_compact_is_masked(kind, causal):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_never_halts_is_the_plain_model(kind):
-    config = model(kind, **NEVER[kind])
+    config = model(kind, **NEVER.get(kind, {}))
     found = outcome(config, params(kind, never=True))
     flat = dict(nnx.to_flat_state(params(kind, never=True)))
     plain = {tuple(p for p in path if p != "block"): leaf for path, leaf in flat.items() if "chooser" not in path}
     given = nnx.from_flat_state(list(plain.items()))
     assert_close(real(found[0]), real(outcome(model(), given)[0]))
     assert [int(report.halting) for report in reports_of(found)][:-1] == [0] * (LAYERS - 1)
-    assert halting_ratios(reports_of(found))["halting/remainder"] == pytest.approx(1.0)
+    ratios = halting_ratios(reports_of(found))
+    assert ratios["halting/weighted_depth"] == pytest.approx(LAYERS) and ratios["halting/last_fraction"] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,12 +224,12 @@ class TestEveryKind:
             return onwards(self, x_BSD, *given)
 
         monkeypatch.setattr(TransformerBlock, "onwards", recorded)
-        config = model(kind, **AT_ONCE[kind])
+        config = model(kind, **AT_ONCE.get(kind, {}))
         of = jax.tree_util.tree_map_with_path(
             lambda path, leaf: np.full_like(leaf, 100) if "chooser" in str(path) and "bias" in str(path) else leaf,
             params(kind, never=True),
         )
-        found = outcome(config, of)
+        found = outcome(config, of, program=program.__wrapped__)
         jax.effects_barrier()
         assert ran == [LENGTH], "the first layer on all, the others on none"
         assert [int(report.running) for report in reports_of(found)][1:] == [0] * (LAYERS - 1)
@@ -252,7 +259,7 @@ class TestEveryKind:
         config = model(kind)
         _, reports, _ = results(config, params(kind), LENGTH)
         row = layer_metrics(config, reports, "train")
-        assert 1 < row["halting/mean_depth"] < LAYERS and 0 < row["halting/remainder"] <= 1
+        assert 1 < row["halting/mean_depth"] <= LAYERS and 1 < row["halting/weighted_depth"] < LAYERS
         found = routing_arrays(config, reports)
         halting = [int(found[f"{layer.name}/halting"]) for layer in config.layers]
         assert sum(halting) == found["00_dense/tokens"]
@@ -263,6 +270,59 @@ class TestEveryKind:
         of_token = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 2 * 16 * 24) + (0 if kind == "a_vit" else 2 * 16) - left
         expected = ((running[0] - running) * of_token).sum() + ((keys - seen) * 2 * 2 * 16).sum()
         assert spared == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own weights", "tied"])
+def test_ponder_net_loses_what_every_step_does(tied):
+    """Σ p_n L_n of targets and the divergence of p from the prior, and their gradients by finite differences."""
+    kind, batch = "ponder_net", host_batch(8, LENGTH, 32)
+    config, given = model(kind, tied_repeats=tied), params(kind, tied)
+    loss, reports, (grads,) = results(config, given, LENGTH)
+
+    def slow_loss(given):
+        plain = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(given))
+        units, table = plain["stack"]["units"]["blocks"][0], plain["embedding"]["table"]
+        x, states, scores = np.sqrt(table.shape[1]) * table[batch["tokens"]], [], []
+        for r in range(LAYERS):
+            of_layer = jax.tree.map(lambda leaf, r=0 if tied else r: leaf[r], units)
+            x = transformer.block(of_layer["block"], x, batch, config, batch["segments"] > 0, {})
+            states.append(transformer.scores(plain, x, config))
+            scores.append(x @ of_layer["chooser"]["weight"] + of_layer["chooser"]["bias"])
+        expected, divergence, prior = 0.0, 0.0, [0.3, 0.3 * 0.7, 0.3 * 0.49, 0.343]
+        for b, t in np.argwhere(batch["segments"] > 0):
+            p = slow.ponder_distribution([each[b, t] for each in scores])
+            divergence += sum(each * np.log(each / q) for each, q in zip(p, prior, strict=True))
+            for each, logits in zip(p, states, strict=True):
+                log_z = np.log(np.exp(logits[b, t]).sum())
+                expected += each * (log_z - logits[b, t, batch["targets"][b, t]]) * batch["loss_mask"][b, t]
+        return expected / batch["loss_mask"].sum() + 0.3 * divergence / (batch["segments"] > 0).sum()
+
+    assert float(loss) == pytest.approx(slow_loss(given), rel=1e-5)
+    assert float(sum(reports["pattern_0"].halting.weight_sum)) == pytest.approx((batch["segments"] > 0).sum(), rel=1e-5)
+    rng = np.random.default_rng(3)
+    for names in (("chooser", "bias"), ("chooser", "weight"), ("mlp",), ("table",), ("final_norm",)):
+
+        def way(path, leaf, names=names):
+            inside = all(name in jax.tree_util.keystr(path) for name in names)
+            return np.cos(np.arange(leaf.size)).reshape(leaf.shape) * inside
+
+        along = jax.tree_util.tree_map_with_path(way, given)
+        step = 1e-5 * (1 + rng.random())
+        ends = [jax.tree.map(lambda leaf, along, by=by: leaf + by * along, given, along) for by in (step, -step)]
+        slope = (slow_loss(ends[0]) - slow_loss(ends[1])) / (2 * step)
+        found = sum(np.sum(a * b) for a, b in zip(jax.tree.leaves(grads.dense), jax.tree.leaves(along), strict=True))
+        assert float(found) == pytest.approx(slope, rel=2e-3, abs=1e-6), names
+
+
+def test_what_halting_costs():
+    """A score and its bias in each of the layers, however often they are; with PonderNet, a head for every layer."""
+    plain, tied = (component_costs(model(tied_repeats=each)) for each in (False, True))
+    assert tied["mlp"].parameters * LAYERS == plain["mlp"].parameters
+    assert tied["mlp"].per_token == plain["mlp"].per_token
+    own, shared = (component_costs(model("act", tied_repeats=each))["halting"] for each in (False, True))
+    assert (own.parameters, shared.parameters) == (17 * LAYERS, 17) and own.per_token == 2 * 16 * LAYERS
+    assert component_costs(model("ponder_net"))["exit_heads"].per_token == 2 * 3 * 32 * 16
+    assert "exit_heads" not in component_costs(model("act"))
 
 
 def test_weights_that_are_tied_are_one_layer_s():
@@ -295,6 +355,7 @@ class TestRefused:
             ({"exits": ExitHeads(layers=(1,))}, "halting"),
             ({"layer_dropout": 0.1}, "halting"),
             ({"blocks": {"dense": MoESpec()}}, "halting"),
+            ({"halting": HALTINGS["ponder_net"](), "causal": False, "head": Classes(classes=3)}, "halting"),
         ],
     )
     def test_what_does_not_go_together(self, change, key):
@@ -314,6 +375,9 @@ class TestRefused:
             ("act", {"coefficient": -1.0}, "coefficient"),
             ("a_vit", {"deviation": 0.0}, "deviation"),
             ("a_vit", {"prior": -1.0}, "prior"),
+            ("ponder_net", {"rate": 1.0}, "rate"),
+            ("ponder_net", {"coefficient": -1.0}, "coefficient"),
+            ("ponder_net", {"quantile": 1.0}, "quantile"),
         ],
     )
     def test_settings_that_make_no_sense(self, kind, settings, key):
