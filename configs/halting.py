@@ -1,5 +1,5 @@
 """Tokens that stop when they have had enough: adaptive computation time over the six layers of a small dense decoder
-(arXiv:1603.08983), the same with one layer six times, a Universal Transformer (`:universal`, arXiv:1807.03819), or
+(arXiv:1603.08983), the same with one layer six times, a Universal Transformer (`:universal`, arXiv:1807.03819),
 A-ViT (`:a_vit`, arXiv:2112.07658), or PonderNet (`:ponder_net`, arXiv:2107.05407). `:plain` runs all layers.
 
 Run:     python -m sparsejax train --config=configs/halting.py --workdir=runs/halting

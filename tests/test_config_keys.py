@@ -399,6 +399,11 @@ def of_selection() -> dict[str, Row]:
     for kind in ("mixture_of_depths", "random"):
         for key, value in {"capacity": 0.5, "blocks": "(narrow,)", "execution": "masked"}.items():
             found[f"model.select.{key} ({kind})"] = row(value, gradients, **narrow, **{"model.select": kind})
+    routed = {"target": 0.3, "coefficient": 0.5, "hidden": 8, "estimator": "straight_through", "blocks": "(narrow,)"}
+    for key, value in (routed | {"always": 3, "bias": 1.0, "execution": "masked"}).items():
+        where = {"bias": initial, "always": evaluation, "execution": evaluation}.get(key, gradients)
+        given = {"model.pattern": "(dense, narrow)"} | narrow | {"model.select": "d_llm"}
+        found[f"model.select.{key} (d_llm)"] = row(value, where, **given)
     given = narrow | {"model.select": "mixture_of_depths"}
     found["model.select.gate (mixture_of_depths)"] = row("sigmoid", evaluation, **given)
     found["model.select.serving (mixture_of_depths)"] = row("router", parameters, **given)

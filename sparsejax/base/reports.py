@@ -4,8 +4,9 @@ A report holds *sums and integer counts* only, so that layers stack by `lax.scan
 by `+`, and a ratio is taken once, at the very end. The ledger's law, for every layer and expert: `assigned =
 processed + dropped`.
 
-One thing has to wait for the end of the model before it is a sum: what a policy chose, whose reward is the token's loss
-(`MoEReport.choices`). `model.lm.scored` makes sums of it, before anything is added."""
+Two things have to wait for the end of the model before they are sums: what a policy chose, whose reward is the token's
+loss (`MoEReport.choices`), and what a token's layers are compared with together (`SelectionReport.gates`).
+`model.lm.scored` makes sums of them, before anything is added."""
 
 import dataclasses
 import functools
@@ -141,6 +142,9 @@ class SelectionReport:
     agreed: Int[Array, "*R"]  # those of whom the causal choice says the same as the choice among the whole row
     gate_sum: Float[Array, "*R"]  # Σ over chosen tokens
     surprise_sum: Float[Array, "*R"]  # Σ over tokens of the cross entropy of the causal choice with the other, nats
+    keys: Optional[Float[Array, "*R"]] = None  # (query, key) pairs of those that it computed on, where no shape tells
+    gates: Optional[Float[Array, "*R B T"]] = None  # of every token, until those of all layers are known
+    far_sum: Optional[Float[Array, "*R"]] = None  # the layer's part of Σ over tokens of |mean of its gates − target|
 
 
 @struct

@@ -8,6 +8,7 @@ from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.halting import NoHalting
 from sparsejax.blocks.halting_methods import AdaptiveComputationTime, AViT, PonderNet
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
+from sparsejax.blocks.layer_routing import LayerRouting
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.blocks.selection import MixtureOfDepths, RandomTokens
@@ -35,7 +36,10 @@ RESIDUALS = Registry(
 SEQUENCES = Registry(
     "sequence", {"none": EveryToken, "altup": SequenceAltUp, "skip": StrideAndSkip, "pool": AveragePooling}
 )
-SELECTIONS = Registry("selection", {"none": EveryToken, "mixture_of_depths": MixtureOfDepths, "random": RandomTokens})
+SELECTIONS = Registry(
+    "selection",
+    {"none": EveryToken, "mixture_of_depths": MixtureOfDepths, "random": RandomTokens, "d_llm": LayerRouting},
+)
 SKIMS = Registry(
     "skim",
     {

@@ -31,12 +31,9 @@ from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.anchors import at
 from sparsejax.ops.halting import Halted, Halting, begin
 from sparsejax.ops.selection import put
-from sparsejax.ops.skim import over_document, survivors
+from sparsejax.ops.skim import ROOMS, pairs, survivors
 
 BY_ROW: Any = P(BATCH_AXES)
-ROOMS = (0.25, 0.5, 1.0)
-"""Shares of a row that the compact execution has programs for."""
-
 Probability = Float[Array, "B T"]
 Terms = dict[str, Float[Array, ""]]
 
@@ -152,7 +149,7 @@ class HaltingBlock(nnx.Module):
             probability_BT = self.chooser(x_BTD)
             weight_BT, after = self.settings.step(before, probability_BT, last, context.mode)
             output_BTD = row.output + weight_BT[..., None] * x_BTD.astype(jnp.float32)
-        halts_BT = after.halted & running_BT
+        halts_BT, where = after.halted & running_BT, (batch.segments, batch.positions)
         prior_BT = self.settings.prior_part(weight_BT, jnp.asarray(context.layer), self.num_layers, context.mode)
         total = lambda values_BT, where_BT: jnp.sum(values_BT, where=where_BT, dtype=jnp.float32)  # noqa: E731
         report = HaltingReport(
@@ -163,7 +160,7 @@ class HaltingBlock(nnx.Module):
             remainder_sum=total(after.remainder, halts_BT),
             probability_sum=total(jnp.where(last, 1.0, probability_BT), running_BT),
             prior_sum=total(prior_BT, running_BT),
-            keys=jnp.float32(0) if cache is not None else self._pairs(batch, running_BT, seen_BT),
+            keys=jnp.float32(0) if cache is not None else pairs(running_BT, seen_BT > 0, *where, self.causal),
         )
         new = Halted(x=x_BTD, output=output_BTD, weight=weight_BT, progress=after)
         return BlockOutput(x=new, report=Report(halting=report), cache=keys)
@@ -214,22 +211,6 @@ class HaltingBlock(nnx.Module):
             return token_BS, tuple(at(array, token_BS) for array in rows)
 
         return on_each_device(local, (BY_ROW, BY_ROW), (BY_ROW, BY_ROW))(running_BT, rows)
-
-    def _pairs(self, batch: Batch, running_BT: Bool[Array, "B T"], seen_BT: Int[Array, "B T"]) -> Float[Array, ""]:
-        """Σ over running tokens of the keys that they see."""
-        length = batch.segments.shape[1]
-
-        def local(running_BT: Array, seen_BT: Array, batch: Batch) -> tuple[Array]:
-            visible_BT = (seen_BT > 0).astype(jnp.int32)
-            if not self.causal:
-                return (running_BT * over_document(visible_BT, batch.segments, length),)
-            upto_BT = jnp.cumsum(visible_BT, axis=1)
-            start_BT = jnp.arange(length) - batch.positions
-            before_BT = jnp.take_along_axis(upto_BT - visible_BT, jnp.maximum(start_BT, 0), axis=1)
-            return (running_BT * (upto_BT - before_BT),)
-
-        run = on_each_device(local, (BY_ROW, BY_ROW, BY_ROW), (BY_ROW,))
-        return run(running_BT, seen_BT, batch)[0].sum(dtype=jnp.float32)
 
 
 def _seeing(context: Context, seen_BT: Int[Array, "B T"]) -> Context:

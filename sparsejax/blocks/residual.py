@@ -44,7 +44,7 @@ class TransformerBlock(nnx.Module):
         x_BTD = lookups.at("before_attention", x_BTD)
         with jax.named_scope("attention"):
             keys = None if cache is None else cache.attention
-            where = (batch.positions, batch.segments, keys, batch.places)
+            where = (batch.positions, batch.segments, keys, batch.places, context.seen)
             attended, keys = self.attention(self.attention_norm(x_BTD), *where)
             x_BTD = x_BTD + attended
         x_BTD = lookups.at("before_feed_forward", x_BTD)

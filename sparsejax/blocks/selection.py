@@ -184,7 +184,7 @@ class SelectedBlock(nnx.Module):
         gather = on_each_device(lambda x, gate, token: (at(x, token), at(gate, token)), (ROWS,) * 3, (ROWS,) * 2)
         x_BKD, gate_BK = gather(x_BTD, decision.gate, token_BK)
         out = self.block(x_BKD, context_at(context, token_BK), None)
-        new_BKD = _gated(x_BKD, out.x, gate_BK)
+        new_BKD = gated(x_BKD, out.x, gate_BK)
         (new_BTD,) = on_each_device(lambda *given: (put(*given),), (ROWS,) * 3, (ROWS,))(x_BTD, new_BKD, token_BK)
         return dataclasses.replace(out, x=new_BTD, report=report_of(out.report, token_BK, x_BTD.shape[1]))
 
@@ -205,13 +205,13 @@ class SelectedBlock(nnx.Module):
         batch = dataclasses.replace(batch, segments=segments_BT, previous=batch.preceding(), places=places_BT)
         run = lambda: self.block(x_BTD, dataclasses.replace(context, batch=batch), cache)  # noqa: E731
         out = run() if cache is None or x_BTD.shape[1] > 1 else _if_any(chosen_BT, run, x_BTD, cache)
-        new_BTD = _gated(x_BTD, out.x, decision.gate)
+        new_BTD = gated(x_BTD, out.x, decision.gate)
         new_BTD = jnp.where(chosen_BT[..., None], new_BTD, x_BTD)
         after = None if out.cache is None else dataclasses.replace(out.cache, written=written_B)
         return dataclasses.replace(out, x=new_BTD, cache=after)
 
 
-def _gated(x: Float[Array, "B S D"], y: Hidden, gate: Float[Array, "B S"]) -> Float[Array, "B S D"]:
+def gated(x: Float[Array, "B S D"], y: Hidden, gate: Float[Array, "B S"]) -> Float[Array, "B S D"]:
     """x + gate · (y − x), exactly y where the gate is 1."""
     assert not isinstance(y, tuple)  # a residual of several streams is around this
     gate = gate[..., None]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sparsejax.base.cost import Cost
 from sparsejax.base.reports import Decisions, Report
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
+from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context, Totals
 from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.anchors import at
@@ -42,6 +43,13 @@ class Tokens:
     def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
         """Component → cost of a layer, from that of its block on every token."""
         return of_block
+
+    needs_dense = False
+    """Whether layers with a router cannot be inside."""
+
+    def scored(self, reports: dict[str, Report], batch: Batch) -> dict[str, Report]:
+        """Reports of a pass that are sums alone."""
+        return reports
 
     def losses(self, report: Report, totals: Totals) -> dict[str, Float[Array, ""]]:
         """Named loss terms of a (possibly stacked) report, weighted and summed over its layers."""

@@ -8,15 +8,16 @@ from sparsejax.base.errors import ConfigError, did_you_mean
 from sparsejax.base.registry import choice, choices
 from sparsejax.blocks import BLOCKS, HALTINGS, RESIDUALS, SELECTIONS, SEQUENCES, SKIMS
 from sparsejax.blocks.dense import DenseSpec
-from sparsejax.blocks.halting import HaltingSpec, TokenHalting
+from sparsejax.blocks.halting import HaltingSpec
 from sparsejax.blocks.moe import MoESpec
-from sparsejax.blocks.skim import Skim, Skimming
+from sparsejax.blocks.skim import Skim
 from sparsejax.blocks.spec import BlockSpec
-from sparsejax.blocks.streams import OneStream, Residual
+from sparsejax.blocks.streams import Residual
 from sparsejax.blocks.tokens import EveryToken, Tokens
 from sparsejax.memory.config import MEMORIES, MemorySpec
 from sparsejax.model.exits import EXITS, Exits
 from sparsejax.model.heads import HEADS, HeadSpec
+from sparsejax.model.some_tokens import check_some_tokens, names
 from sparsejax.nn.backbone import Backbone
 
 Remat = Literal["none", "full", "dots", "names"]
@@ -84,12 +85,7 @@ class ModelConfig(Backbone):
         self._check_causality()
         self._check_memory()
         self._check_streams()
-        self._check_tokens("sequence", self.sequence)
-        self._check_tokens("select", self.select)
-        self._check_tokens_apart()
-        self._check_skim()
-        self._check_exits()
-        self._check_halting()
+        check_some_tokens(self)
         self._check_tied_repeats()
         if self.vocab_size < 2:
             raise ConfigError("vocab_size", f"{self.vocab_size} is less than 2")
@@ -179,96 +175,15 @@ class ModelConfig(Backbone):
                 message = "it reads the embedding, which is wider than d_model with streams.embedding=wide"
                 raise ConfigError(f"memory.{name}.consume", f"{message}; allowed: embedding=recycled or projected")
 
-    def _check_tokens(self, field: str, tokens: Tokens) -> None:
-        if isinstance(tokens, EveryToken):
-            return
-        for name in tokens.blocks:
-            if name not in self.positions.values():
-                known = sorted(set(self.positions.values()))
-                message = f"no layer of prefix, pattern or suffix is a {name!r}; known: {', '.join(known)}."
-                raise ConfigError(f"{field}.blocks", message + did_you_mean(name, known))
-        wrong = {name: reason for name in self.positions.values() if (reason := self._not_shortened(name))}
-        named = next((name for name in wrong if _names(tokens, name)), None)
-        if named is not None:
-            fit = ", ".join(dict.fromkeys(name for name in self.positions.values() if name not in wrong)) or "none here"
-            raise ConfigError(f"{field}.blocks", f"{named}: {wrong[named]}; blocks that can be named: {fit}")
-        if self.causal:
-            try:
-                tokens.check_causal()
-            except ConfigError as error:
-                raise error.below(field) from None
-
-    def _check_tokens_apart(self) -> None:
-        both = next((n for n in self.positions.values() if _names(self.sequence, n) and _names(self.select, n)), None)
-        if both is not None:
-            message = f"{both} computes on every k-th token by model.sequence already; allowed: other blocks"
-            raise ConfigError("select.blocks", message)
-
-    def _check_skim(self) -> None:
-        if not isinstance(self.skim, Skimming):
-            return
-        name = SKIMS.name_of(self.skim)
-        if self.causal or self.head.of_tokens:
-            message = f"{name}: tokens that leave have no scores; it goes with causal=false and head=classes"
-            raise ConfigError("skim", message)
-        plain = isinstance(self.streams, OneStream) and self.sequence == self.select == EveryToken()
-        if not plain:
-            raise ConfigError("skim", f"{name} goes with streams=none, sequence=none and select=none")
-        if self.attention == "splash":
-            raise ConfigError("attention", f"splash keeps no weights for skim={name} to read; allowed: auto, xla")
-        for block in dict.fromkeys(self.positions.values()):
-            if self.blocks[block].has_router or self._not_shortened(block):
-                raise ConfigError("skim", f"{name}: layers that are {block!r} need all tokens; allowed: dense ones")
-        if self.skim.execution == "compact" and ((self.scan and self.repeats > 1) or self.remat != "none"):
-            message = "compact: every layer has a shape of its own; it goes with scan=false and remat=none"
-            raise ConfigError("skim.execution", message)
-        try:
-            self.skim.check(self.num_layers)
-        except ConfigError as error:
-            raise error.below("skim") from None
-
-    def _check_exits(self) -> None:
-        try:
-            self.exits.check(self.num_layers)
-        except ConfigError as error:
-            raise error.below("exits") from None
-        if self.exits.depths and isinstance(self.skim, Skimming):
-            raise ConfigError("exits", f"an exit reads all tokens, and skim={SKIMS.name_of(self.skim)} takes some away")
-        if not 0 <= self.layer_dropout < 1:
-            raise ConfigError("layer_dropout", f"{self.layer_dropout} is outside [0, 1)")
-
-    def _check_halting(self) -> None:
-        if not isinstance(self.halting, TokenHalting):
-            return
-        name = HALTINGS.name_of(self.halting)
-        plain = isinstance(self.streams, OneStream) and self.sequence == self.select == EveryToken()
-        if not plain or isinstance(self.skim, Skimming) or self.exits.depths or self.layer_dropout:
-            others = "streams, sequence, select, skim and exits=none, and layer_dropout=0"
-            raise ConfigError("halting", f"{name} goes with {others}")
-        if self.halting.by_step and not self.head.of_tokens:
-            raise ConfigError("halting", f"{name}: it weighs the losses of tokens; it goes with head=tokens")
-        for block in dict.fromkeys(self.positions.values()):
-            if self.blocks[block].has_router or self._not_shortened(block):
-                raise ConfigError("halting", f"{name}: layers that are {block!r} need all tokens; allowed: dense ones")
-
     def _check_tied_repeats(self) -> None:
         for block in dict.fromkeys(self.pattern) if self.tied_repeats else ():
             if self.blocks[block].has_router or any(block in spec.blocks for spec in self.memory.values()):
                 message = f"true, but {block!r} has a router or a memory, whose state is that of one layer"
                 raise ConfigError("tied_repeats", f"{message}; allowed in the pattern: dense blocks")
 
-    def _not_shortened(self, block: str) -> Optional[str]:
-        """Why layers with this block spec cannot compute on some tokens of a row."""
-        try:
-            self.blocks[block].check_some_tokens()
-        except ConfigError as error:
-            return error.message
-        memory = next((name for name, spec in self.memory.items() if block in spec.blocks), None)
-        return None if memory is None else f"its memory {memory!r} reads a table for every token"
-
     def tokens_of(self, block: str) -> Tokens:
         """On which tokens the layers with this block spec compute."""
-        return next((tokens for tokens in (self.sequence, self.select) if _names(tokens, block)), EveryToken())
+        return next((tokens for tokens in (self.sequence, self.select) if names(tokens, block)), EveryToken())
 
     @property
     def generates(self) -> bool:
@@ -321,8 +236,3 @@ class ModelConfig(Backbone):
             if name not in used
         }
         return reasons
-
-
-def _names(tokens: Tokens, block: str) -> bool:
-    """Whether layers with this block spec are to compute on some tokens alone."""
-    return not isinstance(tokens, EveryToken) and (not tokens.blocks or block in tokens.blocks)

@@ -227,7 +227,7 @@ def scored(config: ModelConfig, reports: Reports, nll_BT: Float[Array, "B T"], b
         position: config.blocks[block].reward(reports[position], -nll_BT, batch.loss_mask)
         for position, block in config.positions.items()
     }
-    return {**reports, **rewarded}
+    return config.select.scored({**reports, **rewarded}, batch)
 
 
 def auxiliary_losses(config: ModelConfig, reports: Reports, totals: Totals) -> dict[str, Float[Array, ""]]:

@@ -35,8 +35,9 @@ CACHE_SPECS: Any = KVCache(k=HEADS_SPEC, v=HEADS_SPEC, segments=ROWS_SPEC)  # ty
 
 
 class Attention(nnx.Module):
-    """Causal within a document, or over the whole of it. With a cache, `places` (or else `positions`) say where the new
-    keys go, and queries see all that is written."""
+    """Causal within a document, or over the whole of it; `seen` are the keys' segments, where they are not those of
+    the queries. With a cache, `places` (or else `positions`) say where the new keys go, and queries see all that is
+    written."""
 
     def __init__(self, key: PRNGKeyArray, backbone: Backbone):
         d, n, m, h, dtype = (
@@ -66,12 +67,14 @@ class Attention(nnx.Module):
         segments_BT: Int[Array, "B T"],
         cache: Optional[KVCache],
         places_BT: Optional[Int[Array, "B T"]] = None,
+        seen_BT: Optional[Int[Array, "B T"]] = None,
     ) -> tuple[Float[Array, "B T D"], Optional[KVCache]]:
         if cache is not None:
             cache = self.remember(*self.keys(x_BTD, positions_BT), positions_BT, segments_BT, cache, places_BT)
             return self.recall(x_BTD, positions_BT, segments_BT, cache, places_BT), cache
         q, (k, v) = self._queries(x_BTD, positions_BT), self.keys(x_BTD, positions_BT)
-        return self.out(checkpoint_name(self._over_row(q, k, v, segments_BT), "attention")), None
+        seen_BT = segments_BT if seen_BT is None else seen_BT
+        return self.out(checkpoint_name(self._over_row(q, k, v, segments_BT, seen_BT), "attention")), None
 
     def keys(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
         """Keys and values `[B, T, M, H]`."""
@@ -148,19 +151,19 @@ class Attention(nnx.Module):
         attended_BTD = self.out(checkpoint_name(attended, "attention"))
         return attended_BTD, received_BT / heads, own_BT / heads, keys_BTH / kv_heads
 
-    def _over_row(self, q_BTNH, k_BTMH, v_BTMH, segments_BT):
+    def _over_row(self, q_BTNH, k_BTMH, v_BTMH, segments_BT, seen_BT):
         """Attention inside the rows of a batch; a device holds whole rows and whole heads, so nothing is exchanged."""
         fits = mesh_platform() == "tpu" and q_BTNH.shape[1] % SPLASH_BLOCK == 0
         use_splash = self.kind == "splash" or (self.kind == "auto" and fits)
 
-        def local(q, k, v, segments):
+        def local(q, k, v, segments, seen):
             if use_splash:
-                return splash_attention(q, k, v, segments, self.soft_cap, self.causal)
+                return splash_attention(q, k, v, segments, self.soft_cap, self.causal, k_segments=seen)
             order = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape) if self.causal else None
-            return xla_attention(q, k, v, segments, segments, order, self.soft_cap)
+            return xla_attention(q, k, v, segments, seen, order, self.soft_cap)
 
         # Pallas calls carry no varying-axes types, hence check_vma; nothing here is replicated, so nothing to check.
-        specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, ROWS_SPEC)
+        specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, ROWS_SPEC, ROWS_SPEC)
         return jax.shard_map(local, in_specs=specs, out_specs=HEADS_SPEC, check_vma=False)(
-            q_BTNH, k_BTMH, v_BTMH, segments_BT
+            q_BTNH, k_BTMH, v_BTMH, segments_BT, seen_BT
         )

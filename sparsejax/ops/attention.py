@@ -72,6 +72,7 @@ def splash_attention(
     soft_cap: Optional[float] = None,
     causal: bool = True,
     interpret: bool = False,
+    k_segments: Optional[Int[Array, "B T"]] = None,
 ) -> Float[Array, "B T N H"]:
     """The same over a whole row by JAX's Pallas flash kernel for TPU: no T × T array. `interpret` runs it anywhere,
     slowly."""
@@ -86,11 +87,12 @@ def splash_attention(
         every_head, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=soft_cap, interpret=interpret
     )
 
-    def one_row(q_NTH, k_MTH, v_MTH, segments_T):
-        return kernel(q_NTH, k_MTH, v_MTH, segment_ids=splash.SegmentIds(q=segments_T, kv=segments_T))
+    def one_row(q_NTH, k_MTH, v_MTH, segments_T, of_keys_T):
+        return kernel(q_NTH, k_MTH, v_MTH, segment_ids=splash.SegmentIds(q=segments_T, kv=of_keys_T))
 
     q_BNTH = q_BTNH.transpose(0, 2, 1, 3) / width**0.5
     k_BMTH, v_BMTH = k_BTMH.transpose(0, 2, 1, 3), v_BTMH.transpose(0, 2, 1, 3)
     with jax.named_scope("causal" if causal else BIDIRECTIONAL):
-        attended_BNTH = jnp.asarray(jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT))
+        of_keys_BT = segments_BT if k_segments is None else k_segments
+        attended_BNTH = jnp.asarray(jax.vmap(one_row)(q_BNTH, k_BMTH, v_BMTH, segments_BT, of_keys_BT))
     return attended_BNTH.transpose(0, 2, 1, 3)

@@ -1,5 +1,5 @@
 """Tokens that leave a row for good: attention among those that stay, the order they leave in, and the rows that are
-left. Functions of one device's rows; scores and weights are float32.
+left. Functions of one device's rows, but for `pairs`; scores and weights are float32.
 
 `keep` is a weight for every token: as a key its attention is multiplied by it and all are normalised again, which adds
 log keep to the logits. At 1 nothing changes; at 0 the token is gone, as if it had been taken out; above 1 it stands for
@@ -9,8 +9,10 @@ from typing import Optional
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import struct
 from sparsejax.ops.attention import soft_capped
 
@@ -70,6 +72,34 @@ def over_document(values_BT: Shaped[Array, "B T"], segments_BT: Int[Array, "B T"
     """For every token the sum of the values of its document, there being at most so many."""
     of_row = lambda values, segments: jnp.zeros(most + 1, values.dtype).at[segments].add(values)[segments]  # noqa: E731
     return jax.vmap(of_row)(values_BT, segments_BT)
+
+
+ROOMS = (0.25, 0.5, 1.0)
+"""Shares of a row that there are programs for, where how many tokens run is known only then."""
+
+
+def pairs(
+    running_BT: Bool[Array, "B T"],
+    seen_BT: Bool[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    causal: bool,
+) -> Float[Array, ""]:
+    """Σ over running tokens of the tokens that each sees, of any devices' rows."""
+
+    def local(running_BT: Array, seen_BT: Array, segments_BT: Array, positions_BT: Array) -> tuple[Array]:
+        length = segments_BT.shape[1]
+        one_BT = seen_BT.astype(jnp.int32)
+        if not causal:
+            return (running_BT * over_document(one_BT, segments_BT, length),)
+        upto_BT = jnp.cumsum(one_BT, axis=1)
+        start_BT = jnp.maximum(jnp.arange(length) - positions_BT, 0)
+        before_BT = jnp.take_along_axis(upto_BT - one_BT, start_BT, axis=1)
+        return (running_BT * (upto_BT - before_BT),)
+
+    by_row = P(BATCH_AXES)
+    run = on_each_device(local, (by_row,) * 4, (by_row,))
+    return run(running_BT, seen_BT, segments_BT, positions_BT)[0].sum(dtype=jnp.float32)
 
 
 def rank(

@@ -166,6 +166,11 @@ def spared_flops(config: ModelConfig, reports: dict[str, Report], keys: float) -
             before = costs["attention_projections"].per_token
             saved += (found.tokens - found.attended) * before + (found.tokens - found.left) * costs["mlp"].per_token
             saved += (keys - float(found.keys)) * costs["attention_scores"].per_key
+        if report.selection is not None and report.selection.keys is not None:
+            found, costs = report.selection, layer_costs(config, layer.block)
+            names = ("attention_projections", *config.blocks[layer.block].costs(config))
+            saved += (found.tokens - found.chosen) * sum(costs[name].per_token for name in names)
+            saved += (keys - float(report.selection.keys)) * costs["attention_scores"].per_key
         if report.halting is not None:
             found, costs = report.halting, layer_costs(config, layer.block)
             of_token = sum(cost.per_token for cost in costs.values()) - config.halting.halted_flops(config)

@@ -67,4 +67,9 @@ def test_a_config_is_hashable_and_equal_by_value():
 def test_what_has_no_effect_is_known():
     assert set(ModelConfig().unused()) == {"remat_names"}
     assert set(ModelConfig(pattern=("dense",)).unused()) == {"remat_names", "blocks.moe"}
-    assert set(ModelConfig(prefix=("dense", "moe"), pattern=()).unused()) == {"remat_names", "repeats", "scan"}
+    assert set(ModelConfig(prefix=("dense", "moe"), pattern=()).unused()) == {
+        "remat_names",
+        "repeats",
+        "tied_repeats",
+        "scan",
+    }
