@@ -2,7 +2,8 @@
 
 The layers run in segments, from exit to exit. After each the rule is asked about the rows that are left; who is content
 keeps the answer of that exit, and the others go on, gathered into the smallest of a few batch sizes (the ladder) that
-holds them: survivor compaction. So every segment is one program for each size, compiled when it is first wanted.
+holds them: survivor compaction. So every segment is one program for each size, compiled when it is first wanted;
+segments before the first exit at which the rule could stop are one program together.
 
 Rules are those of exit tables (`infer.exit_rules`), asked on the host about what the heads have said so far."""
 
@@ -68,7 +69,8 @@ class ExitingEncoder:
         self._graph = abstract_model(unrolled(config))[0]
         model = (variables.params, variables.model_state)
         self._model = jax.jit(lambda model: tuple(unrolled_variables(config, each) for each in model))(model)
-        self._compiled: dict[tuple[int, int], tuple[Compiled, float]] = {}  # with its FLOPs
+        # By the exits of its first and last segment and its rows, with its FLOPs.
+        self._compiled: dict[tuple[int, int, int], tuple[Compiled, float]] = {}
 
     def __call__(self, batch: Mapping[str, np.ndarray], rule: ExitRule) -> Departures:
         """Of host arrays by the names of `Batch`, `[N, T]` with N ≤ the ladder's last size."""
@@ -79,36 +81,36 @@ class ExitingEncoder:
         arrays = {name: each[0] for name, each in shard_batch(padded, mesh, 1).items()}
         heard = _Heard(rows, self.depths)
         alive_N, rungs, x = np.flatnonzero(batch["segments"].any(-1)), [], None
-        exits_N = np.full(rows, -1)
-        for number in range(len(self.depths)):
-            if not len(alive_N):
-                break
+        exits_N, first = np.full(rows, -1), 0
+        while len(alive_N):
+            last = min(max(first, rule.earliest), len(self.depths) - 1)
             rung = next(size for size in self.ladder if size >= len(alive_N))
             index = np.full(rung, most, np.int32)  # beyond the end: a row of padding
             index[: len(alive_N)] = alive_N
-            key, operands = (number, rung), (*self._model, arrays, jnp.asarray(index), x)
+            key, operands = (first, last, rung), (*self._model, arrays, jnp.asarray(index), x)
             if key not in self._compiled:
                 started = time.perf_counter()
-                self._compiled[key] = self._compile(number, operands)
+                self._compiled[key] = self._compile(first, last, operands)
                 compiling += time.perf_counter() - started
             program, cost = self._compiled[key]
             # Waited for before the next is dispatched: on CPU, two programs with collectives in flight can deadlock.
-            x, logits_RC, features_RD = jax.block_until_ready(program(*operands))
-            heard.hear(number, alive_N, to_numpy(logits_RC), to_numpy(features_RD))
-            content_N = heard.content(rule, number, alive_N)
-            exits_N[alive_N[content_N]] = number
-            rungs.append(rung)
-            alive_N, flops = alive_N[~content_N], flops + cost
+            x, said = jax.block_until_ready(program(*operands))
+            for number, (logits_RC, features_RD) in enumerate(said, first):
+                heard.hear(number, alive_N, to_numpy(logits_RC), to_numpy(features_RD))
+                rungs.append(rung)
+            content_N = heard.content(rule, last, alive_N)
+            exits_N[alive_N[content_N]] = last
+            alive_N, flops, first = alive_N[~content_N], flops + cost, last + 1
         logits_NC = np.where(exits_N[:, None] >= 0, heard.logits[np.arange(rows), exits_N], 0)
         seconds = time.perf_counter() - begun - compiling
         return Departures(logits=logits_NC, exits=exits_N, rungs=tuple(rungs), compiled_flops=flops, seconds=seconds)
 
-    def _compile(self, number: int, operands: tuple) -> tuple[Compiled, float]:
-        first = self.depths[number - 1] if number else 0
-        depth, last = self.depths[number], number == len(self.depths) - 1
+    def _compile(self, first: int, last: int, operands: tuple) -> tuple[Compiled, float]:
+        """The segments that end at the exits `first` to `last`."""
+        ends = (0, *self.depths)
 
-        def segment(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array], index_R: Array, x: Any):
-            """(the residual of all rows, `[R, C]`, `[R, D]`) after the layers of this segment on the rows `index_R`."""
+        def segments(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array], index_R: Array, x: Any):
+            """(the residual of all rows, for each exit `[R, C]` and `[R, D]`), after these layers on rows `index_R`."""
             model = nnx.merge(self._graph, params, model_state)
             batch = Batch(**{name: _taken(array, index_R) for name, array in arrays.items()})
             if x is None:
@@ -118,13 +120,17 @@ class ExitingEncoder:
             else:
                 here = jax.tree.map(lambda a: _taken(a, index_R), x)
                 context = Context(batch=batch, mode="eval", embedded=model.embedding(batch.tokens))
-            here, _ = run_layers(model, here, context, None, range(first, depth))
-            features_RSD = features_at(model, here, batch, depth)
-            logits_RC, features_RD = logits_at(model, features_RSD, depth)[:, 0], features_RSD[:, 0]
-            x = None if last else jax.tree.map(lambda a, new: _put(a, index_R, new), x, here)
-            return x, logits_RC, features_RD
+            said = []
+            for number in range(first, last + 1):
+                depth = ends[number + 1]
+                here, _ = run_layers(model, here, context, None, range(ends[number], depth))
+                features_RSD = features_at(model, here, batch, depth)
+                said.append((logits_at(model, features_RSD, depth)[:, 0], features_RSD[:, 0]))
+            ended = last == len(self.depths) - 1
+            return None if ended else jax.tree.map(lambda a, new: _put(a, index_R, new), x, here), said
 
-        program = jax.jit(segment, donate_argnums=() if last else (4,)).lower(*operands).compile()
+        kept = () if last == len(self.depths) - 1 else (4,)
+        program = jax.jit(segments, donate_argnums=kept).lower(*operands).compile()
         return program, (program.cost_analysis() or {}).get("flops") or 0.0
 
 

@@ -17,7 +17,16 @@ from sparsejax.infer.exit_table import ExitTable, log_softmax
 Threshold = float | tuple[float, ...]
 
 
+NEVER = 2**30
+"""An exit that no model has."""
+
+
 class ExitRule(Protocol):
+    @property
+    def earliest(self) -> int:
+        """Number of the first exit at which it could stop, whatever the table."""
+        ...
+
     def stops(self, table: ExitTable) -> Bool[np.ndarray, "N E"]:
         """Where each example would be content."""
         ...
@@ -41,6 +50,11 @@ class AtLeast:
     def __post_init__(self):
         if not all(0 <= t <= 1 for t in np.atleast_1d(self.threshold)):
             raise ConfigError("threshold", f"{self.threshold} is outside [0, 1]")
+
+    @property
+    def earliest(self) -> int:
+        reached = [exit for exit, threshold in enumerate(np.atleast_1d(self.threshold)) if threshold < 1]
+        return reached[0] if reached else NEVER
 
     def confidence(self, table: ExitTable) -> Float[np.ndarray, "N E"]:
         raise NotImplementedError
@@ -107,6 +121,10 @@ class QExit:
         if not 0 <= self.quantile <= 1:
             raise ConfigError("quantile", f"{self.quantile} is outside [0, 1]")
 
+    @property
+    def earliest(self) -> int:
+        return 0
+
     def stops(self, table):
         return 1 - np.cumprod(1 - _given(table, "score"), axis=1) > self.quantile
 
@@ -118,6 +136,11 @@ class Entropy:
 
     threshold: Threshold = 0.3
     normalised: bool = False
+
+    @property
+    def earliest(self) -> int:
+        reached = [exit for exit, threshold in enumerate(np.atleast_1d(self.threshold)) if threshold > 0]
+        return reached[0] if reached else NEVER
 
     def stops(self, table):
         scale = np.log(int(table.classes)) if self.normalised else 1.0
@@ -133,6 +156,10 @@ class Patience:
 
     def __post_init__(self):
         _at_least_1("patience", self.patience)
+
+    @property
+    def earliest(self) -> int:
+        return self.patience
 
     def stops(self, table):
         same = np.zeros(table.prediction.shape, bool)
@@ -150,6 +177,10 @@ class SimilarityPatience:
 
     def __post_init__(self):
         _at_least_1("patience", self.patience)
+
+    @property
+    def earliest(self) -> int:
+        return self.patience
 
     def stops(self, table):
         return _in_a_row(table.divergence < _of_exits(self.threshold, table)) >= self.patience

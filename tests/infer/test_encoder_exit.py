@@ -194,7 +194,10 @@ class TestCompact:
         assert found.rungs == tuple(min(r for r in encoder.ladder if r >= n) for n in left if n)
         assert found.rungs[-1] < found.rungs[0]
         programs = dict(encoder._compiled)
-        assert {*enumerate(found.rungs)} <= set(programs)
+        assert {(number, number, rung) for number, rung in enumerate(found.rungs)} <= set(programs)
+        patient = run("dense", RULES["patience"](patience=2))
+        assert (0, 2, patient.rungs[0]) in encoder._compiled and len(set(patient.rungs[:3])) == 1
+        programs = dict(encoder._compiled)
         again = run("dense", rule)
         assert encoder._compiled == programs
         np.testing.assert_array_equal(again.logits, found.logits)

@@ -89,6 +89,17 @@ class TestEveryRule:
             assert leave(rule, TABLE.take(np.array([i])))[0] == together[i]
 
     @pytest.mark.parametrize("name", RULES)
+    def test_none_stops_before_its_earliest_exit(self, name):
+        rule = example_rule(name)
+        assert not rule.stops(TABLE)[:, : rule.earliest].any() and rule.stops(TABLE)[:, rule.earliest :].any()
+        if name == "patience":
+            assert rule.earliest == 3
+        if name in ("max_prob", "entropy"):
+            never, late = (1.0, (1.0, 1.0, 0.5)) if name == "max_prob" else (0.0, (0.0, 0.0, 0.5))
+            assert dataclasses.replace(rule, threshold=never).earliest >= E
+            assert dataclasses.replace(rule, threshold=late).earliest == 2
+
+    @pytest.mark.parametrize("name", RULES)
     def test_later_exits_do_not_matter_to_who_has_left(self, name):
         rule = example_rule(name)
         logits, states, scores, target = drawn()
