@@ -148,6 +148,19 @@ class SelectionReport:
 
 
 @struct
+class SpendingReport:
+    """What a layer whose tokens leave spends, where that has a budget (leading axes: repeats of the layer)."""
+
+    attended_sum: Float[Array, "*R"]  # Σ of the tokens' weights when attention begins
+    keys_sum: Float[Array, "*R"]  # Σ over pairs of a document of the product of their weights
+    all_keys: Float[Array, "*R"]  # pairs if no token had left
+    would_attend: Int[Array, "*R"]  # as evaluation would decide on these states: tokens when attention begins,
+    would_pair: Float[Array, "*R"]  # (query, key) pairs among them,
+    would_stay: Int[Array, "*R"]  # and tokens after attention
+    price_sum: Optional[Float[Array, "*R"]] = None  # Σ over tokens of the price of a hard budget
+
+
+@struct
 class SkimReport:
     """One layer after which fewer tokens are left (leading axes: repeats of the layer). Counts are int32, sums
     float32."""
@@ -159,6 +172,7 @@ class SkimReport:
     attended: Int[Array, "*R"]  # tokens with any weight when attention begins
     keys: Float[Array, "*R"]  # (query, key) pairs among them
     left: Int[Array, "*R"]  # tokens with any weight after it
+    spending: Optional[SpendingReport] = None
 
 
 @struct
@@ -257,7 +271,9 @@ def selection_ratios(report: SelectionReport) -> dict[str, float]:
 def skim_ratios(report: SkimReport) -> dict[str, float]:
     """The `select/…` metrics of one layer, from its unstacked host report."""
     tokens = max(float(report.tokens), 1.0)
-    return {
+    spent = report.spending
+    price = {} if spent is None or spent.price_sum is None else {"select/price": float(spent.price_sum / tokens)}
+    return price | {
         "select/keep_fraction": float(report.kept / tokens),
         "select/unplaced_fraction": float(report.unplaced / tokens),
     }

@@ -8,6 +8,7 @@ for a fixed share of the row. What does not fit goes, lowest first, and is count
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -19,9 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import Report, SkimReport
+from sparsejax.base.reports import Report, SkimReport, SpendingReport
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import Batch, struct
+from sparsejax.blocks.budgets import Price, Work
 from sparsejax.blocks.context import BlockOutput, Context, Totals
 from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.anchors import at
@@ -49,6 +51,7 @@ class Decision:
     gate: Float[Array, "B T"]
     priority: Float[Array, "B T"]
     x: Optional[Float[Array, "B T D"]] = None
+    decided: Optional[Float[Array, "B T"]] = None  # in soft training, the gate that evaluation would take
 
 
 class Chooser(nnx.Module):
@@ -82,9 +85,26 @@ class Skim:
         """Component → cost of one layer's decisions."""
         return {}
 
-    def losses(self, reports: list[Report], totals: Totals) -> dict[str, Float[Array, ""]]:
-        """Named loss terms, weighted, of the (possibly stacked) reports of all layers."""
+    learns = False
+    """Whether there is a loss of what is kept."""
+    counts_first = False
+    """Whether `losses` wants the reports of the whole step when the step has several microbatches."""
+
+    def losses(
+        self,
+        layers: Sequence[SkimReport],
+        works: Sequence[Work],
+        totals: Totals,
+        counted: Optional[Sequence[SkimReport]] = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """Named loss terms, weighted, of the reports of all layers; `counted` are those of the whole step."""
         return {}
+
+    def next_price(
+        self, price: Float[Array, "*R"], layers: Sequence[SkimReport], works: Sequence[Work]
+    ) -> Float[Array, "*R"]:
+        """For the next step, from the reports of this one."""
+        return price
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +119,6 @@ class Skimming(Skim, abc.ABC):
     stage: Literal["soft", "hard"] = "soft"  # of training; hard: the weights learn with the tokens really gone
     execution: Literal["masked", "compact"] = "masked"  # of hard decisions
     ladder: tuple[float, ...] = ()  # shares of the row's length that each layer has room for; (): the whole row
-    coefficient: float = 0.1  # price of the kept fraction, mean over layers
 
     def __post_init__(self):
         for share in self.ladder:
@@ -109,11 +128,6 @@ class Skimming(Skim, abc.ABC):
             raise ConfigError("ladder", f"{self.ladder} rises: a token that is gone does not come back")
         if self.execution == "compact" and not self.ladder:
             raise ConfigError("ladder", "execution=compact needs a share of the row's length for every layer")
-        if self.coefficient < 0:
-            raise ConfigError("coefficient", f"{self.coefficient} is negative; allowed: 0 or more")
-
-    def unused(self) -> dict[str, str]:
-        return {"coefficient": "stage=hard: what is kept has no gradient"} if self.stage == "hard" else {}
 
     def check(self, num_layers: int) -> None:
         """Raises `ConfigError` unless there is a share for every layer."""
@@ -137,18 +151,14 @@ class Skimming(Skim, abc.ABC):
 
         sizes_BT = on_each_device(local, (BY_ROW,), (BY_ROW,))(batch.segments)[0]
         keep_BT = (batch.segments > 0).astype(jnp.float32)
-        return Survivors(x=x, keep=keep_BT, segments=batch.segments, positions=batch.positions, sizes=sizes_BT)
+        where = {"segments": batch.segments, "positions": batch.positions, "sizes": sizes_BT}
+        return Survivors(x=x, keep=keep_BT, **where, decided=keep_BT if self.counts_first else None)
 
     def end(self, x: Survivors, batch: Batch) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
         return x.x, x.keep
 
-    def losses(self, reports: list[Report], totals: Totals) -> dict[str, Float[Array, ""]]:
-        if self.stage == "hard":
-            return {}
-        kept = [report.skim.keep_sum for report in reports if report.skim is not None]
-        each = [jnp.sum(sums) / totals.tokens for sums in kept]
-        layers = sum(sums.size for sums in kept)
-        return {"skim": self.coefficient * sum(each[1:], each[0]) / layers}
+    priced = False
+    """Whether a price follows what is spent."""
 
 
 class SkimmedBlock(nnx.Module):
@@ -156,6 +166,7 @@ class SkimmedBlock(nnx.Module):
 
     def __init__(self, block: Any, chooser: Chooser, settings: Skimming):
         self.block, self.chooser, self.settings = block, chooser, settings
+        self.price = Price(jnp.zeros(()), axes=()) if settings.priced else None
 
     def __call__(self, row: Survivors, context: Context, cache: None = None) -> BlockOutput:
         soft = context.mode == "train" and self.settings.stage == "soft"
@@ -167,7 +178,7 @@ class SkimmedBlock(nnx.Module):
             lost += more
         with jax.named_scope("attention"):
             normed = self.block.attention_norm(row.x)
-            begins, keys = _count(row.keep > 0), _pairs(row, context.batch.segments.shape[1])
+            begins = row
             where = row.positions, row.segments, row.keep
             attended, received, own, key = self.block.attention.among(normed, *where, learned=soft)
             row = dataclasses.replace(row, x=row.x + attended)
@@ -183,11 +194,27 @@ class SkimmedBlock(nnx.Module):
             kept=_count(row.keep > 0.5),
             keep_sum=row.keep.sum(),
             unplaced=lost,
-            attended=begins,
-            keys=keys,
+            attended=_count(begins.keep > 0),
+            keys=_pairs((begins.keep > 0).astype(jnp.float32), begins, context.batch),
             left=_count(row.keep > 0),
+            spending=self._spent(begins, row, context.batch),
         )
         return BlockOutput(x=row, report=Report(skim=report))
+
+    def _spent(self, begins: Survivors, ends: Survivors, batch: Batch) -> Optional[SpendingReport]:
+        """From the row when attention begins and that after it."""
+        if begins.decided is None or ends.decided is None:
+            return None
+        all_BT = jnp.where(batch.segments > 0, 2 * batch.positions + 1, 0)  # n² = 1 + 3 + … for the n of a document
+        return SpendingReport(
+            attended_sum=begins.keep.sum(),
+            keys_sum=_pairs(begins.keep, begins, batch),
+            all_keys=all_BT.sum(dtype=jnp.float32),
+            would_attend=_count(begins.decided > 0),
+            would_pair=_pairs(begins.decided, begins, batch),
+            would_stay=_count(ends.decided > 0),
+            price_sum=None if self.price is None else self.price[...] * _count(batch.segments > 0),
+        )
 
     def _decide(self, decide, row: Survivors, context: Context, soft: bool, *given, **attention) -> Optional[Decision]:
         zeros = jnp.zeros_like(row.keep)
@@ -196,7 +223,11 @@ class SkimmedBlock(nnx.Module):
         if context.key is not None:
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, context.batch.rows)
             seen = dataclasses.replace(seen, keys=keys)
-        return decide(*given, row, seen, soft)
+        decision = decide(*given, row, seen, soft)
+        if decision is None or row.decided is None or not soft:
+            return decision
+        hard = decide(*given, dataclasses.replace(row, keep=row.decided), seen, False)
+        return dataclasses.replace(decision, decided=jax.lax.stop_gradient(hard.gate))
 
     def _go(
         self, row: Survivors, decision: Optional[Decision], context: Context, soft: bool, compact: bool
@@ -218,6 +249,10 @@ class SkimmedBlock(nnx.Module):
                 lost_BT = (keep_BT > 0) & (rank(priority_BT, keep_BT > 0) >= room)
                 keep_BT = jnp.where(lost_BT, 0, keep_BT)
             row = dataclasses.replace(row, keep=keep_BT, x=row.x if decision.x is None else decision.x)
+            if row.decided is not None:
+                would_BT = None if decision.decided is None else jnp.where(first_BT, 1.0, decision.decided)
+                decided_BT = keep_BT if would_BT is None else row.decided * would_BT
+                row = dataclasses.replace(row, decided=decided_BT)
             if compact:
                 place_BS = survivors(keep_BT > 0, size)
                 row = jax.tree.map(lambda array: at(array, place_BS), row)
@@ -228,14 +263,13 @@ class SkimmedBlock(nnx.Module):
         return row, _count(lost_BT)
 
 
-def _pairs(row: Survivors, most: int) -> Float[Array, ""]:
-    """Σ over living tokens of the living in their document."""
+def _pairs(weight_BT: Float[Array, "B T"], row: Survivors, batch: Batch) -> Float[Array, ""]:
+    """Σ over tokens and those of their document of the product of their weights."""
 
-    def local(row: Survivors) -> tuple[Array]:
-        alive_BT = (row.keep > 0).astype(jnp.int32)
-        return (alive_BT * over_document(alive_BT, row.segments, most),)
+    def local(weight_BT: Array, segments_BT: Array) -> tuple[Array]:
+        return (weight_BT * over_document(weight_BT, segments_BT, batch.segments.shape[1]),)
 
-    return on_each_device(local, (BY_ROW,), (BY_ROW,))(row)[0].sum(dtype=jnp.float32)
+    return on_each_device(local, (BY_ROW, BY_ROW), (BY_ROW,))(weight_BT, row.segments)[0].sum()
 
 
 def _count(true: Bool[Array, "..."]) -> Int[Array, ""]:

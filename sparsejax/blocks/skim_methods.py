@@ -1,5 +1,6 @@
 """Who leaves: methods of token pruning for encoders."""
 
+import abc
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,19 +11,63 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
+from sparsejax.base.registry import choice
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
+from sparsejax.blocks.budgets import BUDGETS, Budget, loss_of, spending
 from sparsejax.blocks.skim import BY_ROW, Chooser, Decision, Seen, Skimming
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear, RMSNorm, param
 from sparsejax.ops import draws
-from sparsejax.ops.estimators import gumbel_sigmoid
+from sparsejax.ops.gates import GATES, GateEstimator
 from sparsejax.ops.hashing import uniform
 from sparsejax.ops.merging import destinations, merged
 from sparsejax.ops.skim import Survivors, rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedThreshold(Skimming):
+class LearnedSkimming(Skimming, abc.ABC):
+    """Methods that learn in soft training how many tokens to keep, from what that costs."""
+
+    coefficient: float = 0.1  # of the budget's loss
+    budget: Budget = choice(BUDGETS, "linear")  # what may be spent
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.coefficient < 0:
+            raise ConfigError("coefficient", f"{self.coefficient} is negative; allowed: 0 or more")
+
+    def unused(self) -> dict[str, str]:
+        if self.stage == "hard":
+            return dict.fromkeys(("coefficient", "budget"), "stage=hard: what is kept has no gradient")
+        return {"coefficient": "the price of budget=hard follows what is spent"} if self.budget.priced else {}
+
+    @property
+    def learns(self) -> bool:
+        return self.stage == "soft"
+
+    @property
+    def counts_first(self) -> bool:
+        return self.learns and not self.budget.linear
+
+    @property
+    def priced(self) -> bool:
+        return self.learns and self.budget.priced
+
+    def losses(self, layers, works, totals, counted=None):
+        if not self.learns:
+            return {}
+        if self.budget.linear:
+            each = [found.keep_sum / totals.tokens for found in layers]
+            return {"skim": self.coefficient * sum(each[1:], each[0]) / len(each)}
+        scale = 1.0 if self.priced else self.coefficient
+        return {"skim": scale * loss_of(self.budget, layers, works, counted, totals.microbatches)}
+
+    def next_price(self, price, layers, works):
+        return self.budget.next_price(price, spending(layers, works, layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedThreshold(LearnedSkimming):
     """Tokens whose keys receive less attention than a learned threshold leave (LTP, arXiv:2107.00910). The threshold of
     layer ℓ of L begins at ℓ / L of `threshold`; it is learned as a factor, for Adam moves every parameter as far."""
 
@@ -63,7 +108,7 @@ class Threshold(Chooser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerBert(Skimming):
+class PowerBert(LearnedSkimming):
     """Tokens keep the place that their score gives them, and every layer learns how many places it needs (PoWER-BERT,
     arXiv:2001.08950). The score is the attention that the key receives from all but its own token.
 
@@ -115,11 +160,12 @@ class Retention(Chooser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transkimmer(Skimming):
+class Transkimmer(LearnedSkimming):
     """A small network before each layer says of every token whether it stays, learned by straight-through Gumbel noise
-    (arXiv:2205.07324). Evaluation takes the likelier of the two."""
+    (arXiv:2205.07324) or another estimator. Evaluation takes the likelier of the two."""
 
     bias: float = 5.0  # of the last matrix: at first a token stays with odds of e to twice this
+    estimator: GateEstimator = choice(GATES, "gumbel")  # of the gate's gradient, in soft training
 
     def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> "SkimPredictor":
         return SkimPredictor(key, backbone, self)
@@ -140,11 +186,12 @@ class SkimPredictor(Chooser):
         self.hidden_norm = RMSNorm(d, backbone.norm_epsilon)
         self.odds = Linear(keys[1], "bte,eo->bto", (d, 1), (None, None), stddev=d**-0.5, **into)
         self.bias = param(jnp.full((), 2 * settings.bias), (), "router")
+        self.estimator = settings.estimator
 
     def before(self, x_BTD: Float[Array, "B T D"], row: Survivors, seen: Seen, soft: bool) -> Decision:
         h_BTD = self.hidden_norm(self.hidden(self.norm(x_BTD.astype(jnp.float32))))
         odds_BT = self.odds(jax.nn.gelu(h_BTD))[..., 0] + self.bias[...]
-        gate_BT = gumbel_sigmoid(odds_BT, seen.keys) if soft else (odds_BT > 0).astype(jnp.float32)
+        gate_BT = self.estimator(odds_BT, seen.keys) if soft else (odds_BT > 0).astype(jnp.float32)
         return Decision(gate=gate_BT, priority=odds_BT)
 
 
@@ -163,16 +210,10 @@ class Schedule(Skimming):
         if not self.shares or any(not 0 < share <= 1 for share in self.shares):
             raise ConfigError("shares", f"{self.shares}: a share of (0, 1] for every layer")
 
-    def unused(self) -> dict[str, str]:
-        return {"coefficient": "the schedule is set"}
-
     def check(self, num_layers: int) -> None:
         super().check(num_layers)
         if len(self.shares) != num_layers:
             raise ConfigError("shares", f"{len(self.shares)} shares for {num_layers} layers")
-
-    def losses(self, reports, totals):
-        return {}
 
     def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> "Scheduled":
         return Scheduled(self)
@@ -218,10 +259,7 @@ class TokenMerging(Skimming):
             raise ConfigError("merge", f"{self.merge} is outside [0, 0.5]")
 
     def unused(self) -> dict[str, str]:
-        return dict.fromkeys(("coefficient", "stage"), "the share is set, and nothing is learned")
-
-    def losses(self, reports, totals):
-        return {}
+        return {"stage": "the share is set, and nothing is learned"}
 
     def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> "Merging":
         return Merging(self)

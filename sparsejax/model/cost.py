@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Optional
 
 from sparsejax.base.cost import Cost
+from sparsejax.blocks.budgets import Work
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.tables import layers_of
 
@@ -90,6 +91,13 @@ def layer_costs(config: ModelConfig, block: str) -> dict[str, Cost]:
     of_block = _attention(config) | config.blocks[block].costs(config)
     of_layer = config.tokens_of(block).costs(of_block, config)
     return of_layer | config.skim.costs(config) | config.halting.costs(config) | config.streams.costs(config)
+
+
+def spared_work(config: ModelConfig, block: str) -> Work:
+    """What tokens that leave spare a layer with this block spec."""
+    costs = layer_costs(config, block)
+    before, after = costs["attention_projections"].per_token, costs["mlp"].per_token
+    return Work(before=before, pair=costs["attention_scores"].per_key, after=after)
 
 
 def _table(config: ModelConfig) -> Cost:

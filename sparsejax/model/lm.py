@@ -11,14 +11,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import MoEReport, Report, Reports
+from sparsejax.base.reports import MoEReport, Report, Reports, SkimReport
 from sparsejax.base.structs import Batch, struct
+from sparsejax.blocks.budgets import Price, Work
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden, Mode, Totals
 from sparsejax.blocks.halting import NoHalting
 from sparsejax.blocks.lookups import Lookups, build_lookups
 from sparsejax.memory.address import Fixed, Running
 from sparsejax.memory.layer import empty_cache
 from sparsejax.model.config import EMBEDDING, Layer, ModelConfig
+from sparsejax.model.cost import spared_work
 from sparsejax.model.stack import Caches, Stack, place
 from sparsejax.model.tables import Into, Prefetched, build_tables, prefetch, readers
 from sparsejax.nn.attention import HEADS_SPEC, ROWS_SPEC, KVCache
@@ -244,11 +246,24 @@ def auxiliary_losses(config: ModelConfig, reports: Reports, totals: Totals) -> d
             value = config.memory[name].address.balance_loss(found, totals.tokens)
             if value is not None:
                 terms[LOOKUP_BALANCE] = terms[LOOKUP_BALANCE] + value if LOOKUP_BALANCE in terms else value
-    terms |= config.skim.losses([reports[position] for position in config.positions], totals)
+    if config.skim.learns:
+        counted = None if totals.reports is None else _skimmed(config, totals.reports)
+        terms |= config.skim.losses(_skimmed(config, reports), _spared_works(config), totals, counted)
     if isinstance(config.halting, NoHalting):
         return terms
     by_layer = lambda reports: None if reports is None else list(layer_reports(config, reports).values())  # noqa: E731
     return terms | config.halting.losses(by_layer(reports) or [], totals, by_layer(totals.reports))
+
+
+def _skimmed(config: ModelConfig, reports: Reports) -> list[SkimReport]:
+    """Of each layer, from the input of the model to its output."""
+    found = [report.skim for report in layer_reports(config, reports).values()]
+    assert None not in found  # with `config.skim` all layers have one
+    return [each for each in found if each is not None]
+
+
+def _spared_works(config: ModelConfig) -> list[Work]:
+    return [spared_work(config, layer.block) for layer in config.layers]
 
 
 def settle(config: ModelConfig, reports: Reports) -> dict[str, Report]:
@@ -270,6 +285,8 @@ def next_model_state(config: ModelConfig, model_state: nnx.State, reports: Repor
             measured = reports[position].memory[name].measured
             assert measured is not None  # what moves it measures it
             moved = config.memory[name].address.next_running(variable[...], measured)
+        elif isinstance(variable, Price):
+            moved = config.skim.next_price(variable[...], _skimmed(config, reports), _spared_works(config))
         else:
             spec = config.blocks[config.positions[position]]
             moved = spec.next_state(variable[...], reports[position])

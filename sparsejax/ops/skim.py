@@ -26,6 +26,7 @@ class Survivors:
     segments: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     sizes: Int[Array, "B T"]  # tokens of the document at the start
+    decided: Optional[Float[Array, "B T"]] = None  # in soft training, `keep` as evaluation would decide on these states
 
 
 def attention_among(

@@ -20,7 +20,7 @@ from sparsejax.base.reports import (
 )
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import TRAINING, forward_flops, layer_costs
+from sparsejax.model.cost import TRAINING, forward_flops, spared_work
 from sparsejax.model.lm import auxiliary_losses, layer_reports, moe_layers, settle
 from sparsejax.train.memory_metrics import collapses, lookups_of, loss_by_frequency, memory_rows, table_row
 from sparsejax.train.step import EvalReport, ExitSums, StepReport, TableReport
@@ -162,10 +162,9 @@ def spared_flops(config: ModelConfig, reports: dict[str, Report], keys: float) -
     saved = 0.0
     for layer, report in zip(config.layers, layer_reports(config, reports).values(), strict=True):
         if report.skim is not None:
-            found, costs = report.skim, layer_costs(config, layer.block)
-            before = costs["attention_projections"].per_token
-            saved += (found.tokens - found.attended) * before + (found.tokens - found.left) * costs["mlp"].per_token
-            saved += (keys - float(found.keys)) * costs["attention_scores"].per_key
+            found, work = report.skim, spared_work(config, layer.block)
+            saved += (found.tokens - found.attended) * work.before + (found.tokens - found.left) * work.after
+            saved += (keys - float(found.keys)) * work.pair
         if report.selection is not None and report.selection.keys is not None:
             found, costs = report.selection, layer_costs(config, layer.block)
             names = ("attention_projections", *config.blocks[layer.block].costs(config))

@@ -359,7 +359,9 @@ def _totals(microbatches: Microbatches) -> Totals:
 def _needs_counts(config: ExperimentConfig) -> bool:
     model = config.model
     blocks = [model.blocks[name] for name in set(model.positions.values())]
-    return model.halting.counts_first or any(block.counts_first for block in blocks)
+    if model.skim.counts_first or model.halting.counts_first:
+        return True
+    return any(block.counts_first for block in blocks)
 
 
 def sum_over(fn: Callable[[Batch], Any], microbatches: Microbatches, listed: bool = False) -> Any:

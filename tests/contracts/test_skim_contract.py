@@ -229,7 +229,7 @@ class TestRefused:
             ("ltp", {"ladder": (0.5, 0.6)}, "ladder"),
             ("ltp", {"ladder": (0.0,)}, "ladder"),
             ("ltp", {"execution": "compact"}, "ladder"),
-            ("ltp", {"coefficient": -1.0}, "coefficient"),
+            ("transkimmer", {"coefficient": -1.0}, "coefficient"),
             ("ltp", {"threshold": 0.0}, "threshold"),
             ("power_bert", {"bins": 0}, "bins"),
             ("schedule", {"shares": (1.5,)}, "shares"),
