@@ -436,6 +436,7 @@ TABLE: dict[str, Row] = {
     "model.blocks.dense.d_ff": row(24, parameters),
     "model.blocks.dense.gated": row(True, parameters),
     "model.blocks.dense.activation": row("relu", evaluation),
+    "model.blocks.dense.active": row(0.25, evaluation),
     "model.blocks.moe.name": row("dense", parameters),
     f"{MOE}.num_experts": row(4, parameters),
     f"{MOE}.d_ff": row(24, parameters),

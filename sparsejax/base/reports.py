@@ -124,6 +124,14 @@ class StreamReport:
 
 
 @struct
+class NeuronReport:
+    """One feed-forward network of which most neurons are silent (leading axes: repeats of the layer)."""
+
+    tokens: Int[Array, "*R"]  # unmasked tokens
+    active_sum: Float[Array, "*R"]  # Σ over them of the share of neurons that are not
+
+
+@struct
 class SequenceReport:
     """One layer that computes on every k-th token (leading axes: repeats of the layer). Counts are int32."""
 
@@ -195,6 +203,7 @@ class Report:
     """What one block returns: a part for each kind of conditional computation in it, None where there is none."""
 
     moe: Optional[MoEReport] = None
+    neurons: Optional[NeuronReport] = None
     memory: dict[str, MemoryReport] = dataclasses.field(default_factory=dict)  # by name
     streams: Optional[StreamReport] = None
     sequence: Optional[SequenceReport] = None
@@ -246,6 +255,11 @@ def stream_ratios(report: StreamReport) -> dict[str, float]:
         "altup/departure": float(report.departure_sum / tokens),
         "altup/gain": float(np.mean(report.gain_sum) / tokens),
     }
+
+
+def neuron_ratios(report: NeuronReport) -> dict[str, float]:
+    """The `neurons/…` metrics of one layer, from its unstacked host report."""
+    return {"neurons/active_fraction": float(report.active_sum / max(float(report.tokens), 1.0))}
 
 
 def sequence_ratios(report: SequenceReport) -> dict[str, float]:

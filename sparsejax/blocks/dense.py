@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Optional
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
-from sparsejax.blocks.context import Context
+from sparsejax.base.reports import NeuronReport, Report, neuron_ratios
+from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec
 from sparsejax.nn.backbone import Backbone
@@ -25,8 +27,11 @@ class DenseSpec(BlockSpec):
     d_ff: Optional[int] = None  # None: 4 · d_model
     gated: bool = False
     activation: Activation = "gelu"
+    active: Optional[float] = None  # share of neurons that are not silent, of normally distributed ones; None: all
 
     def __post_init__(self):
+        if self.active is not None and not 0 < self.active < 1:
+            raise ConfigError("active", f"{self.active} is outside (0, 1); none: all neurons")
         if self.d_ff is not None and self.d_ff < 1:
             raise ConfigError("d_ff", f"{self.d_ff} is not positive")
 
@@ -36,7 +41,8 @@ class DenseSpec(BlockSpec):
 
     def build(self, key: PRNGKeyArray, backbone: Backbone) -> TransformerBlock:
         attention_key, mlp_key = jax.random.split(key)
-        mlp = MLP(mlp_key, backbone, ffn_width(backbone, self.d_ff), gated=self.gated, activation=self.activation)
+        kind = {"gated": self.gated, "activation": self.activation, "active": self.active}
+        mlp = MLP(mlp_key, backbone, ffn_width(backbone, self.d_ff), **kind)
         return TransformerBlock(attention_key, backbone, DenseFeedForward(mlp))
 
     def check_some_tokens(self) -> None:
@@ -45,15 +51,26 @@ class DenseSpec(BlockSpec):
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         return {"mlp": Cost.of_matrices(ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated))}
 
+    def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
+        return {} if report.neurons is None else neuron_ratios(report.neurons)
+
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         return {"d_ff": (ffn_width(backbone, self.d_ff), "mlp")}
 
 
 class DenseFeedForward(nnx.Module):
-    """An MLP behind the interface that conditional parts share."""
+    """An MLP behind the interface that conditional parts share. Its silent neurons are computed all the same."""
 
     def __init__(self, mlp: MLP):
         self.mlp = mlp
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], None]:
-        return checkpoint_name(self.mlp(x_BTD), "mlp"), None
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Optional[NeuronReport]]:
+        up = self.mlp.up(x_BTD)
+        y_BTD = checkpoint_name(self.mlp.down(up), "mlp")
+        if self.mlp.active is None:
+            return y_BTD, None
+        real_BT = context.batch.segments > 0
+        active_sum = jnp.sum(jnp.where(real_BT, self.mlp.active_share(up), 0))
+        return y_BTD, NeuronReport(tokens=real_BT.sum(dtype=jnp.int32), active_sum=active_sum)

@@ -1,5 +1,6 @@
 """The pre-norm Transformer block: attention, then a feed-forward part that may be anything conditional."""
 
+import dataclasses
 import functools
 from typing import Optional, Protocol
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sparsejax.base.reports import MoEReport, Report
+from sparsejax.base.reports import MoEReport, NeuronReport, Report
 from sparsejax.base.sharding import zeros_of
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context
 from sparsejax.blocks.lookups import Lookups
@@ -20,7 +21,12 @@ from sparsejax.nn.linear import RMSNorm
 class FeedForward(Protocol):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], Optional[MoEReport]]: ...
+    ) -> tuple[Float[Array, "B T D"], MoEReport | NeuronReport | None]: ...
+
+
+def reported(found: MoEReport | NeuronReport | None) -> Report:
+    """By a feed-forward part."""
+    return Report(neurons=found) if isinstance(found, NeuronReport) else Report(moe=found)
 
 
 class TransformerBlock(nnx.Module):
@@ -48,16 +54,16 @@ class TransformerBlock(nnx.Module):
             attended, keys = self.attention(self.attention_norm(x_BTD), *where)
             x_BTD = x_BTD + attended
         x_BTD = lookups.at("before_feed_forward", x_BTD)
-        moe = None
+        found = None
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             with jax.named_scope("feed_forward"):
                 h_BTD = self.feed_forward_norm(x_BTD)
-                y_BTD, moe = self.feed_forward(h_BTD, context)
+                y_BTD, found = self.feed_forward(h_BTD, context)
             x_BTD = lookups.at("parallel", x_BTD, h_BTD) + y_BTD
         x_BTD = lookups.at("after", x_BTD)
         return BlockOutput(
             x=x_BTD,
-            report=Report(moe=moe, memory=lookups.reports),
+            report=dataclasses.replace(reported(found), memory=lookups.reports),
             cache=None if keys is None else BlockCache(attention=keys, memory=lookups.caches),
             reads=lookups.reads,
             aside=lookups.aside,

@@ -20,11 +20,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import Report, SkimReport, SpendingReport
+from sparsejax.base.reports import SkimReport, SpendingReport
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.budgets import Price, Work
 from sparsejax.blocks.context import BlockOutput, Context, Totals
+from sparsejax.blocks.residual import reported
 from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.anchors import at
 from sparsejax.ops.skim import Survivors, over_document, rank, survivors
@@ -187,7 +188,9 @@ class SkimmedBlock(nnx.Module):
             row, more = self._go(row, decision, context, soft, compact)
             lost += more
         with jax.named_scope("feed_forward"):
-            y_BTD, _ = self.block.feed_forward(self.block.feed_forward_norm(row.x), context)
+            batch = dataclasses.replace(context.batch, segments=jnp.where(row.keep > 0, row.segments, 0))
+            left = dataclasses.replace(context, batch=batch)
+            y_BTD, found = self.block.feed_forward(self.block.feed_forward_norm(row.x), left)
             row = dataclasses.replace(row, x=row.x + y_BTD)
         report = SkimReport(
             tokens=tokens,
@@ -199,7 +202,7 @@ class SkimmedBlock(nnx.Module):
             left=_count(row.keep > 0),
             spending=self._spent(begins, row, context.batch),
         )
-        return BlockOutput(x=row, report=Report(skim=report))
+        return BlockOutput(x=row, report=dataclasses.replace(reported(found), skim=report))
 
     def _spent(self, begins: Survivors, ends: Survivors, batch: Batch) -> Optional[SpendingReport]:
         """From the row when attention begins and that after it."""

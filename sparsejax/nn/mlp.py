@@ -1,8 +1,10 @@
 """The feed-forward network, plain or gated, for one network and for a stack of experts."""
 
+import functools
 from typing import Optional
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sparsejax.base.sharding import BATCH_AXES
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear, normal, param
-from sparsejax.ops.ffn import Activation, Weights, hidden
+from sparsejax.ops.ffn import Activation, Weights, hidden, only_active
 
 
 def residual_scale(backbone: Backbone) -> float:
@@ -29,9 +31,19 @@ def ffn_weights(backbone: Backbone, d_ff: int, gated: bool) -> int:
 
 
 class MLP(nnx.Module):
-    """act(x W_in) W_out, or (act(x W_gate) ⊙ x W_in) W_out when gated (Shazeer, arXiv:2002.05202)."""
+    """act(x W_in) W_out, or (act(x W_gate) ⊙ x W_in) W_out when gated (Shazeer, arXiv:2002.05202). With `active`, act
+    is of the `statistical_top_k` of its argument."""
 
-    def __init__(self, key: PRNGKeyArray, backbone: Backbone, d_ff: int, *, gated: bool, activation: Activation):
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        backbone: Backbone,
+        d_ff: int,
+        *,
+        gated: bool,
+        activation: Activation,
+        active: Optional[float] = None,
+    ):
         d_model, dtype = backbone.d_model, backbone.dtype
         keys = jax.random.split(key, 3)
         up = {"stddev": d_model**-0.5, "out_spec": P(BATCH_AXES, None, "tensor"), "dtype": dtype}
@@ -41,12 +53,30 @@ class MLP(nnx.Module):
         down = {"stddev": stddev, "out_spec": P(BATCH_AXES, None, None), "dtype": dtype}
         self.w_out = Linear(keys[2], "btf,fd->btd", (d_ff, d_model), ("mlp", "embed"), **down)
         self.activation: Activation = activation
+        self.active = active
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(self.up(x_BTD))
+
+    def up(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T F"], ...]:
+        """The products with w_in and, when gated, w_gate."""
         linear = [self.w_in] + ([] if self.w_gate is None else [self.w_gate])
-        up = tuple(layer(x_BTD) for layer in linear)
+        return tuple(layer(x_BTD) for layer in linear)
+
+    def down(self, up: tuple[Float[Array, "B T F"], ...]) -> Float[Array, "B T D"]:
+        """The output, from these."""
+
         # The backward pass applies the activation again, as that of experts does (`expert_ffn`).
-        return jax.checkpoint(lambda up: self.w_out(hidden(up, self.activation)), prevent_cse=False)(up)
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def down(up: tuple[Float[Array, "B T F"], ...]) -> Float[Array, "B T D"]:
+            return self.w_out(hidden(up if self.active is None else only_active(up, self.active), self.activation))
+
+        return down(up)
+
+    def active_share(self, up: tuple[Float[Array, "B T F"], ...]) -> Float[Array, "B T"]:
+        """Of each token's neurons, float32, without gradient."""
+        assert self.active is not None
+        return (only_active(jax.lax.stop_gradient(up), self.active)[-1] > 0).mean(-1, dtype=jnp.float32)
 
 
 class Experts(nnx.Module):

@@ -6,6 +6,7 @@ where the hidden layer is."""
 
 import functools
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Literal, Optional
 
 import jax
@@ -45,6 +46,22 @@ def hidden(up: tuple[Float[Array, "..."], ...], activation: Activation) -> Float
     """act(x W_in), or act(x W_gate) ⊙ x W_in."""
     act, (inner, *gate) = ACTIVATIONS[activation], up
     return act(gate[0]) * inner if gate else act(inner)
+
+
+def statistical_top_k(z: Float[Array, "*N F"], share: float) -> Float[Array, "*N F"]:
+    """relu(z − (mean + deviation · Φ⁻¹(1 − share))) over the width, in float32: what exceeds a threshold that this
+    share of normally distributed values does, without a sort (Gemma 3n). No share leaves z as it is."""
+    wide = z.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    # Where all values are the same, the root's gradient would be infinite.
+    deviation = jnp.sqrt(jnp.maximum(jnp.square(wide - mean).mean(-1, keepdims=True), 1e-30))
+    return jax.nn.relu(wide - (mean + deviation * NormalDist().inv_cdf(1 - share))).astype(z.dtype)
+
+
+def only_active(up: tuple[Float[Array, "*N F"], ...], share: float) -> tuple[Float[Array, "*N F"], ...]:
+    """The products with w_in and, when gated, w_gate; of what the activation is applied to only `statistical_top_k` is
+    left."""
+    return (*up[:-1], statistical_top_k(up[-1], share))
 
 
 def scaled(rows_NF: Float[Array, "*N F"], scale_N: Float[Array, "*N"]) -> Float[Array, "*N F"]:

@@ -15,6 +15,7 @@ from sparsejax.base.reports import to_host
 from sparsejax.base.sharding import MeshConfig, make_mesh, shard_batch
 from sparsejax.blocks import budgets
 from sparsejax.blocks.budgets import BUDGETS, HardBudget, Spending
+from sparsejax.blocks.skim import SkimmedBlock
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import train_rows
 from sparsejax.model.cost import spared_work
@@ -99,8 +100,6 @@ class TestWhatIsSpent:
         def spying(self, begins: Survivors, ends: Survivors, batch):
             jax.debug.callback(lambda a, b: seen.append((a, b)), begins.keep, ends.keep, ordered=True)
             return spy(self, begins, ends, batch)
-
-        from sparsejax.blocks.skim import SkimmedBlock
 
         spy = SkimmedBlock._spent
         monkeypatch.setattr(SkimmedBlock, "_spent", spying)
