@@ -20,7 +20,7 @@ from sparsejax.base.reports import (
 )
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import TRAINING, forward_flops, spared_work
+from sparsejax.model.cost import TRAINING, forward_flops, layer_costs, spared_work
 from sparsejax.model.lm import auxiliary_losses, layer_reports, moe_layers, settle
 from sparsejax.train.memory_metrics import collapses, lookups_of, loss_by_frequency, memory_rows, table_row
 from sparsejax.train.step import EvalReport, ExitSums, StepReport, TableReport
