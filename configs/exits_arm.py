@@ -5,7 +5,7 @@ one head, all of which are trained in every step (LayerSkip's weights, arXiv:240
 layer on a quarter of the tokens (Mixture-of-Depths, arXiv:2404.02258), `depths_random` draws them by lot.
 
 Run:     python -m sparsejax train --config=configs/exits_arm.py:exits --workdir=runs/exits
-Expect:  the bits per byte of experiments/exits.md, by arm
+Expect:  what experiments/exits.md says after 250 steps, by arm
 """
 
 from sparsejax import choose, default_config

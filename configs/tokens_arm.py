@@ -8,7 +8,7 @@ or by joining another (`merge`). These and `full` go on from `begun`: its 300 st
 many as the others' 400.
 
 Run:     python -m sparsejax train --config=configs/tokens_arm.py:depth_2 --workdir=runs/depth_2
-Expect:  the shares of experiments/tokens.md that are right, by arm
+Expect:  the share of the 12 classes that experiments/tokens.md says is right, by arm
 """
 
 import runpy
