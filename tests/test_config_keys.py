@@ -386,6 +386,44 @@ def of_halting() -> dict[str, Row]:
     return found
 
 
+def of_nested() -> dict[str, Row]:
+    """Rows of choices inside entries that are no default: gates, budgets, curricula."""
+    narrow = {"model.blocks.narrow": "dense", "model.pattern": "(dense, narrow)"}
+    not_binary = "tests/blocks/test_layer_routing.py::test_what_cannot_be_is_refused"
+    gates = {
+        "gumbel": {"temperature": 0.5, "hard": False},
+        "hard_concrete": {"temperature": 0.5, "low": -0.2, "high": 1.2},
+    }
+    budgets = {
+        "l1": {"target": 0.3},
+        "l2": {"target": 0.3},
+        "kl": {"depth": 0.3, "deviation": 2.0},
+        "hard": {"target": 0.3, "damping": 0.5, "rate": 0.1, "most": 5.0},
+    }
+    found = {}
+    for path, kind, given in (
+        ("model.select", "d_llm", narrow | {"model.select.blocks": "(narrow,)"}),
+        ("model.skim", "transkimmer", ENCODER),
+    ):
+        for gate, fields in gates.items():
+            for name, value in fields.items():
+                chosen = given | {path: kind, f"{path}.estimator": gate}
+                if path == "model.select" and (gate != "gumbel" or name == "hard"):
+                    found[f"{path}.estimator.{name} ({gate})"] = row(value, not_binary)
+                    continue
+                found[f"{path}.estimator.{name} ({gate})"] = Row(str(value), gradients, tuple(chosen.items()))
+    for budget, fields in budgets.items():
+        for name, value in fields.items():
+            where = training if name in ("rate", "most") else gradients
+            chosen = ENCODER | {"model.skim": "ltp", "model.skim.budget": budget}
+            found[f"model.skim.budget.{name} ({budget})"] = Row(str(value), where, tuple(chosen.items()))
+    curricula = {"rotational": ("every", 3), "gradual": ("until", 0.7), "two_stage": ("start", 0.7)}
+    for curriculum, (name, value) in curricula.items():
+        chosen = {"model.exits": "heads", "model.exits.layers": "(1,)", "model.exits.curriculum": curriculum}
+        found[f"model.exits.curriculum.{name} ({curriculum})"] = Row(str(value), training, tuple(chosen.items()))
+    return found
+
+
 def of_sequence() -> dict[str, Row]:
     """Rows of layers that compute on some tokens, for each kind."""
     narrow = {"model.blocks.narrow": "dense", "model.pattern": "(dense, narrow)"}
@@ -582,6 +620,7 @@ TABLE: dict[str, Row] = {
     **{f"{LOOKUP}.{key}": of_key for key, of_key in LOOKUP_KEYS.items()},
     **{f"{TABLES}.{key}": of_key for key, of_key in TABLE_KEYS.items()},
     **of_skim(),
+    **of_nested(),
     **of_halting(),
     "model.tied_repeats": row(True, parameters, **HALTING),
     "model.causal": row(False, evaluation, **CLASSIFY),
@@ -657,7 +696,8 @@ TABLE: dict[str, Row] = {
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every leaf of the schema, whatever is chosen; ' (ENTRY)' after what only an entry that is no default has."""
+    """Every leaf of the schema, whatever is chosen; ' (ENTRY)' after what only an entry that is no default has. A
+    choice inside such an entry stands once for all entries that have it."""
     for name, slot in slots(schema).items():
         path = prefix + name
         if isinstance(slot, Leaf):
@@ -676,6 +716,10 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
                 for key in of_entry.__dataclass_fields__:
                     if definer(of_entry, key) is not definer(default, key):
                         yield f"{path}.{key} ({entry})"
+                        inside = slots(of_entry)[key]
+                        if isinstance(inside, Choice):
+                            for kind, of_kind in inside.registry.items():
+                                yield from (f"{path}.{key}.{each} ({kind})" for each in of_kind.__dataclass_fields__)
 
 
 def definer(schema: type, key: str) -> type | None:
