@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import NeuronReport, Report, neuron_ratios
+from sparsejax.base.ratios import neuron_ratios
+from sparsejax.base.reports import NeuronReport, Report
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.spec import BlockSpec

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError, leaks
-from sparsejax.base.reports import MoEReport, Report, moe_ratios
+from sparsejax.base.ratios import moe_ratios
+from sparsejax.base.reports import MoEReport, Report
 from sparsejax.base.sharding import BATCH_AXES, on_each_device, split_axes, sum_over, whole
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.mixtures import mixture_report

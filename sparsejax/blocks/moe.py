@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import MoEReport, Report, moe_ratios
+from sparsejax.base.ratios import moe_ratios
+from sparsejax.base.reports import MoEReport, Report
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.free_experts import FreeExperts
 from sparsejax.blocks.moe_layer import MoELayer

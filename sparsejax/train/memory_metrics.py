@@ -5,7 +5,8 @@ from typing import Optional
 
 import numpy as np
 
-from sparsejax.base.reports import MemoryReport, Report, collapsed, memory_ratios
+from sparsejax.base.ratios import collapsed, memory_ratios
+from sparsejax.base.reports import MemoryReport, Report
 from sparsejax.memory.config import ROW_BYTES, MemorySpec
 from sparsejax.model.config import EMBEDDING, ModelConfig
 from sparsejax.model.lm import layer_reports

@@ -7,17 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.base.reports import (
-    Report,
-    add,
+from sparsejax.base.ratios import (
     halting_ratios,
     over_layers,
     selection_ratios,
     sequence_ratios,
     skim_ratios,
     stream_ratios,
-    to_host,
 )
+from sparsejax.base.reports import Report, add, to_host
 from sparsejax.blocks.context import Mode, Totals
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, forward_flops, layer_costs, spared_work

@@ -6,16 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.base.reports import (
-    MemoryReport,
-    MoEReport,
-    balance_floor,
-    collapsed,
-    memory_ratios,
-    moe_ratios,
-    over_layers,
-    to_host,
-)
+from sparsejax.base.ratios import balance_floor, collapsed, memory_ratios, moe_ratios, over_layers
+from sparsejax.base.reports import MemoryReport, MoEReport, to_host
 
 
 def report(**fields):

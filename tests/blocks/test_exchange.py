@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsejax.base.reports import moe_ratios
+from sparsejax.base.ratios import moe_ratios
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.balance import NoBalance

@@ -11,7 +11,7 @@ from compiled import cut, on_rows, parted, results
 from flax import nnx
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import selection_ratios
+from sparsejax.base.ratios import selection_ratios
 from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.dense import DenseSpec

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import sequence_ratios
+from sparsejax.base.ratios import sequence_ratios
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.dense import DenseSpec

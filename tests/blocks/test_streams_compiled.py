@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.base.reports import stream_ratios
+from sparsejax.base.ratios import stream_ratios
 from sparsejax.base.sharding import MeshConfig, make_mesh, shard_batch
 from sparsejax.blocks.altup import AltUp, DynamicAltUp
 from sparsejax.blocks.dense import DenseSpec

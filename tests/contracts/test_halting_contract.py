@@ -12,7 +12,7 @@ from compiled import cut, on_rows, parted, results
 from flax import nnx
 
 from sparsejax.base.errors import ConfigError, RequestError
-from sparsejax.base.reports import halting_ratios
+from sparsejax.base.ratios import halting_ratios
 from sparsejax.blocks import HALTINGS
 from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.dense import DenseSpec

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.base.config import from_json
-from sparsejax.base.reports import balance_floor
+from sparsejax.base.ratios import balance_floor
 from sparsejax.base.sharding import shard_batch
 from sparsejax.blocks.altup import AltUp
 from sparsejax.data.corpus import open_corpus
