@@ -6,11 +6,11 @@ Run:     python -m sparsejax train --config=configs/early_exit.py --workdir=runs
          python -m sparsejax generate --workdir=runs/early_exit --exit-rule=max_prob --exit-threshold=0.9 --format=json
          python -m sparsejax generate --workdir=runs/early_exit --draft-layers=2 --draft-length=4 --temperature=0
          python benchmarks/decode.py --run=runs/early_exit
-Expect:  losses of the exits (`exit/02/cross_entropy`, …) that fall from exit to exit. With 600 steps
-         (`--config.train.steps=600`) 2.07 bits per byte on 8 windows, and from `python benchmarks/decode.py
-         --run=runs/early_exit --tokens=256 --rounds=7 --draft-lengths 2 3 4 6`: drafts of 6 tokens by 4 layers decode 1.47
-         [1.41, 1.60] times as fast with the same text (6.2 of 7 tokens kept: it repeats itself); no threshold of `max_prob`
-         up to 0.95, which runs 10.0 of 12 layers and loses 1.9 %, loses 1 % or less
+Expect:  losses of the exits (`exit/02/cross_entropy`, …) that fall from exit to exit. After 600 steps
+         (`--config.train.steps=600`) 2.07 bits per byte on 8 windows, and by `python benchmarks/decode.py
+         --run=runs/early_exit --tokens=256 --rounds=7 --draft-lengths 2 3 4 6` drafts of 6 tokens by 4 layers decode
+         1.47 [1.41, 1.60] times as fast with the same text (6.2 of 7 tokens kept: it repeats itself), and `max_prob`
+         0.95 runs 10.0 of 12 layers and loses 1.9 %: no threshold up to it loses 1 % or less
 """
 
 from sparsejax import default_config

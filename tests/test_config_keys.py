@@ -199,6 +199,7 @@ LOOKUP_KEYS: dict[str, Row] = {
     "storage": row("rows", layout, **OF_LOOKUP, mesh__data=2),
     "address.name": row("hyperplanes", parameters, **OF_LOOKUP),
     "address.buckets": row(64, parameters, **OF_LOOKUP),
+    "address.counts": row("x.npy", "tests/memory/test_addresses.py::test_an_id_looks_up_all_of_its_rows"),
     "address.hashes": row(2, parameters, **OF_LOOKUP, **{f"{LOOKUP}.address.buckets": 64}),
     "address.seed": row(3, evaluation, **OF_LOOKUP, **{f"{LOOKUP}.address.buckets": 64}),
     "address.orders (n_grams)": row("(2,)", parameters, **N_GRAMS),
@@ -237,6 +238,9 @@ LOOKUP_KEYS: dict[str, Row] = {
     "content.activation (partial_expert)": row("relu", evaluation, **content("partial_expert", "expert")),
     "content.d_ff (gate_row)": row(24, parameters, **content("gate_row", "up_projection")),
     "content.pairs (key_values)": row(3, parameters, **content("key_values", "add")),
+    "content.over (key_values)": row(
+        "token", evaluation, **(PRODUCT_KEYS | {f"{LOOKUP}.content": "key_values", f"{LOOKUP}.consume": "add"})
+    ),
     "consume.name": row("concat", parameters, **OF_LOOKUP),
     "consume.kernel (gated_add)": row(3, parameters, **content("vector", "gated_add")),
     "consume.dilation (gated_add)": row(2, evaluation, **content("vector", "gated_add")),

@@ -10,7 +10,7 @@ from sparsejax.memory.address import Address
 from sparsejax.memory.addresses import ADDRESSES
 from sparsejax.memory.consume import Consume
 from sparsejax.memory.consumes import CONSUMES
-from sparsejax.memory.contents import CONTENTS, Content, Part
+from sparsejax.memory.contents import CONTENTS, Content, KeyValues, Part
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.table import Storage
 
@@ -57,6 +57,8 @@ class MemorySpec:
             self.address.check(backbone, vocab_size)
         except ConfigError as error:
             raise error.below("address") from None
+        if isinstance(self.content, KeyValues) and self.content.over == "token" and self.address.lookups == 1:
+            raise ConfigError("content.over", "token, but a token looks up one row alone; allowed: row")
         rows, width = self.address.rows(vocab_size), self.value_width(backbone)
         if rows >= 2**31:
             raise ConfigError("address", f"{rows} rows are more than an int32 can number; allowed: less than {2**31}")

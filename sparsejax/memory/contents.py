@@ -133,9 +133,11 @@ class GateRow(Content):
 @dataclass(frozen=True, kw_only=True)
 class KeyValues(Content):
     """`pairs` keys and values, over which the token attends: softmax(h Kᵀ) V, K and V `[m, D]` (large lookup layers,
-    arXiv:2601.21461, where frequent ids have more pairs than rare ones; here all have the same)."""
+    arXiv:2601.21461). A token with several rows attends to each for itself, or to the pairs of all of them together:
+    with `token_id.counts` frequent ids then have more pairs than rare ones, as in that paper."""
 
     pairs: int = 4
+    over: Literal["row", "token"] = "row"
 
     reads_state = True
 
@@ -152,8 +154,14 @@ class KeyValues(Content):
     def value(self, h_BTD, rows_BTKE, weights_BTK):
         keys, values = _halves(rows_BTKE, self.pairs)
         logits = jnp.einsum("btd,btkmd->btkm", h_BTD, keys.astype(h_BTD.dtype), preferred_element_type=jnp.float32)
-        attended = (weights_BTK[..., None] * jax.nn.softmax(logits, axis=-1)).astype(h_BTD.dtype)
-        return jnp.einsum("btkm,btkmd->btd", attended, values.astype(h_BTD.dtype))
+        if self.over == "row":
+            attended = weights_BTK[..., None] * jax.nn.softmax(logits, axis=-1)
+        else:  # a row's weight is that of its pairs; a token without rows has nothing to divide by
+            weights = weights_BTK[..., None]
+            logits = jnp.where(weights > 0, logits, -1e30)
+            scores = weights * jnp.exp(logits - jax.lax.stop_gradient(logits.max((-2, -1), keepdims=True)))
+            attended = scores / jnp.maximum(scores.sum((-2, -1), keepdims=True), 1e-30)
+        return jnp.einsum("btkm,btkmd->btd", attended.astype(h_BTD.dtype), values.astype(h_BTD.dtype))
 
 
 CONTENTS = Registry(

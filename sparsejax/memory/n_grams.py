@@ -1,16 +1,13 @@
 """The rows of a token are those of the n-grams that end with it."""
 
-import functools
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import jax.numpy as jnp
-import numpy as np
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.memory.address import Address, Addresses, Inputs, Variables, at_real, positive, with_offsets
+from sparsejax.memory.id_files import check_ids, numbers_of_ids
 from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.ngrams import multiplicative_hash, ngrams, odd_multipliers, primes_from
 
@@ -37,7 +34,7 @@ class NGrams(Address):
         if not self.orders or min(self.orders) < 1 or list(self.orders) != sorted(set(self.orders)):
             raise ConfigError("orders", f"{self.orders} are not ascending lengths; allowed: (2, 3) or the like")
         if self.canonical is not None:
-            canonical_ids(self.canonical)
+            numbers_of_ids("canonical", self.canonical)
 
     def tables(self, vocab_size: int) -> tuple[int, ...]:
         return primes_from(self.buckets, self.lookups)
@@ -51,14 +48,13 @@ class NGrams(Address):
         return (max(self.orders) - 1,) if max(self.orders) > 1 else None
 
     def check(self, backbone: Backbone, vocab_size: int) -> None:
-        ids = None if self.canonical is None else canonical_ids(self.canonical)
-        if ids is not None and len(ids) != vocab_size:
-            raise ConfigError("canonical", f"{self.canonical!r} has {len(ids)} ids, the vocabulary {vocab_size}")
+        if self.canonical is not None:
+            check_ids("canonical", self.canonical, vocab_size)
 
     def __call__(self, inputs: Inputs, variables: Variables, vocab_size: int) -> Addresses:
         tokens_BT = inputs.tokens
         if self.canonical is not None:
-            tokens_BT = jnp.asarray(canonical_ids(self.canonical))[tokens_BT]
+            tokens_BT = jnp.asarray(numbers_of_ids("canonical", self.canonical))[tokens_BT]
         longest, primes = max(self.orders), self.tables(vocab_size)
         ngrams_BTN = ngrams(tokens_BT, inputs.segments, longest, inputs.window)
         multipliers_N = odd_multipliers(longest, self.seed)
@@ -68,25 +64,3 @@ class NGrams(Address):
         ]
         ids = with_offsets(jnp.concatenate(hashed, axis=-1), primes)
         return Addresses(ids=at_real(ids, inputs), recent=tokens_BT + 1)
-
-
-@functools.lru_cache(maxsize=4)
-def canonical_ids(path: str) -> np.ndarray:
-    """The ids of the file, int32 `[V]`; `ConfigError` if there are none such."""
-    wanted = "wanted is a .npy file of [V] integers ≥ 0"
-    try:
-        ids = np.load(Path(path).expanduser())
-    except OSError as error:
-        raise ConfigError("canonical", f"{path!r} could not be read ({error.strerror or error}); {wanted}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        raise ConfigError("canonical", f"{path!r} is no array; {wanted}") from None
-    if (
-        not isinstance(ids, np.ndarray)
-        or ids.ndim != 1
-        or ids.dtype.kind not in "iu"
-        or not ids.size
-        or ids.min() < 0
-        or ids.max() >= 2**31
-    ):
-        raise ConfigError("canonical", f"{path!r} holds something else; {wanted}")
-    return ids.astype(np.int32)

@@ -112,7 +112,8 @@ def n_grammer(**overrides: Any) -> MemorySpec:
 
 
 def l3(**overrides: Any) -> MemorySpec:
-    """Keys and values of its own for every id, over which it attends (arXiv:2601.21461), the same number for all."""
+    """Keys and values of its own for every id, over which it attends (arXiv:2601.21461), the same number for all. With
+    `address.counts` and `content.over = "token"` ids have as many as a file says."""
     return _with(overrides, address=TokenId(), content=KeyValues(), consume=Add(), place="parallel")
 
 

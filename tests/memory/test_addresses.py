@@ -88,6 +88,28 @@ def test_ids_with_one_canonical_id_have_one_address(tmp_path):
         NGrams(canonical=str(tmp_path / "none.npy"))
 
 
+def test_an_id_looks_up_all_of_its_rows(tmp_path):
+    counts = np.random.default_rng(1).integers(0, 4, VOCAB)
+    counts[BATCH["tokens"][0, 0]] = 4
+    np.save(tmp_path / "counts.npy", counts)
+    address = TokenId(counts=str(tmp_path / "counts.npy"))
+    assert (address.lookups, address.rows(VOCAB)) == (4, counts.sum())
+
+    def of_token(b, t):
+        token = int(BATCH["tokens"][b, t])
+        own = [int(counts[:token].sum()) + n for n in range(counts[token])]
+        return own + [-1] * (4 - len(own))
+
+    assert_ids(address, of_token)
+    with pytest.raises(ConfigError, match=r"counts: .*32 ids, the vocabulary 33"):
+        address.check(BACKBONE, VOCAB + 1)
+    np.save(tmp_path / "none.npy", np.zeros(VOCAB, int))
+    with pytest.raises(ConfigError, match=r"counts: .* gives no id a row"):
+        TokenId(counts=str(tmp_path / "none.npy"))
+    with pytest.raises(ConfigError, match=r"counts: .* with buckets=5"):
+        TokenId(counts=str(tmp_path / "counts.npy"), buckets=5)
+
+
 def test_tables_of_n_grams_have_different_primes():
     assert primes_from(50, 4) == (53, 59, 61, 67) == tuple(slow.primes(50, 4))
     assert primes_from(1, 5) == (2, 3, 5, 7, 11)

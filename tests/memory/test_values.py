@@ -42,6 +42,7 @@ def rows_of(content):
         (PartialExpert(rank=3), functools.partial(slow.partial_expert, rank=3)),
         (GateRow(d_ff=12), functools.partial(slow.vector, join="sum")),
         (KeyValues(pairs=2), functools.partial(slow.key_values, pairs=2)),
+        (KeyValues(pairs=2, over="token"), functools.partial(slow.key_values_together, pairs=2)),
     ],
 )
 def test_a_value_is_that_of_its_equation(content, of_token):
@@ -50,6 +51,22 @@ def test_a_value_is_that_of_its_equation(content, of_token):
     assert value.shape[-1] == content.value_width(BACKBONE, 3)
     wanted = np.stack([[of_token(H[b, t], rows[b, t], WEIGHTS[b, t]) for t in range(9)] for b in range(2)])
     assert_close(value, wanted.astype(np.float32))
+
+
+def test_pairs_of_rows_that_are_not_there_count_for_nothing():
+    """However far below theirs the scores of the others are; and a token without rows has no value and no gradient."""
+    content, rows = KeyValues(pairs=2, over="token"), rows_of(KeyValues(pairs=2))
+    rows[..., :1, :] *= -20
+    weights = np.ones_like(WEIGHTS)
+    weights[..., 1:] = 0
+    weights[0, 0] = 0
+    rows = np.where(weights[..., None] > 0, rows, 0)
+    value = lambda h, rows: content.value(h, rows, jnp.asarray(weights))  # noqa: E731
+    alone = KeyValues(pairs=2).value(jnp.asarray(H), jnp.asarray(rows), jnp.asarray(weights))
+    np.testing.assert_allclose(value(jnp.asarray(H), jnp.asarray(rows)), alone, rtol=1e-4, atol=1e-5)
+    gradients = jax.grad(lambda *given: value(*given).sum(), (0, 1))(jnp.asarray(H), jnp.asarray(rows))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert not gradients[0][0, 0].any() and not gradients[1][0, 0].any() and gradients[1][0, 1].any()
 
 
 @pytest.mark.parametrize("name", variants(CONTENTS))

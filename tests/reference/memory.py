@@ -174,6 +174,17 @@ def key_values(h, rows, weights, pairs: int) -> np.ndarray:
     return out
 
 
+def key_values_together(h, rows, weights, pairs: int) -> np.ndarray:
+    """Over the pairs of all rows, each with its row's weight."""
+    total, out = 0.0, np.zeros(len(h))
+    for w, row in zip(weights, rows, strict=True):
+        keys, values = row[: pairs * len(h)].reshape(pairs, -1), row[pairs * len(h) :].reshape(pairs, -1)
+        for key, value in zip(keys, values, strict=True):
+            score = w * math.exp(float(key @ h))
+            total, out = total + score, out + score * value
+    return out / total if total else out
+
+
 # consumptions: what is added to the stream of one row of tokens
 
 
