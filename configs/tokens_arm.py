@@ -4,8 +4,8 @@ configs/encoder_classify.py.
 `full` computes every token in four layers; `depth_2` has two layers; `select` and `select_random` run every second
 layer on a quarter of the tokens, chosen by a router or by lot. In the others tokens leave for good: by what is learned
 (`ltp`, `transkimmer`, `power_bert`), by a set schedule (`fixed`: those who receive least attention, `random`: by lot),
-or by joining another (`merge`). These and `full` go on from `begun`: its 300 steps and 100 more at a lower rate are as
-many as the others' 400.
+or by joining another (`merge`). These and `full` go on from `begun`: its 100 steps and 100 more at a lower rate are as
+many as the others' 200.
 
 Run:     python -m sparsejax train --config=configs/tokens_arm.py:depth_2 --workdir=runs/depth_2
 Expect:  the share of the 12 classes that experiments/tokens.md says is right, by arm
@@ -51,9 +51,10 @@ def get_config(arm: str = "full"):
         model.skim.threshold, model.skim.temperature = 0.004, 5e-4
     if arm == "power_bert":
         model.skim.coefficient = 0.3
-    config.train.steps = 400
+    config.optimizer.schedule.warmup_steps = 20
+    config.train.steps = 200
     if arm == BEGIN:
-        config.train.steps = 300
+        config.train.steps = 100
     if arm in CONTINUED:
         config.optimizer.learning_rate = 1e-3
         config.train.steps = 100

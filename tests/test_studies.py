@@ -80,7 +80,7 @@ def test_arms_begin_with_arms_that_are_trained_before_them(study):
     assert tokens.begin["ltp"] == "begun"
     for arm, begin in tokens.begin.items():
         assert tokens.arms.index(begin) < tokens.arms.index(arm)
-        assert tokens.experiment(begin).train.steps + tokens.experiment(arm).train.steps == 400
+        assert tokens.experiment(begin).train.steps + tokens.experiment(arm).train.steps == 200
 
 
 def test_the_page_of_tokens_has_the_best_first_and_not_what_arms_begin_with(study, tmp_path):
