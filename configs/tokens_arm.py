@@ -17,14 +17,8 @@ from pathlib import Path
 from sparsejax import choose
 from sparsejax.blocks import BLOCKS, SELECTIONS, SKIMS
 
-SKIMMED = {
-    "ltp": "ltp",
-    "transkimmer": "transkimmer",
-    "power_bert": "power_bert",
-    "fixed": "schedule",
-    "random": "schedule",
-    "merge": "tome",
-}
+LEARNED = ("ltp", "transkimmer", "power_bert")
+SKIMMED = {name: name for name in LEARNED} | {"fixed": "schedule", "random": "schedule", "merge": "tome"}
 BEGIN = "begun"
 CONTINUED = ("full", *SKIMMED)
 ARMS = (BEGIN, "full", "depth_2", "select", "select_random", *SKIMMED)
@@ -46,7 +40,7 @@ def get_config(arm: str = "full"):
         model.skim = choose(SKIMS, SKIMMED[arm])
     if arm in ("fixed", "random"):
         model.skim.stage, model.skim.shares = "hard", (0.5, 0.4, 0.3, 0.3)
-        model.skim.by = "attention" if arm == "fixed" else "random"
+        model.skim.by = {"fixed": "attention", "random": "random"}[arm]
     if arm == "ltp":
         model.skim.threshold, model.skim.temperature = 0.004, 5e-4
     if arm == "power_bert":

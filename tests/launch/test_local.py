@@ -105,7 +105,10 @@ exit(3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_what_has_no_handler_yet(script, number):
     text = script("time.sleep(60)")
-    with subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True, start_new_session=True) as job:
+    # What runs in the background, such as these tests may, ignores Ctrl-C, and so would a script that it starts.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
+    with subprocess.Popen(["bash", "-c", text], **pipes) as job:
         assert job.stdout is not None
         assert all("process" in job.stdout.readline() for _ in range(2))
         send = os.kill if number == signal.SIGTERM else os.killpg
