@@ -16,6 +16,7 @@ import numpy as np
 
 from sparsejax.base.config import load
 from sparsejax.base.sharding import make_mesh, shard_batch
+from sparsejax.blocks.skim_methods import TokenMerging
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.train.config import ExperimentConfig
@@ -96,7 +97,7 @@ def compacted(
     config = encoder.config
     kept = [[float(r.skim.kept / r.skim.tokens) for r in each.values()] for each in reports]
     skim = dataclasses.replace(config.model.skim, execution="compact", ladder=room(kept, SLACK))
-    if "stage" not in skim.unused():
+    if not isinstance(skim, TokenMerging):  # which is alike in all stages
         skim = dataclasses.replace(skim, stage="hard")
     model = dataclasses.replace(config.model, skim=skim, scan=False)
     compact = Encoder(dataclasses.replace(config, model=model), path, mesh)
