@@ -10,7 +10,6 @@ of a few sizes, and skips a layer that none of the batch needs. Training is mask
 
 import abc
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
@@ -31,7 +30,7 @@ from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.anchors import at
 from sparsejax.ops.halting import Halted, Halting, begin
 from sparsejax.ops.selection import put
-from sparsejax.ops.skim import ROOMS, pairs, survivors
+from sparsejax.ops.skim import in_a_room, pairs, survivors
 
 BY_ROW: Any = P(BATCH_AXES)
 Probability = Float[Array, "B T"]
@@ -197,10 +196,7 @@ class HaltingBlock(nnx.Module):
 
             return run
 
-        rooms = sorted({max(math.ceil(share * length), 1) for share in ROOMS})
-        most = running_BT.sum(axis=1).max()
-        number = jnp.searchsorted(jnp.asarray([0, *rooms[:-1]]), most)  # 0 where none is running
-        y_BTD = jax.lax.switch(number, [lambda x_BTD: x_BTD, *map(of_room, rooms)], x_BTD)
+        y_BTD = in_a_room(running_BT, of_room, x_BTD)
         return y_BTD, None if cache is None else BlockCache(attention=memory)
 
     def _gathered(self, room: int, running_BT: Bool[Array, "B T"], *rows: Array) -> tuple[Array, tuple[Array, ...]]:

@@ -7,7 +7,7 @@ the likelier of the two. A token that skips a layer leaves no key there. The fir
 What the gate learns is what the layer would do to its own token: to other tokens' attention it is a fact."""
 
 import dataclasses
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -29,7 +29,7 @@ from sparsejax.blocks.tokens import ROWS, Tokens
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear, RMSNorm, param
 from sparsejax.ops.gates import GATES, GateEstimator
-from sparsejax.ops.skim import ROOMS, pairs, survivors
+from sparsejax.ops.skim import in_a_room, pairs, survivors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,17 +153,13 @@ class RoutedBlock(SelectedBlock):
 
     def _in_rooms(self, x_BTD: Float[Array, "B T D"], decision: Decision, context: Context) -> BlockOutput:
         """The block on the tokens that run it, in the smallest room that is large enough for every row."""
-        length, chosen_BT = x_BTD.shape[1], decision.chosen
-        rooms = sorted({math.ceil(share * length) for share in ROOMS})
 
-        def of_room(room: int) -> Any:
-            def run() -> Any:
+        def of_room(room: int) -> Callable[[Array], Any]:
+            def run(x_BTD: Array) -> Any:
                 places = on_each_device(lambda chosen_BT: (survivors(chosen_BT, room),), (ROWS,), (ROWS,))
-                slots_BS = places(chosen_BT)[0]
+                slots_BS = places(decision.chosen)[0]
                 return self._compact(x_BTD, dataclasses.replace(decision, slots=slots_BS), context).x
 
             return run
 
-        number = jnp.searchsorted(jnp.asarray([0, *rooms[:-1]]), chosen_BT.sum(axis=1).max())
-        new_BTD = jax.lax.switch(number, [lambda: x_BTD, *map(of_room, rooms)])
-        return BlockOutput(x=new_BTD, report=Report())
+        return BlockOutput(x=in_a_room(decision.chosen, of_room, x_BTD), report=Report())

@@ -48,20 +48,9 @@ class Embedding(nnx.Module):
         table = self.table if own is None else own
         return project("btd,vd->btv", x_BTD, table, LOGITS_SPEC, self.dtype, jnp.float32)
 
-    def losses(
-        self,
-        passes: Passes,
-        batch: Batch,
-        exits: Optional[Weighting] = None,
-        others: Sequence = (),
-        shares: Sequence = (),
-        **more: Any,
-    ) -> HeadLosses:
-        """`head_losses` of these logits, with weights of `exits` and their `others`, or `shares` of steps; `more` of
-        their `HeadKind`."""
-        kind = HeadKind(equation="nd,vd->nv", dtype=self.dtype, **more)
-        given = batch.targets, batch.loss_mask, exits, tuple(others), tuple(shares)
-        return head_losses(kind, passes, self.table[...], *given)
+    def losses(self, passes: Passes, batch: Batch, *weights: Any, **more: Any) -> HeadLosses:
+        """`token_losses` of these logits."""
+        return token_losses("nd,vd->nv", self.dtype, self.table, passes, batch, *weights, **more)
 
 
 class Head(nnx.Module):
@@ -75,18 +64,25 @@ class Head(nnx.Module):
         weight = self.weight if own is None else own
         return project("btd,dv->btv", x_BTD, weight, LOGITS_SPEC, self.dtype, jnp.float32)
 
-    def losses(
-        self,
-        passes: Passes,
-        batch: Batch,
-        exits: Optional[Weighting] = None,
-        others: Sequence = (),
-        shares: Sequence = (),
-        **more: Any,
-    ) -> HeadLosses:
-        kind = HeadKind(equation="nd,dv->nv", dtype=self.dtype, **more)
-        given = batch.targets, batch.loss_mask, exits, tuple(others), tuple(shares)
-        return head_losses(kind, passes, self.weight[...], *given)
+    def losses(self, passes: Passes, batch: Batch, *weights: Any, **more: Any) -> HeadLosses:
+        return token_losses("nd,dv->nv", self.dtype, self.weight, passes, batch, *weights, **more)
+
+
+def token_losses(
+    equation: str,
+    dtype: str,
+    weight: nnx.Param,
+    passes: Passes,
+    batch: Batch,
+    exits: Optional[Weighting] = None,
+    others: Sequence = (),
+    shares: Sequence = (),
+    **more: Any,
+) -> HeadLosses:
+    """`head_losses` of every token, with weights of `exits` and their `others`, or `shares` of steps; `more` of their
+    `HeadKind`."""
+    given = batch.targets, batch.loss_mask, exits, tuple(others), tuple(shares)
+    return head_losses(HeadKind(equation=equation, dtype=dtype, **more), passes, weight[...], *given)
 
 
 class ClassHead(nnx.Module):

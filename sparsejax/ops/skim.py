@@ -1,10 +1,12 @@
 """Tokens that leave a row for good: attention among those that stay, the order they leave in, and the rows that are
-left. Functions of one device's rows, but for `pairs`; scores and weights are float32.
+left. Functions of one device's rows, but for `pairs` and `in_a_room`; scores and weights are float32.
 
 `keep` is a weight for every token: as a key its attention is multiplied by it and all are normalised again, which adds
 log keep to the logits. At 1 nothing changes; at 0 the token is gone, as if it had been taken out; above 1 it stands for
 several."""
 
+import math
+from collections.abc import Callable
 from typing import Optional
 
 import jax
@@ -125,3 +127,13 @@ def survivors(alive_BT: Bool[Array, "B T"], size: int) -> Int[Array, "B S"]:
     length = alive_BT.shape[1]
     place_BT = jnp.where(alive_BT, jnp.arange(length), length)
     return jnp.sort(place_BT, axis=1)[:, :size]
+
+
+def in_a_room(
+    needed_BT: Bool[Array, "B T"], of_room: Callable[[int], Callable[[Array], Array]], x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """`of_room(room)(x_BTD)` for the smallest of `ROOMS` that has room for what every row needs, `x_BTD` if none
+    needs any."""
+    rooms = sorted({math.ceil(share * needed_BT.shape[1]) for share in ROOMS})
+    number = jnp.searchsorted(jnp.asarray([0, *rooms[:-1]]), needed_BT.sum(axis=1).max())
+    return jax.lax.switch(number, [lambda x_BTD: x_BTD, *map(of_room, rooms)], x_BTD)
