@@ -11,7 +11,7 @@ import json
 import re
 import runpy
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -52,13 +52,19 @@ class Loaded(Generic[T]):
     environment: dict[str, Any] = field(default_factory=dict)  # what a run recorded about itself, if read from JSON
 
 
-def load(schema: type[T], file: str | None, overrides: Iterable[tuple[str, str]] = ()) -> Loaded[T]:
+def load(
+    schema: type[T],
+    file: str | None,
+    overrides: Iterable[tuple[str, str]] = (),
+    edit: Callable[[ConfigDict], object] = lambda config: None,
+) -> Loaded[T]:
     """The config of `file` (`FILE.py`, `FILE.py:arg` or a run's `config.json`; None: the defaults) under `overrides`.
 
     Args:
       schema: the frozen dataclass to build.
       file: a Python file defines `get_config()` or `get_config(arg)` and returns a ConfigDict.
       overrides: (dotted path, text) as on the command line, in any order; of one path given twice the last counts.
+      edit: changes the ConfigDict of `file` before them, as the file itself could have.
 
     Raises:
       RequestError: one line that names what is wrong, where, and what is allowed.
@@ -71,6 +77,7 @@ def load(schema: type[T], file: str | None, overrides: Iterable[tuple[str, str]]
         node, recorded, environment = _read_json(schema, _text(_existing(file)), file)
     else:
         node = _run_file(schema, file)
+    edit(node)
     before = node.to_dict()
     assigned = {_override(node, path, text) for path, text in sorted(overrides, key=_choices_first)}
     config = from_config_dict(schema, node)

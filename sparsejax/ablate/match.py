@@ -1,0 +1,102 @@
+"""Arms made equal to the base in one respect, by solving for one whole number of their config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsejax.ablate.arms import Overrides, Resolved, resolve, tokens, training_flops
+from sparsejax.ablate.study import Study
+from sparsejax.base.config import leaves
+from sparsejax.base.errors import RequestError
+from sparsejax.model.cost import total
+from sparsejax.train.config import ExperimentConfig
+
+TOLERANCE = 0.01
+"""How far an arm may be from the base, as a share."""
+STEPS, WARMUP = "train.steps", "optimizer.schedule.warmup_steps"
+
+Measure = Callable[[ExperimentConfig], float]
+
+BY_LEDGER: dict[str, Measure] = {
+    "active_flops": training_flops,
+    "total_parameters": lambda config: float(total(config.model).parameters),
+    "tokens": tokens,
+}
+"""Measures that need no run."""
+
+
+def matched(study: Study, root: Path, overrides: Overrides, measure: Measure) -> dict[str, Resolved]:
+    """All arms, each within `TOLERANCE` of the base by `measure`; sized where it has a key to solve and needs it.
+
+    Raises:
+      RequestError: an arm cannot be matched; the line names the pair and the nearest that there is.
+    """
+    base = resolve(study, root, study.base, overrides)
+    goal, found = measure(base.config), {}
+    for name, arm in study.arms.items():
+        as_it_is = resolve(study, root, name, overrides)
+        key = arm.size or study.size
+        if _close(measure(as_it_is.config), goal):
+            found[name] = as_it_is
+        elif key is None:
+            raise RequestError(
+                f"arms {name} and {study.base} cannot be matched: {study.equal} is "
+                f"{measure(as_it_is.config) / goal:.3f} of the base's, and neither Study.size nor Arm.size names a key"
+            )
+        else:
+            found[name] = _solved(study, root, name, overrides, measure, goal, key, as_it_is)
+    return found
+
+
+def _close(value: float, goal: float) -> bool:
+    return abs(value / goal - 1) <= TOLERANCE
+
+
+def _solved(
+    study: Study, root: Path, name: str, overrides: Overrides, measure: Measure, goal: float, key: str, begun: Resolved
+) -> Resolved:
+    """The arm whose value of `key` brings it nearest: doubled or halved until the goal is between two, then bisected."""
+    values = leaves(begun.config)
+    if type(values.get(key)) is not int:
+        raise RequestError(f"arm {name}: {key} is {values.get(key)!r}; what is solved for is a whole number")
+    multiple, tried = study.arms[name].multiple, {}
+
+    def at(units: int) -> float:
+        if units not in tried:
+            arm = resolve(study, root, name, overrides, _sized(key, units * multiple, begun))
+            tried[units] = (measure(arm.config), arm)
+        return tried[units][0]
+
+    low = high = max(1, round(values[key] / multiple))
+    grows = at(low) <= at(low + 1)  # more experts a token, say, or fewer repeats
+    below = lambda units: (at(units) < goal) == grows  # noqa: E731
+    while below(high) and high < 2**40:
+        low, high = high, 2 * high
+    while low > 1 and not below(low):
+        low, high = low // 2, low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    units = min(tried, key=lambda units: abs(tried[units][0] - goal))
+    value, arm = tried[units]
+    if not _close(value, goal):
+        raise RequestError(
+            f"arms {name} and {study.base} cannot be matched within {TOLERANCE:.0%}: the nearest is "
+            f"{key}={units * multiple}, where {study.equal} is {value / goal:.3f} of the base's"
+        )
+    return arm
+
+
+def _sized(key: str, value: int, arm: Resolved) -> dict[str, Any]:
+    """What is set: another number of steps keeps the share of them that is warm-up."""
+    warmup = leaves(arm.config).get(WARMUP)
+    if key != STEPS or not warmup:
+        return {key: value}
+    return {key: value, WARMUP: max(1, round(warmup * value / arm.config.train.steps))}
+
+
+def at_budget(study: Study, root: Path, overrides: Overrides, times: float) -> Resolved:
+    """The base, trained for so many times its steps, with as large a share of warm-up."""
+    base = resolve(study, root, study.base, overrides)
+    sized = _sized(STEPS, max(1, round(base.config.train.steps * times)), base)
+    return resolve(study, root, study.base, overrides, sized)
