@@ -34,7 +34,7 @@ class Resolved:
         return to_json(self.config, self.loaded.provenance, {})
 
 
-def resolve(study: Study, root: Path, name: str, overrides: Overrides = (), sized: Mapping[str, Any] = {}) -> Resolved:  # noqa: B006
+def resolve(study: Study, root: Path, name: str, overrides: Overrides = (), sized: Mapping[str, Any] = {}) -> Resolved:
     """The arm's experiment: config file, the arm's edits, then `overrides`, then `sized`.
 
     Raises:

@@ -45,7 +45,9 @@ def unfair(study: Study, arms: Mapping[str, Resolved]) -> list[Unfair]:
         for kind, prefixes in (("denominator", DENOMINATOR), ("evaluation", EVALUATION)):
             found += [Unfair(kind, name, text) for text in named(*prefixes)]
         order = [
-            _said(*each) for each in differs if each[0].startswith(DATA_ORDER) and not each[0].startswith((*FREE, *DENOMINATOR))
+            _said(*each)
+            for each in differs
+            if each[0].startswith(DATA_ORDER) and not each[0].startswith((*FREE, *DENOMINATOR))
         ]
         found += [Unfair("data_order", name, text) for text in order]
         apart = _schedule_distance(base.config, arm.config)
@@ -63,7 +65,9 @@ def unfair_runs(base: Path, run: Path, arm: str) -> list[Unfair]:
     found = []
     for name in ("targets", "padding_fraction"):
         if before.get(name) != now.get(name):
-            found.append(Unfair("denominator", arm, f"{name} of the evaluation was {now.get(name)}, not {before.get(name)}"))
+            found.append(
+                Unfair("denominator", arm, f"{name} of the evaluation was {now.get(name)}, not {before.get(name)}")
+            )
     for which, text in (("corpus", "evaluation"), ("flops_convention", "flops")):
         if first.get(which) != second.get(which):
             found.append(Unfair(text, arm, f"{which} is {second.get(which)}, not {first.get(which)}"))
@@ -97,7 +101,7 @@ def _schedule_distance(base: ExperimentConfig, arm: ExperimentConfig) -> float:
     curves = []
     for config in (base, arm):
         rate, steps = learning_rate_at(config.optimizer, config.train.steps), config.train.steps
-        values = np.array([[float(rate(step)) for step in _near(fraction, steps)] for fraction in FRACTIONS])
+        values = np.array([[np.asarray(rate(step)) for step in _near(fraction, steps)] for fraction in FRACTIONS])
         curves.append(values / max(values.max(), 1e-30))
     return float(np.abs(curves[0][:, :, None] - curves[1][:, None, :]).min(axis=(1, 2)).max())
 

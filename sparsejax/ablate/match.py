@@ -55,7 +55,7 @@ def _close(value: float, goal: float) -> bool:
 def _solved(
     study: Study, root: Path, name: str, overrides: Overrides, measure: Measure, goal: float, key: str, begun: Resolved
 ) -> Resolved:
-    """The arm whose value of `key` brings it nearest: doubled or halved until the goal is between two, then bisected."""
+    """The arm whose value of `key` brings it nearest: doubled or halved until the goal lies between, then bisected."""
     values = leaves(begun.config)
     if type(values.get(key)) is not int:
         raise RequestError(f"arm {name}: {key} is {values.get(key)!r}; what is solved for is a whole number")

@@ -26,7 +26,7 @@ class Arm:
     """One way of doing it: the study's config with an argument, with edits, or both."""
 
     argument: Optional[str] = None  # of the config file: FILE.py:argument
-    edits: Mapping[str, Any] = field(default_factory=dict)  # config key → value, as after --config.KEY= on a command line
+    edits: Mapping[str, Any] = field(default_factory=dict)  # config key → value, as after --config.KEY=
     edit: Optional[Callable[[Any], object]] = None  # is given the ConfigDict and changes it (a preset, say)
     size: Optional[str] = None  # the key that is solved to match the base; None: the study's
     multiple: int = 1  # what the solved value is a multiple of
@@ -64,9 +64,7 @@ class Study:
         if len(self.arms) < 2:
             raise RequestError(f"a study compares at least two arms; arms: {', '.join(self.arms)}")
         if self.equal not in EQUAL:
-            raise RequestError(
-                f"equal={self.equal!r}; allowed: {', '.join(EQUAL)}.{did_you_mean(self.equal, EQUAL)}"
-            )
+            raise RequestError(f"equal={self.equal!r}; allowed: {', '.join(EQUAL)}.{did_you_mean(self.equal, EQUAL)}")
         for kind in self.allow:
             if kind not in UNFAIR:
                 raise RequestError(f"allow={kind!r}; allowed: {', '.join(UNFAIR)}.{did_you_mean(kind, UNFAIR)}")
@@ -87,7 +85,7 @@ class Study:
 def grid(argument: Optional[str] = None, **axes: Mapping[str, Mapping[str, Any]]) -> dict[str, Arm]:
     """Arms for every combination: each axis maps a word to config edits, and an arm's name is its words, with dashes.
 
-        grid(k={"k1": {KEY: 1}, "k2": {KEY: 2}}, capacity={"c1": {…}, "c2": {…}})     # k1-c1, k1-c2, k2-c1, k2-c2
+    grid(k={"k1": {KEY: 1}, "k2": {KEY: 2}}, capacity={"c1": {…}, "c2": {…}})     # k1-c1, k1-c2, k2-c1, k2-c2
     """
     arms = {}
     for words in itertools.product(*axes.values()):

@@ -1,0 +1,106 @@
+"""Verdicts on simulated studies: wrong ones are as rare as promised, right ones as frequent as stated."""
+
+import gc
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sparsejax.ablate.statistics import UNDECIDED, WORSE, detectable, moderated, power, seeds_needed, verdicts
+
+STUDIES, ARMS, SEEDS, BATCHES = 400, 6, 3, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage():
+    """statsmodels collects garbage at every correction, which takes long where jax is loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def study(rng, deviations, shared=0.0, text=0.0, effect=0.0):
+    """Losses of a base and arms: seeds deviate by arm, and together; batches differ, by arm a little otherwise."""
+    common = shared * rng.normal(size=(SEEDS, 1))
+    batches = rng.normal(size=BATCHES)
+    losses = {}
+    for arm, deviation in enumerate(deviations):
+        own = deviation * rng.normal(size=(SEEDS, 1)) + text * rng.normal(size=(1, BATCHES))
+        losses[f"{arm}"] = 3 + common + batches + own + (effect if arm == 1 else 0)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "deviations, more",
+    [
+        ([0.02] * (ARMS + 1), {}),
+        ([0.01, 0.01, 0.02, 0.03, 0.02, 0.04, 0.01], {}),
+        ([0.02] * (ARMS + 1), {"shared": 0.5}),
+        ([0.01] * (ARMS + 1), {"text": 0.05}),
+    ],
+    ids=["equal", "unequal variances", "seeds shared", "text"],
+)
+def test_studies_without_a_difference_give_few_wrong_verdicts(deviations, more):
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(STUDIES):
+        found = verdicts(study(rng, deviations, **more), np.ones(BATCHES), "0")
+        wrong += any(each.verdict != UNDECIDED for each in found.values())
+    # At most 5 %, and what 400 studies let the estimate vary upwards.
+    assert wrong <= stats.binom.ppf(0.999, STUDIES, 0.05), wrong / STUDIES
+
+
+def test_a_known_effect_is_shown_as_often_as_stated():
+    rng, deviation = np.random.default_rng(1), 0.02
+    effect = detectable(deviation, SEEDS, ARMS)
+    found = [
+        verdicts(study(rng, [deviation] * (ARMS + 1), effect=effect), np.ones(BATCHES), "0") for _ in range(STUDIES)
+    ]
+    shown = np.mean([each["1"].verdict == WORSE for each in found])
+    # 400 studies let the estimate vary by 0.06; drawing no variance below the common scale costs a little.
+    assert 0.72 <= shown <= 0.88
+
+
+def test_one_arm_is_a_paired_t_test():
+    rng = np.random.default_rng(2)
+    losses = {arm: rng.normal(size=(5, 1)) for arm in ("base", "arm")}
+    found = verdicts(losses, np.ones(1), "base")["arm"]
+    expected = stats.ttest_rel(losses["arm"][:, 0], losses["base"][:, 0])
+    assert found.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_batches_count_by_their_weights():
+    losses = {"base": np.zeros((2, 2)), "arm": np.array([[1.0, 3.0], [1.0, 3.0]])}
+    assert verdicts(losses, np.array([3, 1]), "base")["arm"].difference == pytest.approx(1.5)
+
+
+def test_where_higher_is_better_the_verdict_turns():
+    rng = np.random.default_rng(3)
+    losses = {"base": 0.001 * rng.normal(size=(4, 6)), "arm": 1 + 0.001 * rng.normal(size=(4, 6))}
+    told = [verdicts(losses, np.ones(6), "base", higher_is_better=each)["arm"].verdict for each in (False, True)]
+    assert told == ["worse", "better"]
+
+
+def test_one_seed_gives_no_verdict():
+    found = verdicts({"base": np.zeros((1, 4)), "arm": np.ones((1, 4))}, np.ones(4), "base")["arm"]
+    assert found.verdict == UNDECIDED and found.p is None and found.difference == 1
+
+
+def test_variances_are_drawn_together_and_none_below_the_common_scale():
+    rng = np.random.default_rng(4)
+    same = rng.chisquare(2, size=200) / 2
+    drawn, df = moderated(same, 2)
+    assert df == 6 and drawn.min() == pytest.approx(same.mean())
+    assert np.allclose(drawn, np.maximum((4 * same.mean() + 2 * same) / 6, same.mean()))
+    priors = 3.0 / rng.chisquare(3, size=4000)  # a prior of 3 degrees of freedom and scale 1
+    drawn, df = moderated(priors * rng.chisquare(2, size=4000) / 2, 2)
+    assert df == pytest.approx(5, rel=0.1) and drawn.min() == pytest.approx(1, rel=0.1)
+
+
+def test_seeds_needed_reach_the_power_and_no_more():
+    seeds = seeds_needed(0.03, 2 * 0.02**2, ARMS)
+    assert seeds is not None
+    assert power(0.03, 2 * 0.02**2, seeds, ARMS) >= 0.8 > power(0.03, 2 * 0.02**2, seeds - 1, ARMS)
+    assert seeds_needed(0.0, 1.0, ARMS) is None and seeds_needed(0.01, 1.0, ARMS, text=1.0) is None
