@@ -35,6 +35,7 @@ def test_what_train_leaves_behind(first, workdir):
         "config.json",
         "metrics.jsonl",
         "routing",
+        "evaluations",
         "checkpoints",
         "tensorboard",
     }

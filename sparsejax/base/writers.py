@@ -1,4 +1,4 @@
-"""What a run writes while it goes: `metrics.jsonl`, `routing/STEP.npz` and TensorBoard event files.
+"""What a run writes while it goes: `metrics.jsonl`, arrays in `FOLDER/STEP.npz` and TensorBoard event files.
 
 A run may be killed at any moment and resumed from a step that it had already passed. Opening a writer with that step
 takes back what was written after it, so every (split, step) stands in the files once.
@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,12 @@ from sparsejax.base.errors import RunError
 from sparsejax.base.processes import is_first
 
 Row = Mapping[str, Any]  # a row of metrics: "step", "split" and scalars
+Files = Mapping[str, Mapping[str, ArrayLike]]  # of one step: folder -> the arrays of its file
+NOTHING: Files = MappingProxyType({})
 log = logging.getLogger(__name__)
+
+FOLDERS = ("routing", "evaluations", "passages")
+"""Of arrays: counts by expert, the sums of an evaluation's batches, decisions token by token."""
 
 
 def read_jsonl(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
@@ -67,12 +73,16 @@ class JsonlWriter:
         except OSError as error:
             raise RunError(f"{self.path} could not be written: {error.strerror}") from error
 
+    def has(self, row: Row) -> bool:
+        """Whether the file is past the row's step (an evaluation done twice)."""
+        return row["step"] <= self._last.get(row["split"], -1)
+
     def append(self, row: Row) -> bool:
-        """Writes the row; False, and nothing written, when the file is past the row's step (an evaluation done twice).
+        """Writes the row; False, and nothing written, when the file has it.
 
         Raises `RunError` when the disk refuses it.
         """
-        if row["step"] <= self._last.get(row["split"], -1):
+        if self.has(row):
             return False
         line = json.dumps(json_values(row), allow_nan=False).encode() + b"\n"
         try:
@@ -115,7 +125,7 @@ class JsonlWriter:
             log.warning("%s: removed %d rows after step %d", self.path, len(rows) - len(kept), resume_step)
 
 
-class RoutingWriter:
+class ArraysWriter:
     """Writes one `STEP.npz` of arrays a step, each of them whole or not at all."""
 
     def __init__(self, directory: str | os.PathLike, resume_step: int = 0):
@@ -160,20 +170,25 @@ class TensorBoardWriter:
 
 
 class MetricsWriter:
-    """All the files of a run: a row goes to JSON lines and, if wanted, to TensorBoard; arrays go to `routing/`."""
+    """All the files of a run: a row goes to JSON lines and, if wanted, to TensorBoard; arrays go to `FOLDERS`."""
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0, tensorboard: bool = True):
         workdir = Path(workdir)
         self._rows = JsonlWriter(workdir / "metrics.jsonl", resume_step)
-        self._arrays = RoutingWriter(workdir / "routing", resume_step)
+        self._arrays = {name: ArraysWriter(workdir / name, resume_step) for name in FOLDERS}
         self._events = TensorBoardWriter(workdir / "tensorboard", resume_step) if tensorboard else None
 
-    def write(self, row: Row, routing: Mapping[str, ArrayLike] | None = None) -> None:
-        """Writes the row, and the arrays that belong to it. Raises `RunError` when the disk refuses."""
-        if self._rows.append(row) and self._events is not None:
+    def write(self, row: Row, files: Files = NOTHING) -> None:
+        """Writes the arrays that belong to the row, and then the row: a row that stands in the file has its arrays, and
+        one that stood there before keeps them. Raises `RunError` when the disk refuses."""
+        if self._rows.has(row):
+            return
+        for folder, arrays in files.items():
+            if arrays:
+                self._arrays[folder].write(int(row["step"]), arrays)
+        self._rows.append(row)
+        if self._events is not None:
             self._events.write(row)
-        if routing:
-            self._arrays.write(int(row["step"]), routing)
 
     def close(self) -> None:
         """Closes the files."""
@@ -185,7 +200,7 @@ class MetricsWriter:
 class NoWriter:
     """What the other processes of a job write, whose files are those of the first."""
 
-    def write(self, row: Row, routing: Mapping[str, ArrayLike] | None = None) -> None: ...
+    def write(self, row: Row, files: Files = NOTHING) -> None: ...
 
     def close(self) -> None: ...
 

@@ -29,6 +29,15 @@ from sparsejax.train.step import EvalReport, make_eval_step
 from sparsejax.train.trace import Recording, Trace, check_replay, load_trace, token_ids
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation found."""
+
+    row: Row  # of metrics.jsonl
+    routing: Arrays  # summed, as in routing/STEP.npz
+    sums: Arrays  # of evaluations/STEP.npz: by batch, in their order, `nats` and `targets`
+
+
 class Evaluator:
     """Evaluates models of one config on the validation split, always the same rows in the same order. One compile."""
 
@@ -51,14 +60,14 @@ class Evaluator:
         should_stop: Callable[[], bool] = lambda: False,
         recording: Optional[Recording] = None,
         replayed: Optional[Trace] = None,
-    ) -> Optional[tuple[Row, Arrays]]:
-        """The metrics of a model over `eval.batches` batches, and its routing arrays; None when told to stop.
+    ) -> Optional[Evaluated]:
+        """Of a model over `eval.batches` batches; None when told to stop.
 
         Args:
           recording: is given the routers' decisions.
           replayed: decisions on the same rows, which are taken again.
         """
-        config, total, probe = self.config, None, {}
+        config, total, probe, sums = self.config, None, {}, []
         rows, parts = host_rows(self.mesh, config.microbatch_size, 1), config.train.accumulation
         # A microbatch at a time, as in training: memory and groups are those of a step.
         data = eval_batches(self.corpus, config.data, config.data.batch_size, config.eval.batches, rows, parts)
@@ -85,15 +94,24 @@ class Evaluator:
                 everyones = {name: to_numpy(rows[0]) for name, rows in arrays.items()}
                 recording.append(config.model, everyones, report.decisions)
                 report = dataclasses.replace(report, decisions=None)
+            sums.append((report.cross_entropy_sum, report.targets))
             total = report if total is None else add(total, report)
         if total is None:
             raise RunError("the evaluation has no batch")
         row, arrays = eval_row(config.model, total)
+        row |= {"padding_fraction": 1 - int(total.tokens) / (int(total.rows) * config.data.sequence_length)}
         row |= churn(self._probe, probe)
         self._probe = probe
         if config.data.task.every_token and self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
-        return row, arrays
+        return Evaluated(row=row, routing=arrays, sums=_by_batch(sums, parts))
+
+
+def _by_batch(sums: list[tuple[np.ndarray, np.ndarray]], parts: int) -> Arrays:
+    """Of so many microbatches each; the last batch may have fewer."""
+    nats, targets = (np.asarray(each) for each in zip(*sums, strict=True))
+    first = np.arange(0, len(sums), parts)
+    return {"nats": np.add.reduceat(nats, first), "targets": np.add.reduceat(targets, first)}
 
 
 def _in_batches(trace: Trace, size: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -144,8 +162,7 @@ def evaluate_command(loaded: Loaded[ExperimentConfig], workdir: Optional[Path], 
     if recording is not None and written is not None:
         recording.trace(config, "eval", step).save(written)
     assert evaluated is not None  # nothing stops it
-    row = evaluated[0]
-    row = {"step": step, "split": "eval", **row, "tokens": progress["tokens"], "flops": progress["flops"]}
+    row = {"step": step, "split": "eval", **evaluated.row, "tokens": progress["tokens"], "flops": progress["flops"]}
     flagged = other_corpus(workdir, corpus.info)
     print(json.dumps(json_values(row if flagged is None else {**row, "warning": flagged}), allow_nan=False))
     return 0

@@ -21,8 +21,8 @@ from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.clock import Clock
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.diagnose import first_bad_module
-from sparsejax.train.evaluate import Evaluator
-from sparsejax.train.metrics import Arrays, Row, Window, bits_per_byte
+from sparsejax.train.evaluate import Evaluated, Evaluator
+from sparsejax.train.metrics import Row, Window, bits_per_byte
 from sparsejax.train.optimizer import learning_rate_at
 from sparsejax.train.progress import Display
 from sparsejax.train.record import changes_since, check_corpus, check_platform, write_config
@@ -147,11 +147,12 @@ class _Run:
         if evaluated is None:
             self.display.note(f"stopped by {self.stop.name} after step {step}, saved; the same command resumes there")
             return False
-        row, arrays = evaluated
         if first < steps:
-            self.display.update(row)
+            self.display.update(evaluated.row)
         self.display.close()
-        for line in closing_lines(_shortest(self.folder), row, arrays, self.config.model.generates):
+        for line in closing_lines(
+            _shortest(self.folder), evaluated.row, evaluated.routing, self.config.model.generates
+        ):
             self.display.note(line)
         return True
 
@@ -256,26 +257,26 @@ class _Run:
         if self.config.data.task.every_token and self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
         row = self._row(step, "train", row) | self.clock.take()
-        writer.write(row, arrays)
+        writer.write(row, {"routing": arrays})
         self.display.update(row)
 
     def _evaluation_due(self, step: int) -> bool:
         return step % self.config.eval.every == 0 and step > self.evaluated
 
-    def _show(self, evaluated: Optional[tuple[Row, Arrays]]) -> None:
+    def _show(self, evaluated: Optional[Evaluated]) -> None:
         if evaluated is not None:
-            self.display.update(evaluated[0])
+            self.display.update(evaluated.row)
 
-    def _evaluate(self, state: TrainState, step: int, writer: Writer) -> Optional[tuple[Row, Arrays]]:
-        """The row, which it also writes unless the file has it, and the routing arrays; None when a signal came."""
+    def _evaluate(self, state: TrainState, step: int, writer: Writer) -> Optional[Evaluated]:
+        """What it found, with the place in the run, which it also writes unless the files have it; None when a signal
+        came."""
         evaluated = self.evaluator(state.variables, self.stop.look)
         if evaluated is None:
             return None
-        row, arrays = evaluated
-        row = self._row(step, "eval", row) | {"seconds": self.clock.seconds}
-        writer.write(row)
+        row = self._row(step, "eval", evaluated.row) | {"seconds": self.clock.seconds}
+        writer.write(row, {"evaluations": evaluated.sums})
         self.evaluated = step
-        return row, arrays
+        return dataclasses.replace(evaluated, row=row)
 
     def _row(self, step: int, split: str, measured: Row) -> Row:
         """What was measured, after its place in the run and before what the run has spent so far."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax.base.errors import RunError
-from sparsejax.base.writers import JsonlWriter, MetricsWriter, RoutingWriter, read_jsonl, write_atomically
+from sparsejax.base.writers import ArraysWriter, JsonlWriter, MetricsWriter, read_jsonl, write_atomically
 
 
 def row(step, split="train", **more):
@@ -135,9 +135,9 @@ class TestJsonl:
         assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
-class TestRouting:
+class TestArrays:
     def test_arrays_come_back(self, tmp_path):
-        RoutingWriter(tmp_path / "routing").write(
+        ArraysWriter(tmp_path / "routing").write(
             20, {"layer_1/assigned": jnp.arange(3), "layer_1/dropped": np.zeros(3, int)}
         )
         with np.load(tmp_path / "routing" / "20.npz") as arrays:
@@ -145,12 +145,12 @@ class TestRouting:
             np.testing.assert_array_equal(arrays["layer_1/assigned"], [0, 1, 2])
 
     def test_a_resume_takes_back_later_files_and_unfinished_ones(self, tmp_path):
-        writer = RoutingWriter(tmp_path)
+        writer = ArraysWriter(tmp_path)
         for step in (9, 10, 20):
             writer.write(step, {"a": np.zeros(2)})
         (tmp_path / ".30.npz.tmp").write_bytes(b"half")
         (tmp_path / "mine.npz").write_bytes(b"the user's own")
-        RoutingWriter(tmp_path, resume_step=10)
+        ArraysWriter(tmp_path, resume_step=10)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["10.npz", "9.npz", "mine.npz"]
 
     def test_atomic(self, tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ class TestMetrics:
     def test_a_row_goes_everywhere(self, tmp_path, caplog):
         writer = MetricsWriter(tmp_path)
         bad = {"bad": math.nan, "worse": np.float32("inf")}
-        writer.write(row(5, **{"moe/drop_fraction": 0.25}, **bad), {"layer_0/assigned": np.arange(4)})
+        writer.write(row(5, **{"moe/drop_fraction": 0.25}, **bad), {"routing": {"layer_0/assigned": np.arange(4)}})
         writer.close()
         assert steps(tmp_path / "metrics.jsonl") == [("train", 5)]
         assert (tmp_path / "routing" / "5.npz").exists()
@@ -191,6 +191,26 @@ class TestMetrics:
         assert b"train/moe/drop_fraction" in events.read_bytes() and b"train/loss" in events.read_bytes()
         assert b"train/bad" not in events.read_bytes() and b"train/worse" not in events.read_bytes()
         assert not caplog.records  # tensorboardX would have a warning for each
+
+    def test_what_is_written_twice_stays_as_it_was(self, tmp_path):
+        for resume_step in (0, 5):
+            writer = MetricsWriter(tmp_path, resume_step, tensorboard=False)
+            writer.write(row(5), {"evaluations": {"nats": np.full(2, resume_step)}})
+            writer.close()
+        assert steps(tmp_path / "metrics.jsonl") == [("train", 5)]
+        with np.load(tmp_path / "evaluations" / "5.npz") as arrays:
+            assert arrays["nats"].tolist() == [0, 0]
+
+    def test_a_crash_between_arrays_and_row_is_made_up_for(self, tmp_path):
+        """The arrays come first: that of a step without its row is written again."""
+        writer = MetricsWriter(tmp_path, tensorboard=False)
+        writer._arrays["evaluations"].write(5, {"nats": np.zeros(2)})
+        writer.close()
+        writer = MetricsWriter(tmp_path, 5, tensorboard=False)
+        writer.write(row(5), {"evaluations": {"nats": np.ones(2)}})
+        writer.close()
+        with np.load(tmp_path / "evaluations" / "5.npz") as arrays:
+            assert arrays["nats"].tolist() == [1, 1]
 
     def test_a_resume_voids_the_later_events(self, tmp_path):
         from tensorboardX.proto.event_pb2 import Event

@@ -75,7 +75,7 @@ def test_rows_have_every_metric(finished_run):
     for row in rows(finished_run, "train").values():
         assert set(row) == LOSSES | SPENT | SPEED | MOE | {"grad_norm", "window_steps"}
     for row in rows(finished_run, "eval").values():
-        assert set(row) == LOSSES | SPENT | MOE | {"targets"}
+        assert set(row) == LOSSES | SPENT | MOE | {"targets", "padding_fraction"}
     for split in ("train", "eval"):
         values = [value for row in rows(finished_run, split).values() for key, value in row.items() if key != "split"]
         assert all(math.isfinite(value) for value in values)
@@ -245,6 +245,7 @@ def test_no_profile_and_no_events_unless_wanted(finished_run):
         "config.json",
         "metrics.jsonl",
         "routing",
+        "evaluations",
         "checkpoints",
     }
 
@@ -255,7 +256,7 @@ def test_the_last_words_say_what_was_written_and_what_is_next(finished_run, fini
     quality += f"{final['bits_per_byte']:.4f} bits per byte"
     assert f"validation: {quality}" in finished_output
     assert "01_moe" in finished_output and "max/mean" in finished_output
-    for name in ("config.json", "metrics.jsonl", "routing", "checkpoints"):
+    for name in ("config.json", "metrics.jsonl", "routing", "evaluations", "checkpoints"):
         assert f"  {finished_run}/{name} " in finished_output
     for name in ("tensorboard", "profile"):
         assert name not in finished_output, "it was not written"
@@ -465,4 +466,30 @@ def test_evaluation_covers_the_split(finished_run, config):
     corpus = open_corpus(config.data)
     batches = list(eval_batches(corpus, config.data, config.data.batch_size, config.eval.batches))
     assert len(batches) == config.eval.batches
-    assert rows(finished_run, "eval")[STEPS]["targets"] == sum(int(batch["loss_mask"].sum()) for batch in batches)
+    row = rows(finished_run, "eval")[STEPS]
+    assert row["targets"] == sum(int(batch["loss_mask"].sum()) for batch in batches)
+    padding = [(batch["segments"] == 0)[(batch["segments"] > 0).any(-1)] for batch in batches]
+    assert row["padding_fraction"] == pytest.approx(np.concatenate(padding).mean(), abs=1e-12)
+
+
+def test_the_sums_of_every_batch_of_an_evaluation_are_kept(finished_run, config):
+    """In the order of the batches; what stands in the row is made of them."""
+    corpus = open_corpus(config.data)
+    batches = list(eval_batches(corpus, config.data, config.data.batch_size, config.eval.batches))
+    evaluated = rows(finished_run, "eval")
+    assert {int(path.stem) for path in (finished_run / "evaluations").iterdir()} == set(evaluated)
+    for step, row in evaluated.items():
+        with np.load(finished_run / "evaluations" / f"{step}.npz") as arrays:
+            nats, targets = arrays["nats"], arrays["targets"]
+        assert (nats.dtype, targets.dtype) == (np.float64, np.int64)
+        assert targets.tolist() == [int(batch["loss_mask"].sum()) for batch in batches]
+        assert row["cross_entropy"] == pytest.approx(nats.sum() / targets.sum(), rel=1e-12)
+        assert len(set(nats)) == len(batches) > 1
+
+
+def test_the_microbatches_of_a_batch_are_one_in_the_sums(finished_run, tmp_path):
+    words = arguments("train", f"--workdir={tmp_path}/run", train__accumulation=2)
+    assert here(*words).status == 0
+    ours, theirs = (np.load(run / "evaluations" / f"{EVAL_EVERY}.npz") for run in (tmp_path / "run", finished_run))
+    assert np.array_equal(ours["targets"], theirs["targets"])
+    np.testing.assert_allclose(ours["nats"], theirs["nats"], rtol=1e-3)

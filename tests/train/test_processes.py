@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from runs import Result, arguments, here, job, losses, newest_step, process, rows
+from runs import Result, arguments, contents, here, job, losses, newest_step, process, rows
 
 
 def train(workdir, mesh, count, **settings) -> list[Result]:
@@ -54,6 +54,7 @@ def test_two_processes_train_as_one(alone, tmp_path):
                 k: v for k, v in row.items() if k not in timing
             }
     assert ledger(workdir) == ledger(alone)
+    assert contents(workdir / "evaluations") == contents(alone / "evaluations")
     assert {path.name for path in workdir.iterdir() if not path.name.startswith(".")} == {
         path.name for path in alone.iterdir() if not path.name.startswith(".")
     }

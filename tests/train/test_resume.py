@@ -104,6 +104,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path
     last, wanted = rows(workdir, "train")[60], rows(uninterrupted, "train")[60]
     assert (last["tokens"], last["flops"]) == (wanted["tokens"], wanted["flops"])
     assert {path.stem for path in (workdir / "routing").iterdir()} == {str(step) for step in range(1, 61)}
+    for folder in ("evaluations", "routing"):
+        assert contents(workdir / folder) == contents(uninterrupted / folder)
 
 
 @pytest.mark.slow
