@@ -31,7 +31,10 @@ VERBS = {
     "plan": "tables of parameters, FLOPs, memory and shardings; nothing is allocated",
     "launch": "print the job for local processes, SLURM, Kubernetes or a TPU VM; --submit runs it",
     "trace": "what recorded routing decisions would have dropped and moved under other settings",
+    "report": "one page that shows runs, to be opened in a browser, offline",
 }
+READERS = ("trace", "report")
+"""Verbs that look at what others left, and so take no config, no mesh and no processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,11 +85,11 @@ def _command(argv: list[str]) -> int:
         what = "unknown flag" if flag.startswith("-") else "unexpected argument"
         where = verb if target is None else f"{verb} {target}"
         raise RequestError(f"{what} {unknown[0]!r} for {where}; known: {', '.join(known)}.{did_you_mean(flag, known)}")
-    if verb == "trace":  # of a file, which holds its config
+    if verb in READERS:  # of files, which hold their config
         if overrides:
-            raise RequestError(
-                f"--config.{overrides[0][0]} has no effect on trace, which reads its config from the file"
-            )
+            raise RequestError(f"--config.{overrides[0][0]} has no effect on {verb}, which reads its config from files")
+        if verb == "report":
+            return _function("sparsejax.report.command", "report_command")(args)
         _function("sparsejax.base.devices", "prepare_devices")(1)
         return _function("sparsejax.plan.trace_command", "trace_command")(args)
     return _dispatch(verb, args, overrides)
@@ -230,7 +233,7 @@ def _verb_parser(verb: str, target: str | None = None) -> argparse.ArgumentParse
     words, does = (verb, VERBS[verb]) if target is None else (f"{verb} {target}", TARGETS[target])
     parser = flags.Parser(prog=f"sparsejax {words}", description=does, allow_abbrev=False)
     add = parser.add_argument
-    if verb != "trace":
+    if verb not in READERS:
         _run_flags(verb, add)
     if verb in ("train", "eval", "generate"):
         _process_flags(add)
@@ -326,12 +329,18 @@ def _trace_flags(add: Callable[..., Any]) -> None:
     add("--format", choices=("table", "json"), default="table", help="(default: table)")
 
 
+def _report_flags(add: Callable[..., Any]) -> None:
+    add("runs", type=flags.folder, nargs="*", metavar="RUN", help="folder of a run; several are shown side by side")
+    add("--out", type=flags.file, metavar="FILE", help="the page (default: report.html in the first run's folder)")
+
+
 _FLAGS = {
     "train": _train_flags,
     "eval": _eval_flags,
     "generate": _generate_flags,
     "plan": _plan_flags,
     "trace": _trace_flags,
+    "report": _report_flags,
 }
 _CLUSTERS = ("slurm", "ompi", "k8s", "tpu", "auto", "none")
 _ONE_MESH = "devices along data, expert and tensor; short for --config.mesh.*"

@@ -150,9 +150,10 @@ def memory_ratios(report: MemoryReport, tables: Sequence[int], row_bytes: int) -
     }
 
 
-def collapsed(report: MemoryReport, tables: Sequence[int], floor: float) -> Optional[float]:
-    """The bucket entropy as a share of what so many lookups could reach, if it is below `floor`."""
-    loads = np.asarray(report.loads, np.float64)
+def collapsed(loads: np.ndarray, tables: Sequence[int], floor: float) -> Optional[float]:
+    """The bucket entropy as a share of what so many lookups could reach, if it is below `floor`. `loads` and `tables`
+    are those of `memory_ratios`."""
+    loads = np.asarray(loads, np.float64)
     parts = [loads] if len(loads) < sum(tables) else np.split(loads, np.cumsum(tables)[:-1])
     reachable = [math.log(max(min(len(part), part.sum()), 1.0)) for part in parts]
     shares = [_entropy(part) / most for part, most in zip(parts, reachable, strict=True) if most > 0]

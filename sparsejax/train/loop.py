@@ -32,6 +32,7 @@ from sparsejax.train.step import Microbatches, StepReport, make_recorder, make_t
 from sparsejax.train.summary import closing_lines
 from sparsejax.train.trace import Recording
 from sparsejax.train.upcycle import begin_from, check_resumed
+from sparsejax.train.watch import Watch
 from sparsejax.train.workdir import open_workdir
 
 
@@ -116,7 +117,7 @@ class _Run:
         self.window = Window(config.model)
         self.clock = Clock()
         self.tokens, self.flops, self.nonfinite, self.evaluated = 0, 0.0, 0, 0
-        self.warned: set[str] = set()
+        self.watch = Watch(config.model)
 
     def begin(self, resume_step: Optional[int]) -> TrainState:
         """A new state, or that of a checkpoint. Raises `RequestError` when the checkpoint is of another model."""
@@ -129,6 +130,7 @@ class _Run:
         self.window.resume(progress["window"])
         self.evaluator.resume(progress["probe"])
         self.nonfinite = int(state.nonfinite)
+        self.watch.resume(self.folder, step)
         self.display.note(f"resumed from checkpoint {step} ({self.tokens:,} tokens seen)")
         return state
 
@@ -249,14 +251,12 @@ class _Run:
         recording.trace(self.config, "train", step).save(folder / f"{step}.npz")
 
     def _log(self, step: int, writer: Writer) -> None:
-        row, arrays, warnings = self.window.take()
-        for about, line in warnings.items():
-            if about not in self.warned:
-                self.display.note(f"step {step}: {line}")
-        self.warned = set(warnings)  # again when it comes back
+        row, arrays = self.window.take()
         if self.config.data.task.every_token and self.corpus.tokenizer.is_bytes:
             row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
         row = self._row(step, "train", row) | self.clock.take()
+        for alert in self.watch(row, arrays):
+            self.display.note(f"step {step}: {alert.line}")
         writer.write(row, {"routing": arrays})
         self.display.update(row)
 

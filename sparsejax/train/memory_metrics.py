@@ -1,11 +1,11 @@
-"""What is measured of lookup layers: rows of `metrics.jsonl`, and warnings."""
+"""What is measured of lookup layers: rows of `metrics.jsonl`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Optional
 
 import numpy as np
 
-from sparsejax.base.ratios import collapsed, memory_ratios
+from sparsejax.base.ratios import memory_ratios
 from sparsejax.base.reports import MemoryReport, Report
 from sparsejax.memory.config import ROW_BYTES, MemorySpec
 from sparsejax.model.config import EMBEDDING, ModelConfig
@@ -47,21 +47,6 @@ def table_row(tables: Mapping[str, TableReport], steps: int) -> dict[str, float]
         "memory/rows_updated": mean(table.touched for table in tables.values()),
         "memory/exchange_rounds": mean(table.rounds for table in tables.values()),
     }
-
-
-def collapses(config: ModelConfig, reports: Mapping[str, Report]) -> dict[str, str]:
-    """Layer/memory → a line that says that its tokens share too few buckets, and what helps."""
-    lines = {}
-    for where, spec, report in lookups_of(config, reports):
-        floor = spec.address.collapse
-        share = None if floor is None else collapsed(report, spec.address.tables(config.vocab_size), floor)
-        if share is not None:
-            key = f"model.memory.{where.split('/')[-1]}"
-            lines[where] = (
-                f"{where}: its addresses collapse, bucket entropy being {share:.2f} of what is possible (under "
-                f"{floor:g}); {spec.address.remedy} ({key})"
-            )
-    return lines
 
 
 def loss_by_frequency(nll_V: np.ndarray, targets_V: np.ndarray) -> dict[str, float]:

@@ -20,7 +20,7 @@ from sparsejax.blocks.context import Mode, Totals
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import TRAINING, forward_flops, layer_costs, spared_work
 from sparsejax.model.lm import auxiliary_losses, layer_reports, moe_layers, settle
-from sparsejax.train.memory_metrics import collapses, lookups_of, loss_by_frequency, memory_rows, table_row
+from sparsejax.train.memory_metrics import lookups_of, loss_by_frequency, memory_rows, table_row
 from sparsejax.train.step import EvalReport, ExitSums, StepReport, TableReport
 
 Row = dict[str, Any]
@@ -63,9 +63,9 @@ class Window:
         """Goes on with a window that was `saved`."""
         self.steps, self._carried = saved["steps"], saved["sums"]
 
-    def take(self) -> tuple[Row, Arrays, dict[str, str]]:
-        """(metrics of the window, its routing arrays, warnings by what they are about), and begins a new one. Losses
-        and norms are those of its last step."""
+    def take(self) -> tuple[Row, Arrays]:
+        """(metrics of the window, its routing arrays), and begins a new one. Losses and norms are those of its last
+        step."""
         assert self.last is not None and self._sums is not None
         last, (reports, tables), steps = self.last, self._sums, self.steps
         self._sums, self.steps = None, 0
@@ -80,7 +80,7 @@ class Window:
         row |= {f"loss/{name}": float(value) for name, value in last.terms.items()}
         row |= exit_row(self.config, last.exits, targets)
         row |= layer_metrics(self.config, reports, "train") | table_row(tables, steps)
-        return row, routing_arrays(self.config, reports), collapses(self.config, reports)
+        return row, routing_arrays(self.config, reports)
 
 
 def eval_row(config: ModelConfig, total: EvalReport) -> tuple[Row, Arrays]:

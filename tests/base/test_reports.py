@@ -130,14 +130,14 @@ def test_rows_touched_of_a_binned_table_are_estimated_from_empty_bins():
 
 def test_no_lookups_at_all_are_no_collapse():
     nothing = memory_report([0, 0, 0, 0])
-    assert collapsed(nothing, (4,), 0.5) is None
+    assert collapsed(nothing.loads, (4,), 0.5) is None
     assert memory_ratios(nothing, (4,), 1)["memory/bucket_entropy"] == 0
 
 
 def test_a_collapse_is_judged_by_what_so_many_lookups_could_reach():
     few = np.zeros(4096)
     few[:20] = 1  # every lookup another row: cannot be better
-    assert collapsed(memory_report(few), (4096,), 0.9) is None
+    assert collapsed(memory_report(few).loads, (4096,), 0.9) is None
     one = np.zeros(4096)
     one[:2] = 1000, 10
-    assert collapsed(memory_report(one), (4096,), 0.5) == pytest.approx(0.0554 / math.log(1010), rel=0.02)
+    assert collapsed(memory_report(one).loads, (4096,), 0.5) == pytest.approx(0.0554 / math.log(1010), rel=0.02)

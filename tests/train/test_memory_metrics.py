@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from sparsejax.base.alerts import Seen
 from sparsejax.base.reports import MemoryReport, Report
 from sparsejax.memory.config import MemorySpec
 from sparsejax.memory.lsh import Hyperplanes
 from sparsejax.model.config import ModelConfig
-from sparsejax.train.memory_metrics import churn, collapses, loss_by_frequency, memory_rows, probed, table_row
+from sparsejax.train.memory_metrics import churn, loss_by_frequency, memory_rows, probed, table_row
 from sparsejax.train.step import TableReport, probe_of
+from sparsejax.train.watch import collapsed_tables
 
 
 def model(**address) -> ModelConfig:
@@ -38,11 +40,12 @@ def test_each_lookup_layer_has_its_row():
 
 
 def test_a_collapse_is_named_with_what_helps():
-    assert collapses(model(), reports([2, 1, 1, 1, 1, 1, 1, 0])) == {}
-    (line,) = collapses(model(), reports([8, 0, 0, 0, 0, 0, 0, 0])).values()
-    assert "01_dense/lsh" in line and "0.00" in line and "earlier layer" in line
-    (line,) = collapses(model(centre=False), reports([8, 0, 0, 0, 0, 0, 0, 0])).values()
-    assert "centre=true" in line
+    seen = lambda *loads: Seen({"step": 3}, {"01_dense/lsh/loads": np.array(loads)})  # noqa: E731
+    assert collapsed_tables(seen(2, 1, 1, 1, 1, 1, 1, 0), model()) == []
+    (alert,) = collapsed_tables(seen(8, 0, 0, 0, 0, 0, 0, 0), model())
+    assert alert.step == 3 and alert.layer == "01_dense/lsh" and "0.00" in alert.line and "earlier layer" in alert.line
+    (alert,) = collapsed_tables(seen(8, 0, 0, 0, 0, 0, 0, 0), model(centre=False))
+    assert "centre=true" in alert.line
 
 
 def test_updates_are_means_over_steps_and_tables():
