@@ -18,9 +18,10 @@ from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import mean_keys, total
+from sparsejax.train.timing import interleaved
 
-from model_step import Step
-from timing import interleaved, quartiles
+from model_step import model_step
+from timing import quartiles
 
 PLAIN = ModelConfig(d_model=256, num_heads=4, pattern=("dense",) * 4, repeats=3, blocks={"dense": DenseSpec()})
 MODELS = {
@@ -40,7 +41,7 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {jax.device_count()} × {device}, {flags.rounds} rounds")
     with jax.set_mesh(make_mesh(MeshConfig())):
-        steps = {name: Step(model, flags.rows, flags.length) for name, model in MODELS.items()}
+        steps = {name: model_step(model, flags.rows, flags.length) for name, model in MODELS.items()}
         seconds = interleaved(steps, flags.rounds)
     keys = mean_keys(PLAIN, flags.length)
     print(f"{flags.rows} × {flags.length} tokens; step / plain step: median [quartiles]; the same ratio of FLOPs")

@@ -28,8 +28,9 @@ from sparsejax.routers.scores import Relu
 from sparsejax.routers.tables import Hash
 from sparsejax.routers.top_k import Positive, Prototypes, SecondExpert, TopK, TopP
 from sparsejax.routers.weights import Raw
+from sparsejax.train.timing import interleaved
 
-from timing import interleaved, quartiles
+from timing import quartiles
 
 TOKENS, WIDTH, HIDDEN = 4096, 512, 1024
 ROUTER = RouterConfig(selection=TopK(k=1), weight=Raw(), allow_leak=True)

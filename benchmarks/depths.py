@@ -23,9 +23,10 @@ from sparsejax.infer.sampling import Sampling
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import mean_keys, total
 from sparsejax.train.state import Variables
+from sparsejax.train.timing import interleaved
 
-from model_step import Step
-from timing import interleaved, quartiles
+from model_step import model_step
+from timing import quartiles
 
 BLOCKS = {"dense": DenseSpec(), "deep": DenseSpec()}
 PLAIN = ModelConfig(d_model=256, num_heads=4, pattern=("dense", "deep"), repeats=6, blocks=BLOCKS)
@@ -65,7 +66,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.device_count()} × {jax.devices()[0].device_kind}, {flags.rounds} rounds")
     prompt = [np.random.default_rng(0).integers(0, 256, flags.length - flags.tokens).astype(np.int32)]
     with jax.set_mesh(make_mesh(MeshConfig())):
-        steps = {name: Step(model, flags.rows, flags.length) for name, model in MODELS.items()}
+        steps = {name: model_step(model, flags.rows, flags.length) for name, model in MODELS.items()}
         variables = {
             name: Variables(params=calibrated(step.state.params, CAPACITY), model_state=step.state.model_state)
             for name, step in steps.items()

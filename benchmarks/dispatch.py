@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from sparsejax.ops.assignment import choice_major_pairs, fill_slots
 from sparsejax.ops.capacity import capacity
 from sparsejax.ops.dispatch import MOVEMENTS, slot_weights
+from sparsejax.train.timing import interleaved
 
-from timing import interleaved, quartiles
+from timing import quartiles
 
 WIDTH, EXPERTS, K = 512, 8, 1
 

@@ -37,8 +37,9 @@ from sparsejax.model.unrolled import unrolled, unrolled_variables
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.restore import restore_variables
 from sparsejax.train.state import Variables, abstract_model
+from sparsejax.train.timing import interleaved
 
-from timing import interleaved, quartiles
+from timing import quartiles
 
 HostBatch = Mapping[str, np.ndarray]
 

@@ -25,9 +25,10 @@ from sparsejax.memory.lsh import Hyperplanes
 from sparsejax.memory.n_grams import NGrams
 from sparsejax.memory.projections import Project
 from sparsejax.model.config import ModelConfig
+from sparsejax.train.timing import interleaved
 
-from model_step import Step
-from timing import interleaved, quartiles
+from model_step import model_step
+from timing import quartiles
 
 WIDTH = 64
 PLAIN = ModelConfig(
@@ -54,7 +55,7 @@ def with_memory(address: str, bits: int) -> ModelConfig:
 def compare(address: str, sizes: Mapping[str, int], rounds: int, rows: int, length: int) -> None:
     """Prints the figures of the tables of one address: name of a size → log2 of its rows."""
     models = {"plain": PLAIN} | {name: with_memory(address, bits) for name, bits in sizes.items()}
-    steps = {name: Step(model, rows, length) for name, model in models.items()}
+    steps = {name: model_step(model, rows, length) for name, model in models.items()}
     training = interleaved(steps, rounds)
     forward = interleaved({name: step.forward for name, step in steps.items()}, rounds)
     print(f"{address}: plain step {1e3 * np.median(training['plain']):.0f} ms", flush=True)

@@ -30,8 +30,9 @@ from sparsejax.ops.ffn import expert_ffn
 from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.selectors import TopK
 from sparsejax.routers.weights import Raw
+from sparsejax.train.timing import interleaved
 
-from timing import interleaved, quartiles
+from timing import quartiles
 
 SHAPES = [
     (4096, 512, 1024, 8, 1),

@@ -21,9 +21,10 @@ from sparsejax.base.sharding import make_mesh, shard_batch
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.timing import interleaved
 
 from encoders import Encoder, room, shortened
-from timing import interleaved, quartiles
+from timing import quartiles
 
 ROUNDS = 12
 

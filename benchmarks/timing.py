@@ -1,29 +1,8 @@
-"""Interleaved timings: competitors take turns in one process, so that what slows the machine slows all of them."""
+"""How timings are told."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
-
-
-def interleaved(
-    competitors: Mapping[str, Callable[[], object]],
-    rounds: int,
-    warm: Mapping[str, Callable[[], object]] | None = None,
-) -> dict[str, np.ndarray]:
-    """Seconds `[rounds]` of each competitor, called in turn; every call is waited for. One uncounted round comes
-    first. `warm`: what to call, uncounted, before each of a competitor's turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
-    for turn in range(rounds + 1):
-        for name, call in competitors.items():
-            if warm is not None:
-                jax.block_until_ready(warm[name]())
-            begun = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> str:

@@ -21,12 +21,9 @@ from sparsejax.cli import main as sparsejax
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import component_costs, mean_keys, total
 from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.timing import Step, interleaved
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from model_step import Step  # noqa: E402
-from timing import interleaved  # noqa: E402
 
 LOSS = "bits_per_byte"
 READING = "## Reading"
@@ -86,10 +83,7 @@ class Study:
         for runs that were trained one after the other met a machine that was busy or not."""
         experiments = {arm: self.experiment(arm) for arm in results}
         with jax.set_mesh(make_mesh(MeshConfig())):
-            steps = {
-                arm: Step(each.model, each.data.batch_size, each.data.sequence_length)
-                for arm, each in experiments.items()
-            }
+            steps = {arm: Step(each) for arm, each in experiments.items()}
             seconds = interleaved(steps, rounds)
         middle = {arm: 1e3 * float(np.median(taken)) for arm, taken in seconds.items()}
         return {arm: [run | {"step_ms": middle[arm]} for run in runs] for arm, runs in results.items()}

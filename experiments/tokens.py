@@ -20,6 +20,7 @@ from sparsejax.blocks.skim_methods import TokenMerging
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.timing import interleaved
 
 from arms import (
     ROOT,
@@ -38,7 +39,6 @@ from arms import (
     table,
 )
 from encoders import Encoder, room, shortened
-from timing import interleaved
 
 ARMS = runpy.run_path(str(ROOT / "configs" / "tokens_arm.py"))
 STUDY = Study(

@@ -31,6 +31,7 @@ VERBS = {
     "plan": "tables of parameters, FLOPs, memory and shardings; nothing is allocated",
     "launch": "print the job for local processes, SLURM, Kubernetes or a TPU VM; --submit runs it",
     "trace": "what recorded routing decisions would have dropped and moved under other settings",
+    "ablate": "run a study: arms made equal, seeds, verdicts, a page",
     "report": "one page that shows runs, to be opened in a browser, offline",
 }
 READERS = ("trace", "report")
@@ -85,6 +86,8 @@ def _command(argv: list[str]) -> int:
         what = "unknown flag" if flag.startswith("-") else "unexpected argument"
         where = verb if target is None else f"{verb} {target}"
         raise RequestError(f"{what} {unknown[0]!r} for {where}; known: {', '.join(known)}.{did_you_mean(flag, known)}")
+    if verb == "ablate":
+        return _function("sparsejax.ablate.command", "ablate_command")(args, overrides)
     if verb in READERS:  # of files, which hold their config
         if overrides:
             raise RequestError(f"--config.{overrides[0][0]} has no effect on {verb}, which reads its config from files")
@@ -318,6 +321,20 @@ def _plan_flags(add: Callable[..., Any]) -> None:
     add("--format", choices=("table", "json"), default="table", help="(default: table)")
 
 
+def _ablate_flags(add: Callable[..., Any]) -> None:
+    add("study", type=flags.file, metavar="STUDY.py", help="defines STUDY, a sparsejax.ablate.Study")
+    add("--workdir", type=flags.folder, required=True, metavar="DIR", help="folder of the study's runs")
+    add("--arms", type=flags.words, metavar="A,B,…", help="only these, and the base")
+    add("--seeds", type=flags.numbers, metavar="N,N,…", help="in place of the study's")
+    add("--scale", metavar="NAME", help="another size of the study, by its name there")
+    add("--jobs", type=flags.whole(1), metavar="N", help="runs at once (default: by cores and memory)")
+    clusters = "let a cluster do the runs, as in --launch='slurm --nodes=2'; the same command again collects them"
+    add("--launch", metavar="TARGET …", help=clusters)
+    add("--out", type=flags.folder, metavar="DIR", help="folder for a second copy of the page and its figures")
+    add("--dry-run", action="store_true", help="print arms, sizes, flags and power; run nothing")
+    add("--config.KEY", metavar="VALUE", help="override one value of every arm; repeatable")
+
+
 def _trace_flags(add: Callable[..., Any]) -> None:
     add("file", type=flags.file, metavar="FILE.npz", help="what eval --trace or train.trace wrote")
     add("--capacity-factor", type=flags.number(0, None), metavar="X", help="another capacity factor")
@@ -340,6 +357,7 @@ _FLAGS = {
     "generate": _generate_flags,
     "plan": _plan_flags,
     "trace": _trace_flags,
+    "ablate": _ablate_flags,
     "report": _report_flags,
 }
 _CLUSTERS = ("slurm", "ompi", "k8s", "tpu", "auto", "none")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsejax.ablate.study import Arm, Study
+from sparsejax.ablate.study import Arm, Study, as_text
 from sparsejax.base.config import Loaded, load, to_json
 from sparsejax.base.errors import RequestError
 from sparsejax.model.cost import TRAINING, mean_keys, total
@@ -42,7 +42,7 @@ def resolve(study: Study, root: Path, name: str, overrides: Overrides = (), size
     """
     arm = study.arms[name]
     file = str(root / study.config) + ("" if arm.argument is None else f":{arm.argument}")
-    edits = [(key, _text(value)) for key, value in arm.edits.items()]
+    edits = [(key, as_text(value)) for key, value in arm.edits.items()]
     solved = [(key, str(value)) for key, value in sized.items()]
     try:
         edit = arm.edit if arm.edit is not None else lambda config: None
@@ -51,11 +51,6 @@ def resolve(study: Study, root: Path, name: str, overrides: Overrides = (), size
         )
     except RequestError as error:
         raise RequestError(f"arm {name}: {error}") from None
-
-
-def _text(value: Any) -> str:
-    """As after `--config.KEY=`."""
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def flops_per_token(config: ExperimentConfig) -> float:

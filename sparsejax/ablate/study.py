@@ -57,6 +57,7 @@ class Study:
     shown: tuple[str, ...] = ()  # further figures of the last evaluation for the page's table
     figures: Optional[Callable[[Path], Figures]] = None  # more figures of a finished run, from its folder
     notes: tuple[str, ...] = ()  # sentences for the page: what the arms are
+    scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # --scale=NAME → edits of every arm
 
     def __post_init__(self):
         if self.base not in self.arms:
@@ -80,6 +81,20 @@ class Study:
             before = list(self.arms)[: list(self.arms).index(name)]
             if arm.begin is not None and arm.begin not in before:
                 raise RequestError(f"arm {name}: begin={arm.begin!r} is no arm before it; those: {', '.join(before)}")
+
+    def edits_of(self, scale: Optional[str]) -> tuple[tuple[str, str], ...]:
+        """As overrides of every arm's config. Raises `RequestError` on a scale that there is not."""
+        if scale is None:
+            return ()
+        if scale not in self.scales:
+            known = ", ".join(self.scales) or "none"
+            raise RequestError(f"--scale={scale}: no such scale; those: {known}.{did_you_mean(scale, self.scales)}")
+        return tuple((key, as_text(value)) for key, value in self.scales[scale].items())
+
+
+def as_text(value: Any) -> str:
+    """As after `--config.KEY=`."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def grid(argument: Optional[str] = None, **axes: Mapping[str, Mapping[str, Any]]) -> dict[str, Arm]:
@@ -112,7 +127,9 @@ def load_study(path: Path) -> Study:
 
 
 def chosen(study: Study, arms: Optional[Sequence[str]], seeds: Optional[Sequence[int]]) -> Study:
-    """The study with fewer arms or other seeds. The base, and what an arm begins with, stay."""
+    """The study with fewer arms or other seeds. The base, and what an arm begins with, stay.
+
+    Raises `RequestError` on an arm that there is not."""
     if arms is not None:
         unknown = next((arm for arm in arms if arm not in study.arms), None)
         if unknown is not None:

@@ -45,6 +45,19 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def words(text: str) -> tuple[str, ...]:
+    found = tuple(word.strip() for word in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A,B,…: names with commas between them")
+    return found
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,N,…: whole numbers with commas between them")
+    return tuple(int(word) for word in text.split(","))
+
+
 def mesh(text: str) -> Mesh:
     sizes = text.split(",")
     if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", size.strip(), re.ASCII) for size in sizes):

@@ -1,0 +1,188 @@
+"""The `ablate` command: from the file of a study to its verdicts."""
+
+import argparse
+import glob
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparsejax.ablate.arms import Overrides, Resolved, flops_per_token, resolve
+from sparsejax.ablate.fairness import Unfair, refuse, unfair
+from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
+from sparsejax.ablate.results import collected, stated_power, text_of
+from sparsejax.ablate.runner import Job, run_all
+from sparsejax.ablate.study import Study, chosen, load_study
+from sparsejax.ablate.timed import StepTimes
+from sparsejax.base.config import diff, from_json
+from sparsejax.base.errors import RequestError
+from sparsejax.base.writers import write_atomically
+from sparsejax.model.cost import total
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.workdir import open_workdir
+
+BYTES_PER_PARAMETER = 16
+"""Of a run on the processor: parameters, gradients and two moments in float32."""
+BYTES_PER_RUN = 2 * 2**30
+"""Of a run beside them: the program, the compiler, activations."""
+
+
+def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Runs what is not run yet, writes `NAME.json`, `NAME.md`, its figures and `report.html`. Returns 1 if a run failed."""
+    jax.config.update("jax_platforms", "cpu")  # the runs' own processes take the accelerators
+    study = chosen(load_study(args.study), args.arms, args.seeds)
+    root, edits = args.study.absolute().parents[1], (*study.edits_of(args.scale), *overrides)
+    with open_workdir(args.workdir) as workdir:
+        arms = _sized(study, root, edits, workdir)
+        flags = refuse(unfair(study, arms), study.allow)
+        budgets = {budget_name(study, each): at_budget(study, root, edits, each) for each in study.budgets}
+        jobs = _jobs({**arms, **budgets}, study, workdir)
+        for line in _plan(study, arms, flags, jobs):
+            print(line)
+        if args.dry_run:
+            return 0
+        _write_configs({**arms, **budgets}, workdir)
+        failed: Mapping[tuple[str, int], str] = {}
+        if args.launch is None:
+            slots = args.jobs or _slots(max(total(arm.config.model).parameters for arm in arms.values()))
+            failed = run_all(jobs, slots, print)
+        else:
+            _launch(jobs, shlex.split(args.launch))
+        command = "python -m sparsejax " + shlex.join(args.words)
+        results = collected(study, command, arms, budgets, jobs, failed, flags)
+        _write(args.study.stem, results, workdir, args.out, jobs)
+    return 1 if failed else 0
+
+
+def budget_name(study: Study, times: float) -> str:
+    """The folder of the base trained for so many times its steps."""
+    return f"{study.base}@{times:g}"
+
+
+def _sized(study: Study, root: Path, edits: Overrides, workdir: Path) -> dict[str, Resolved]:
+    if study.equal in BY_LEDGER:
+        return matched(study, root, edits, BY_LEDGER[study.equal])
+    times = StepTimes(workdir, resolve(study, root, study.base, edits).config)
+    of_step = study.equal == "step_time"
+    measure: Measure = lambda config: times.ratio(config) * (1 if of_step else config.train.steps)  # noqa: E731
+    return matched(study, root, edits, measure)
+
+
+def _jobs(arms: Mapping[str, Resolved], study: Study, workdir: Path) -> list[Job]:
+    """Seeds in the outer loop: what is compiled for an arm is there for its other seeds, and all arms soon have one."""
+    found: dict[tuple[str, int], Job] = {}
+    for seed in study.seeds:
+        for name, arm in arms.items():
+            begin = None if arm.arm.begin is None else found[arm.arm.begin, seed]
+            folder = workdir / name
+            found[name, seed] = Job(
+                arm=name,
+                seed=seed,
+                config=folder / "config.json",
+                workdir=folder / str(seed),
+                steps=arm.config.train.steps,
+                begin=begin,
+            )
+    return list(found.values())
+
+
+def _write_configs(arms: Mapping[str, Resolved], workdir: Path) -> None:
+    """Raises `RequestError` when the folder holds an arm of that name with another config."""
+    for name, arm in arms.items():
+        path = workdir / name / "config.json"
+        if path.is_file():
+            before = from_json(ExperimentConfig, path.read_text(), str(path)).config
+            changed = diff(before, arm.config)
+            if changed:
+                key, old, new = changed[0]
+                more = "" if len(changed) == 1 else f" (and {len(changed) - 1} more)"
+                raise RequestError(
+                    f"{workdir} holds arm {name} with another config: config.{key} was {old!r}, is {new!r}{more}; "
+                    "use another --workdir"
+                )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, arm.text.encode())
+
+
+def _slots(parameters: int) -> int:
+    """Runs at once: one where there are accelerators, as each takes all of them; else by cores and memory."""
+    if any(glob.glob(each) for each in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")):
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = memory // (BYTES_PER_PARAMETER * parameters + BYTES_PER_RUN)
+    return max(1, min(len(os.sched_getaffinity(0)), fits))
+
+
+def _launch(jobs: Sequence[Job], words: Sequence[str]) -> None:
+    """Hands the runs that are not done to a cluster, once each: a file beside a run's folder says that it has been."""
+    for job in jobs:
+        mark = job.workdir.with_name(f"{job.seed}.submitted")
+        if job.done:
+            continue
+        if mark.is_file():
+            print(f"{job.name} has been submitted; remove {mark} to submit it again")
+        elif job.begin is not None and not job.begin.done:
+            print(f"{job.name} waits for {job.begin.name}, with which it begins")
+        else:
+            command = [sys.executable, "-m", "sparsejax", "launch", *words, *job.flags, "--submit"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RequestError(f"--launch: {job.name}: {(done.stderr.strip() or done.stdout.strip())}")
+            mark.write_text(done.stdout)
+            print(f"submitted {job.name}: {done.stdout.strip()}")
+
+
+def _plan(study: Study, arms: Mapping[str, Resolved], flags: Sequence[Unfair], jobs: Sequence[Job]) -> list[str]:
+    """What is going to be compared, before anything runs."""
+    lines = [study.question, f"equal: {study.equal}; metric: {study.metric}; base: {study.base}"]
+    width = max(map(len, arms))
+    for name, arm in arms.items():
+        cost = total(arm.config.model)
+        solved = "".join(f", {key}={value}" for key, value in arm.sized.items())
+        lines.append(
+            f"  {name:<{width}}  {flops_per_token(arm.config) / 1e6:.3f} MFLOPs per token, "
+            f"{cost.parameters / 1e6:.3f}M parameters, {arm.config.train.steps} steps{solved}"
+        )
+    lines += [f"flagged: {each}" for each in flags]
+    power = stated_power(study)
+    if power["detectable"] is None:
+        lines.append("power: not known before the runs (Study.deviation, of single runs, and two seeds would tell)")
+    else:
+        lines.append(
+            f"power: {len(study.seeds)} seeds show a difference of {power['detectable']:.4f} in {study.metric} "
+            f"four times in five, if runs deviate by {study.deviation:g}"
+        )
+    done = sum(job.done for job in jobs)
+    return [*lines, f"{len(jobs)} runs, {done} of them done"]
+
+
+def _write(name: str, results: Mapping[str, Any], workdir: Path, out: Path | None, jobs: Sequence[Job]) -> None:
+    for folder in {workdir, *([] if out is None else [out])}:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.json", text_of(results).encode())
+    for line in told(results):
+        print(line)
+
+
+def told(results: Mapping[str, Any]) -> list[str]:
+    """The verdicts, in lines."""
+    lines, metric = [], results["metric"]
+    for name, arm in results["arms"].items():
+        values = [run["figures"][metric] for run in arm["runs"].values() if run["status"] == "done"]
+        mean = f"{sum(values) / len(values):.4f}" if values else "no run is done"
+        verdict = results["verdicts"].get(name)
+        if verdict is None:
+            why = "base" if name == results["base"] else ("exploratory" if arm["exploratory"] else "no verdict")
+        else:
+            why = f"{verdict['verdict']} ({verdict['difference']:+.4f} [{verdict['low']:+.4f}, {verdict['high']:+.4f}])"
+        lines.append(f"{name}: {mean}: {why}")
+        lines += [
+            f"  seed {seed}: {run['status']}: {run['cause']}" for seed, run in arm["runs"].items() if "cause" in run
+        ]
+    return lines

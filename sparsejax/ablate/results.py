@@ -1,0 +1,172 @@
+"""What the runs of a study found: the figures of each, and the verdicts on arms. `NAME.json` keeps it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsejax.ablate.arms import Resolved, costs
+from sparsejax.ablate.fairness import Unfair, unfair_runs
+from sparsejax.ablate.runner import Job
+from sparsejax.ablate.statistics import Verdict, detectable, verdicts
+from sparsejax.ablate.study import Figures, Study
+from sparsejax.base.config import diff
+from sparsejax.base.errors import RequestError
+from sparsejax.base.writers import read_jsonl
+
+BY_BATCH = {"cross_entropy": 1.0, "bits_per_byte": 1 / math.log(2)}
+"""Metrics that an evaluation leaves by batch, and what they are in nats per target."""
+TRAIN = "train/"
+"""Before the name of a figure: that of the last row of training, not of evaluation."""
+
+
+def figures(study: Study, run: Path) -> Figures:
+    """Of a finished run: the metric, what the study shows beside it, `seconds` of the run.
+
+    Raises `RequestError` when the metric is none of the run's."""
+    rows = read_jsonl(run / "metrics.jsonl")[0]
+    last: dict[str, Mapping[str, Any]] = {row["split"]: row for row in rows}
+    evaluation = last["eval"]
+    if evaluation.get(study.metric) is None:
+        known = ", ".join(name for name, value in evaluation.items() if isinstance(value, (int, float)))
+        raise RequestError(f"metric={study.metric!r} is no figure of {run}; those: {known}")
+    found = {study.metric: float(evaluation[study.metric]), "seconds": float(evaluation["seconds"])}
+    for name in study.shown:
+        row = last.get("train", {}) if name.startswith(TRAIN) else evaluation
+        value = row.get(name.removeprefix(TRAIN))
+        if isinstance(value, (int, float)):
+            found[name] = float(value)
+    return found if study.figures is None else found | study.figures(run)
+
+
+def by_batch(study: Study, run: Path, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(metric, weight) of each batch of the last evaluation; of one batch where the metric is known as a whole alone."""
+    path = run / "evaluations" / f"{step}.npz"
+    if study.metric not in BY_BATCH or not path.is_file():
+        return np.array([figures(study, run)[study.metric]]), np.ones(1)
+    with np.load(path) as arrays:
+        nats, targets = arrays["nats"].astype(np.float64), arrays["targets"].astype(np.float64)
+    filled = targets > 0
+    return BY_BATCH[study.metric] * nats[filled] / targets[filled], targets[filled]
+
+
+def judged(study: Study, jobs: Sequence[Job], without: Sequence[str] = ()) -> dict[str, Verdict]:
+    """Verdicts of the arms whose runs are all done, but of those `without` one. None where the base is not done."""
+    done = [name for name in study.arms if all(job.done for job in jobs if job.arm == name)]
+    arms = [name for name in done if not study.arms[name].exploratory and name not in without]
+    if study.base not in arms or len(arms) < 2:
+        return {}
+    runs = {name: [by_batch(study, job.workdir, job.steps) for job in jobs if job.arm == name] for name in arms}
+    weights = runs[study.base][0][1]
+    if all(np.array_equal(weight, weights) for each in runs.values() for _, weight in each):
+        losses = {name: np.stack([metric for metric, _ in each]) for name, each in runs.items()}
+    else:  # evaluations of other text, which the study allows
+        losses = {
+            name: np.array([[np.average(metric, weights=weight)] for metric, weight in each])
+            for name, each in runs.items()
+        }
+        weights = np.ones(1)
+    return verdicts(losses, weights, study.base, higher_is_better=study.higher_is_better)
+
+
+def flags_of_runs(study: Study, jobs: Sequence[Job]) -> list[Unfair]:
+    """What the finished runs of each arm tell beside those of the base."""
+    by_name = {(job.arm, job.seed): job for job in jobs if job.done}
+    found = []
+    for name in study.arms:
+        for seed in study.seeds:
+            base, run = by_name.get((study.base, seed)), by_name.get((name, seed))
+            if name != study.base and base is not None and run is not None:
+                found += unfair_runs(base.workdir, run.workdir, name)
+    return list({str(each): each for each in found}.values())
+
+
+def collected(
+    study: Study,
+    command: str,
+    arms: Mapping[str, Resolved],
+    budgets: Mapping[str, Resolved],
+    jobs: Sequence[Job],
+    failed: Mapping[tuple[str, int], str],
+    flags: Sequence[Unfair],
+) -> dict[str, Any]:
+    """The dict of `NAME.json`: all but times depends on configs and seeds alone."""
+    late = flags_of_runs(study, jobs)
+    apart = {each.arm for each in late if each.kind not in study.allow}
+    judgement = judged(study, jobs, sorted(apart))
+    base = arms[study.base].config
+    runs_of = lambda name: {str(job.seed): _run(study, job, failed) for job in jobs if job.arm == name}  # noqa: E731
+    longer = {name: {**costs(arm.config), "runs": runs_of(name)} for name, arm in budgets.items()}
+    told = {}
+    for name, arm in arms.items():
+        differs = {key: [before, now] for key, before, now in diff(base, arm.config)}
+        told[name] = {
+            **costs(arm.config),
+            "sized": dict(arm.sized),
+            "differs": differs,
+            "exploratory": arm.arm.exploratory,
+            "runs": runs_of(name),
+        }
+    found = [
+        run["figures"]
+        for arm in (*told.values(), *longer.values())
+        for run in arm["runs"].values()
+        if run["status"] == "done"
+    ]
+    return {
+        "study": study.question,
+        "command": command,
+        "config": study.config,
+        "metric": study.metric,
+        "higher_is_better": study.higher_is_better,
+        "equal": study.equal,
+        "base": study.base,
+        "seeds": list(study.seeds),
+        "notes": list(study.notes),
+        "shown": list(study.shown),
+        "arms": told,
+        "budgets": longer,
+        "verdicts": {name: dataclasses.asdict(verdict) for name, verdict in judgement.items()},
+        "power": stated_power(study),
+        "flags": [str(each) for each in (*flags, *late)],
+        "seconds": sum(each["seconds"] for each in found),
+    }
+
+
+def stated_power(study: Study) -> dict[str, Any]:
+    """What the study can show, as known before it runs."""
+    arms = sum(not arm.exploratory for name, arm in study.arms.items() if name != study.base)
+    known = study.deviation is not None and len(study.seeds) > 1 and arms > 0
+    return {
+        "deviation": study.deviation,
+        "arms": arms,
+        "seeds": len(study.seeds),
+        "detectable": detectable(study.deviation, len(study.seeds), arms) if known else None,
+    }
+
+
+def _run(study: Study, job: Job, failed: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+    if job.done:
+        return {"status": "done", "figures": figures(study, job.workdir)}
+    if (job.arm, job.seed) in failed:
+        return {"status": "failed", "cause": failed[job.arm, job.seed]}
+    return {"status": "waiting", "cause": f"at step {job.step()} of {job.steps}"}
+
+
+def text_of(results: Mapping[str, Any]) -> str:
+    """JSON without what JSON has no word for: an unbounded interval has none."""
+    return json.dumps(_finite(results), indent=1, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
