@@ -236,7 +236,7 @@ def _verb_parser(verb: str, target: str | None = None) -> argparse.ArgumentParse
     words, does = (verb, VERBS[verb]) if target is None else (f"{verb} {target}", TARGETS[target])
     parser = flags.Parser(prog=f"sparsejax {words}", description=does, allow_abbrev=False)
     add = parser.add_argument
-    if verb not in READERS:
+    if verb not in (*READERS, "ablate"):
         _run_flags(verb, add)
     if verb in ("train", "eval", "generate"):
         _process_flags(add)

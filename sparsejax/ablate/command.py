@@ -33,7 +33,7 @@ BYTES_PER_RUN = 2 * 2**30
 
 
 def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    """Runs what is not run yet, writes `NAME.json`, `NAME.md`, its figures and `report.html`. Returns 1 if a run failed."""
+    """Runs what is not run yet and writes `NAME.json`, `NAME.md`, its figures and `report.html`. 1 if a run failed."""
     jax.config.update("jax_platforms", "cpu")  # the runs' own processes take the accelerators
     study = chosen(load_study(args.study), args.arms, args.seeds)
     root, edits = args.study.absolute().parents[1], (*study.edits_of(args.scale), *overrides)

@@ -97,19 +97,22 @@ def _said(key: str, before: Any, now: Any) -> str:
 def _schedule_distance(base: ExperimentConfig, arm: ExperimentConfig) -> float:
     """Largest difference of the two schedules at equal fractions of their runs, as a share of each one's peak.
 
-    A warm-up whose length is a share of the run is rounded to whole steps: differences of one step do not count."""
+    Two runs of different lengths take their steps at different fractions: within one step nothing counts as apart."""
     curves = []
     for config in (base, arm):
         rate, steps = learning_rate_at(config.optimizer, config.train.steps), config.train.steps
-        values = np.array([[np.asarray(rate(step)) for step in _near(fraction, steps)] for fraction in FRACTIONS])
+        values = np.array(
+            [[np.asarray(rate(step)) if step >= 0 else 0 for step in _near(fraction, steps)] for fraction in FRACTIONS]
+        )
         curves.append(values / max(values.max(), 1e-30))
-    return float(np.abs(curves[0][:, :, None] - curves[1][:, None, :]).min(axis=(1, 2)).max())
+    (low, high), (least, most) = ((curve.min(axis=1), curve.max(axis=1)) for curve in curves)
+    return float(np.maximum(low - most, least - high).max())
 
 
 def _near(fraction: float, steps: int) -> list[int]:
-    """The step at a fraction of the run and its neighbours."""
+    """The step at a fraction of the run and its neighbours, −1 for before the first."""
     step = round(fraction * (steps - 1))
-    return [min(max(step + shift, 0), steps - 1) for shift in (-1, 0, 1)]
+    return [min(step + shift, steps - 1) for shift in (-1, 0, 1)]
 
 
 def _last_evaluation(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -44,7 +44,7 @@ def figures(study: Study, run: Path) -> Figures:
 
 
 def by_batch(study: Study, run: Path, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """(metric, weight) of each batch of the last evaluation; of one batch where the metric is known as a whole alone."""
+    """(metric, weight) of each batch of the last evaluation; as one batch where only the whole is known."""
     path = run / "evaluations" / f"{step}.npz"
     if study.metric not in BY_BATCH or not path.is_file():
         return np.array([figures(study, run)[study.metric]]), np.ones(1)
@@ -65,10 +65,8 @@ def judged(study: Study, jobs: Sequence[Job], without: Sequence[str] = ()) -> di
     if all(np.array_equal(weight, weights) for each in runs.values() for _, weight in each):
         losses = {name: np.stack([metric for metric, _ in each]) for name, each in runs.items()}
     else:  # evaluations of other text, which the study allows
-        losses = {
-            name: np.array([[np.average(metric, weights=weight)] for metric, weight in each])
-            for name, each in runs.items()
-        }
+        whole = lambda run: [np.average(run[0], weights=run[1])]  # noqa: E731
+        losses = {name: np.array([whole(run) for run in each]) for name, each in runs.items()}
         weights = np.ones(1)
     return verdicts(losses, weights, study.base, higher_is_better=study.higher_is_better)
 
@@ -111,12 +109,7 @@ def collected(
             "exploratory": arm.arm.exploratory,
             "runs": runs_of(name),
         }
-    found = [
-        run["figures"]
-        for arm in (*told.values(), *longer.values())
-        for run in arm["runs"].values()
-        if run["status"] == "done"
-    ]
+    everything = [run for arm in (*told.values(), *longer.values()) for run in arm["runs"].values()]
     return {
         "study": study.question,
         "command": command,
@@ -133,20 +126,16 @@ def collected(
         "verdicts": {name: dataclasses.asdict(verdict) for name, verdict in judgement.items()},
         "power": stated_power(study),
         "flags": [str(each) for each in (*flags, *late)],
-        "seconds": sum(each["seconds"] for each in found),
+        "seconds": sum(run["figures"]["seconds"] for run in everything if run["status"] == "done"),
     }
 
 
 def stated_power(study: Study) -> dict[str, Any]:
     """What the study can show, as known before it runs."""
     arms = sum(not arm.exploratory for name, arm in study.arms.items() if name != study.base)
-    known = study.deviation is not None and len(study.seeds) > 1 and arms > 0
-    return {
-        "deviation": study.deviation,
-        "arms": arms,
-        "seeds": len(study.seeds),
-        "detectable": detectable(study.deviation, len(study.seeds), arms) if known else None,
-    }
+    deviation, seeds = study.deviation, len(study.seeds)
+    shown = None if deviation is None or seeds < 2 or arms == 0 else detectable(deviation, seeds, arms)
+    return {"deviation": deviation, "arms": arms, "seeds": seeds, "detectable": shown}
 
 
 def _run(study: Study, job: Job, failed: Mapping[tuple[str, int], str]) -> dict[str, Any]:

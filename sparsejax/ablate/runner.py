@@ -1,6 +1,5 @@
 """The runs of a study, each in a process of its own, as many at once as asked for; resumable after any kill."""
 
-import ctypes
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ PATIENCE = 3
 """Times that a run may be killed by a signal without having gone further before it counts as failed."""
 POLL = 0.2
 """Seconds."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +113,12 @@ def _start(job: Job) -> _Running:
         words = job.flags
     with job.log.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparsejax", "train", *words],
+            [sys.executable, "-m", "sparsejax.ablate.child", "train", *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     return _Running(job, process, time.monotonic(), job.step())
-
-
-def _end_with_parent() -> None:
-    """In the child: the kernel asks it to stop when the process that began it is gone, even by kill -9."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _held(job: Job) -> bool:
