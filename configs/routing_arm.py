@@ -31,6 +31,7 @@ def get_config(arm: str = "switch"):
         model.pattern = ("dense", "dense")
     elif arm == "soft_moe":
         model.blocks.moe = soft_moe()
+        model.blocks.moe.allow_leak = model.causal
         model.blocks.moe.num_experts, model.blocks.moe.slots_per_expert = experts, 128 // experts
         model.blocks.moe.d_ff, model.blocks.moe.gated = 256, model.blocks.dense.gated
     else:

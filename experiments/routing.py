@@ -51,8 +51,8 @@ STUDY = Study(
         "second network: 8 of its width where a token takes one, 16 of half where it takes two, 32 of a quarter in "
         "`fine_grained`, where a token takes three beside a shared one. What routers cost is taken from their experts' "
         "width. `thor` passes over every token twice a step, so it makes half the steps.",
-        "Experts have twice the slots of an even load; those of `expert_choice` are all filled. `leak` is what the loss "
-        "of the first half of a row changes when the second half becomes another, in nats per target: `expert_choice` "
-        "sees the future, and its loss is not that of a language model.",
+        "Experts have twice the slots of an even load; those of `expert_choice` are all filled. `leak` is what the "
+        "loss of the first half of a row changes when the second half becomes another, in nats per target: "
+        "`expert_choice` sees the future, and its loss is not that of a language model.",
     ),
 )

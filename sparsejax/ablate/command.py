@@ -1,6 +1,7 @@
 """The `ablate` command: from the file of a study to its verdicts."""
 
 import argparse
+import functools
 import glob
 import os
 import shlex
@@ -14,7 +15,9 @@ import jax
 
 from sparsejax.ablate.arms import Overrides, Resolved, flops_per_token, resolve
 from sparsejax.ablate.fairness import Unfair, refuse, unfair
+from sparsejax.ablate.figures import draw
 from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
+from sparsejax.ablate.page import write_page
 from sparsejax.ablate.results import collected, stated_power, text_of
 from sparsejax.ablate.runner import Job, run_all
 from sparsejax.ablate.study import Study, chosen, load_study
@@ -42,20 +45,23 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         flags = refuse(unfair(study, arms), study.allow)
         budgets = {budget_name(study, each): at_budget(study, root, edits, each) for each in study.budgets}
         jobs = _jobs({**arms, **budgets}, study, workdir)
+        say = functools.partial(print, flush=True)
         for line in _plan(study, arms, flags, jobs):
-            print(line)
+            say(line)
         if args.dry_run:
             return 0
         _write_configs({**arms, **budgets}, workdir)
         failed: Mapping[tuple[str, int], str] = {}
         if args.launch is None:
             slots = args.jobs or _slots(max(total(arm.config.model).parameters for arm in arms.values()))
-            failed = run_all(jobs, slots, print)
+            failed = run_all(jobs, slots, say)
         else:
             _launch(jobs, shlex.split(args.launch))
         command = "python -m sparsejax " + shlex.join(args.words)
         results = collected(study, command, arms, budgets, jobs, failed, flags)
-        _write(args.study.stem, results, workdir, args.out, jobs)
+        _write(args.study.stem, results, workdir, args.out)
+        for line in told(results):
+            say(line)
     return 1 if failed else 0
 
 
@@ -162,12 +168,13 @@ def _plan(study: Study, arms: Mapping[str, Resolved], flags: Sequence[Unfair], j
     return [*lines, f"{len(jobs)} runs, {done} of them done"]
 
 
-def _write(name: str, results: Mapping[str, Any], workdir: Path, out: Path | None, jobs: Sequence[Job]) -> None:
-    for folder in {workdir, *([] if out is None else [out])}:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.json", text_of(results).encode())
-    for line in told(results):
-        print(line)
+def _write(name: str, results: Mapping[str, Any], workdir: Path, out: Path | None) -> None:
+    for folder in (workdir, out):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{name}.json", text_of(results).encode())
+            draw(folder / f"{name}.svg", results)
+            write_page(folder / f"{name}.md", results)
 
 
 def told(results: Mapping[str, Any]) -> list[str]:

@@ -5,18 +5,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
 from sparsejax.ablate.arms import Resolved, costs
 from sparsejax.ablate.fairness import Unfair, unfair_runs
 from sparsejax.ablate.runner import Job
+from sparsejax.ablate.speed_up import speed_up
 from sparsejax.ablate.statistics import Verdict, detectable, verdicts
 from sparsejax.ablate.study import Figures, Study
 from sparsejax.base.config import diff
 from sparsejax.base.errors import RequestError
-from sparsejax.base.writers import read_jsonl
+from sparsejax.base.writers import read_jsonl, write_atomically
 
 BY_BATCH = {"cross_entropy": 1.0, "bits_per_byte": 1 / math.log(2)}
 """Metrics that an evaluation leaves by batch, and what they are in nats per target."""
@@ -40,7 +41,16 @@ def figures(study: Study, run: Path) -> Figures:
         value = row.get(name.removeprefix(TRAIN))
         if isinstance(value, (int, float)):
             found[name] = float(value)
-    return found if study.figures is None else found | study.figures(run)
+    return found if study.figures is None else found | _kept(study, run)
+
+
+def _kept(study: Study, run: Path) -> Figures:
+    """The study's own figures of a run, found once."""
+    path = run.with_name(f"{run.name}.figures.json")
+    if not path.is_file():
+        assert study.figures is not None
+        write_atomically(path, json.dumps(study.figures(run)).encode())
+    return json.loads(path.read_text())
 
 
 def by_batch(study: Study, run: Path, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,11 +133,33 @@ def collected(
         "shown": list(study.shown),
         "arms": told,
         "budgets": longer,
-        "verdicts": {name: dataclasses.asdict(verdict) for name, verdict in judgement.items()},
+        "verdicts": {
+            name: dataclasses.asdict(verdict) | {"speed_up": _speed_up(study, told, longer, name)}
+            for name, verdict in judgement.items()
+        },
         "power": stated_power(study),
         "flags": [str(each) for each in (*flags, *late)],
         "seconds": sum(run["figures"]["seconds"] for run in everything if run["status"] == "done"),
     }
+
+
+def _speed_up(study: Study, arms: Mapping[str, Any], longer: Mapping[str, Any], name: str) -> Optional[str]:
+    """As text with its bound, such as '> 2.0'; None where the base's budgets cannot tell."""
+    found = [(arm["training_flops"], _mean(study, arm)) for arm in (arms[study.base], *longer.values())]
+    known = [(flops, loss) for flops, loss in found if loss is not None]
+    loss = _mean(study, arms[name])
+    if len(known) < 2 or study.higher_is_better or loss is None:
+        return None
+    try:
+        ratio, bound = speed_up(*zip(*known, strict=True), arms[name]["training_flops"], loss)
+    except ValueError:
+        return None
+    return f"{bound} {ratio:.2f}".strip()
+
+
+def _mean(study: Study, arm: Mapping[str, Any]) -> Optional[float]:
+    found = [run["figures"][study.metric] for run in arm["runs"].values() if run["status"] == "done"]
+    return float(np.mean(found)) if found else None
 
 
 def stated_power(study: Study) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""The result page of a study, as Markdown: what was compared, how, what was found. What a person wrote is kept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsejax.base.writers import write_atomically
+
+READING = "## Reading"
+"""Heading of what a person writes; all from it on stays when the page is written anew."""
+
+EQUAL = {
+    "active_flops": "active FLOPs of the whole training",
+    "total_parameters": "total parameters",
+    "tokens": "tokens of the whole training",
+    "wall_time": "measured time of the whole training",
+    "step_time": "measured time of a training step",
+}
+
+Results = Mapping[str, Any]
+"""Of `NAME.json`; see `results.collected`."""
+
+
+def write_page(path: Path, results: Results) -> None:
+    """Writes the page beside its figure `NAME.svg`, which `figures.draw` makes."""
+    _, found, reading = path.read_text().partition(READING) if path.is_file() else ("", "", "")
+    text = "\n".join(_lines(results, path.stem)) + "\n"
+    write_atomically(path, (text + (f"\n{found}{reading}" if found else "")).encode())
+
+
+def values_of(arm: Mapping[str, Any], name: str) -> np.ndarray:
+    """A figure of every finished run that has it."""
+    runs = (run["figures"] for run in arm["runs"].values() if run["status"] == "done")
+    return np.array([figures[name] for figures in runs if name in figures])
+
+
+def by_metric(results: Results) -> list[str]:
+    """Arms that have finished runs, the best first."""
+    metric, sign = results["metric"], -1 if results["higher_is_better"] else 1
+    means = {
+        name: values_of(arm, metric).mean() for name, arm in results["arms"].items() if values_of(arm, metric).size
+    }
+    return sorted(means, key=lambda name: sign * means[name])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def spread(values: np.ndarray, form: str = ".3f") -> str:
+    """'mean ± deviation of one run'."""
+    mean = format(values.mean(), form)
+    return f"{mean} ± {format(values.std(ddof=1), form)}" if values.size > 1 else mean
+
+
+def _lines(results: Results, name: str) -> Iterator[str]:
+    yield from (f"# {results['study']}", "")
+    minutes = results["seconds"] / 60
+    yield f"`{results['command']}` made this page"
+    yield f"from runs that took {minutes:.0f} minutes; `{results['config']}` is the experiment. Equal between arms,"
+    yield f"within 1 %: {EQUAL[results['equal']]}. Seeds: {_words(results['seeds'])}, which arms share, as they"
+    yield "share the order of the data. Means over seeds, ± the deviation of one run."
+    for note in results["notes"]:
+        yield from ("", note)
+    yield ""
+    yield from _arms(results)
+    yield ""
+    yield from _verdicts_explained(results)
+    yield from _sizes(results)
+    yield from _troubles(results)
+    yield from ("", f"![{results['metric']} of every arm]({name}.svg)")
+
+
+def _arms(results: Results) -> list[str]:
+    metric, base, shown = results["metric"], results["base"], _shown(results)
+    verdicts = results["verdicts"]
+    faster = any(verdict.get("speed_up") for verdict in verdicts.values())
+    head = ["arm", metric.replace("_", " "), f"difference from `{base}`", "verdict", "effect size", "seeds needed"]
+    rows = []
+    for name in by_metric(results):
+        arm, verdict = results["arms"][name], verdicts.get(name)
+        if verdict is None:
+            why = "base" if name == base else "exploratory" if arm["exploratory"] else "none: not all runs are done"
+            judged = ["", why, "", ""]
+        else:
+            p = "" if verdict["adjusted_p"] is None else f" (p = {verdict['adjusted_p']:.2g})"
+            judged = [_interval(verdict), verdict["verdict"] + p, _or_none(verdict["effect_size"], "+.1f")]
+            judged.append(str(verdict["seeds_needed"] or "> 1000"))
+        row = [f"`{name}`", spread(values_of(arm, metric)), *judged]
+        if faster:
+            row.append("" if verdict is None else verdict.get("speed_up") or "")
+        row += [f"{values_of(arm, each).mean():.3g}" if values_of(arm, each).size else "" for each in shown]
+        rows.append(row)
+    return table([*head, *(["effective speed-up"] if faster else []), *shown], rows)
+
+
+def _shown(results: Results) -> list[str]:
+    """Figures beside the metric, in the order in which runs have them."""
+    runs = [run["figures"] for arm in results["arms"].values() for run in arm["runs"].values() if "figures" in run]
+    names = dict.fromkeys(name for figures in runs for name in figures)
+    return [name for name in names if name not in (results["metric"], "seconds")]
+
+
+def _verdicts_explained(results: Results) -> Iterator[str]:
+    yield "Verdicts are paired by seed and by batch of the evaluation, with variances lent between arms; intervals hold"
+    yield "together at 95 %, p-values are Holm's. *Seeds needed* would show a difference of that size four times in"
+    yield "five."
+    if any(verdict.get("speed_up") for verdict in results["verdicts"].values()):
+        yield "*Effective speed-up* is the compute that the base needs for the arm's loss over the arm's own, by whole"
+        yield f"trainings of the base: {_words([*results['budgets'], results['base']])}."
+    power = results["power"]
+    if power["detectable"] is not None:
+        yield f"Stated before the runs: {power['seeds']} seeds show a difference of {power['detectable']:.3f} four"
+        yield f"times in five if runs deviate by {power['deviation']:g}. They did by {_deviation(results):.3f}."
+    elif len(results["seeds"]) > 1:
+        yield f"Before the runs nothing was known of their deviation; it was {_deviation(results):.3f}."
+
+
+def _sizes(results: Results) -> Iterator[str]:
+    yield ""
+    rows = []
+    for name, arm in results["arms"].items():
+        sized = ", ".join(f"`{key}={value}`" for key, value in arm["sized"].items())
+        numbers = (arm["flops_per_token"] / 1e6, arm["parameters"] / 1e6, arm["active_parameters"] / 1e6)
+        rows.append([f"`{name}`", *(f"{number:.3f}" for number in numbers), str(arm["steps"]), sized])
+    head = ("arm", "MFLOPs per token, forward", "parameters, millions", "active", "steps", "solved to be equal")
+    yield from table(head, rows)
+
+
+def _troubles(results: Results) -> Iterator[str]:
+    causes = [
+        f"- `{name}` seed {seed}: {run['status']}: {run['cause']}"
+        for name, arm in results["arms"].items()
+        for seed, run in arm["runs"].items()
+        if "cause" in run
+    ]
+    if causes:
+        yield from ("", "Runs without a result:", "", *causes)
+    if results["flags"]:
+        yield from ("", "Not equal between arms, and accepted:", "", *(f"- {flag}" for flag in results["flags"]))
+
+
+def _deviation(results: Results) -> float:
+    """Of one run, pooled over arms."""
+    found = [values_of(arm, results["metric"]) for arm in results["arms"].values()]
+    return float(np.sqrt(np.mean([values.var(ddof=1) for values in found if values.size > 1] or [np.nan])))
+
+
+def _interval(verdict: Mapping[str, Any]) -> str:
+    if verdict["low"] is None:
+        return f"{verdict['difference']:+.3f}"
+    return f"{verdict['difference']:+.3f} [{verdict['low']:+.3f}, {verdict['high']:+.3f}]"
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _words(values: Sequence[Any]) -> str:
+    return ", ".join(f"`{value}`" if isinstance(value, str) else str(value) for value in values)

@@ -1,0 +1,72 @@
+"""The law of Clark et al. 2022 (arXiv:2202.01169) for routed models, fitted to a study's runs.
+
+    log L(N, E) = a log N + b log Ê + c log N · log Ê + d,    1/Ê = 1/(E − 1 + 1/(1/E_start − 1/E_max)) + 1/E_max
+
+N: parameters of the dense model of the same compute; E: experts. Without saturation (`limits` None) Ê = E."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+from scipy import stats
+
+Limits = tuple[float, float]
+"""(E_start, E_max)."""
+NAMES = ("a", "b", "c", "d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """Coefficients by name, each (estimate, low, high)."""
+
+    coefficients: Mapping[str, tuple[float, float, float]]
+    deviation: float  # of a run's log loss from the law
+    runs: int
+
+    def loss(self, parameters: float, experts: float, limits: Optional[Limits] = None) -> float:
+        """What the law predicts, in the unit of the losses it was fitted to."""
+        known = {name: self.coefficients.get(name, (0.0,))[0] for name in NAMES}
+        n, e = np.log(parameters), np.log(saturated(experts, limits))
+        return float(np.exp(known["a"] * n + known["b"] * e + known["c"] * n * e + known["d"]))
+
+
+def saturated(experts: float | np.ndarray, limits: Optional[Limits]) -> np.ndarray:
+    """Ê. One expert counts as E_start, any number as less than E_max."""
+    experts = np.asarray(experts, float)
+    if limits is None:
+        return experts
+    start, most = limits
+    return 1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most)
+
+
+def fit(
+    parameters: np.ndarray,
+    experts: np.ndarray,
+    losses: np.ndarray,
+    *,
+    limits: Optional[Limits] = None,
+    level: float = 0.05,
+) -> Law:
+    """Least squares in log space; intervals are those of Student's t. Arguments `[runs]`.
+
+    With one value of N only `b` and `d` can be told, with several all four. Raises `ValueError` when there are no more
+    runs than coefficients."""
+    n, e = np.log(np.asarray(parameters, float)), np.log(saturated(experts, limits))
+    columns = {"a": n, "b": e, "c": n * e, "d": np.ones_like(n)}
+    if np.ptp(n) == 0:
+        columns = {"b": e, "d": np.ones_like(n)}
+    design, target = np.stack(list(columns.values()), 1), np.log(np.asarray(losses, float))
+    runs, free = design.shape
+    if runs <= free or np.linalg.matrix_rank(design) < free:
+        raise ValueError(f"{runs} runs do not tell {free} coefficients")
+    solution = np.linalg.lstsq(design, target, rcond=None)[0]
+    variance = np.sum((target - design @ solution) ** 2) / (runs - free)
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
+    reach = stats.t.isf(level / 2, runs - free) * errors
+    each = zip(columns, solution, reach, strict=True)
+    return Law(
+        coefficients={name: (float(v), float(v - r), float(v + r)) for name, v, r in each},
+        deviation=float(np.sqrt(variance)),
+        runs=runs,
+    )
