@@ -57,7 +57,7 @@ def _solved(
 ) -> Resolved:
     """The arm whose value of `key` brings it nearest: doubled or halved until the goal lies between, then bisected."""
     values = leaves(begun.config)
-    if type(values.get(key)) is not int:
+    if key not in values or type(values[key]) not in (int, type(None)):  # None: derived, d_ff from d_model, say
         raise RequestError(f"arm {name}: {key} is {values.get(key)!r}; what is solved for is a whole number")
     multiple, tried = study.arms[name].multiple, {}
 
@@ -67,7 +67,7 @@ def _solved(
             tried[units] = (measure(arm.config), arm)
         return tried[units][0]
 
-    low = high = max(1, round(values[key] / multiple))
+    low = high = max(1, round((values[key] or 1) / multiple))
     grows = at(low) <= at(low + 1)  # more experts a token, say, or fewer repeats
     below = lambda units: (at(units) < goal) == grows  # noqa: E731
     while below(high) and high < 2**40:
