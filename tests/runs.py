@@ -38,6 +38,7 @@ SMALL = {
     "train.tensorboard": False,
     "eval.every": EVAL_EVERY,
     "eval.batches": 2,
+    "eval.passages": 0,
     "checkpoint.every": SAVE_EVERY,
     "checkpoint.keep": 4,
 }

@@ -693,6 +693,7 @@ TABLE: dict[str, Row] = {
     "train.tensorboard": row(False, "tests/test_end_to_end.py::test_what_train_leaves_behind"),
     "eval.every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),
     "eval.batches": row(1, "tests/train/test_evaluate.py::test_more_batches_can_be_asked_for"),
+    "eval.passages": row(4, "tests/train/test_passages.py::test_the_file_has_rows_from_several_places_of_the_split"),
     "checkpoint.every": row(5, "tests/train/test_loop.py::test_rows_come_at_the_first_step_every_so_many_and_the_last"),
     "checkpoint.keep": row(1, "tests/test_end_to_end.py::test_what_train_leaves_behind"),
     "checkpoint.keep_every": row(5, "tests/test_end_to_end.py::test_what_train_leaves_behind"),

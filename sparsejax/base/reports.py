@@ -61,7 +61,7 @@ def demand_of(wanted: Int[Array, ""], even: int) -> Int[Array, " 65"]:
 @struct
 class MoEReport:
     """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
-    float32. `decisions` alone is no sum: `split_decisions` takes it out before reports are added."""
+    float32. `decisions` alone is no sum: `split_recorded` takes it out before reports are added."""
 
     assigned: Int[Array, "*R E"]  # pairs the router chose, before capacity
     processed: Int[Array, "*R E"]  # of them, those that sit in a slot
@@ -208,20 +208,33 @@ class Report:
     selection: Optional[SelectionReport] = None
     skim: Optional[SkimReport] = None
     halting: Optional[HaltingReport] = None
+    kept: Optional[Bool[Array, "*R B T"]] = None  # recorded: which tokens a layer computed on that need not take all
 
 
 Reports = Mapping[str, Report]
 """By position of the block in the model; a position in the repeated pattern holds stacked reports."""
 
 
-def split_decisions(reports: Reports) -> tuple[dict[str, Report], dict[str, Decisions]]:
-    """The reports without what was recorded, which does not add up, and that, by position."""
-    sums, decisions = dict(reports), {}
+@struct
+class Recorded:
+    """What was recorded token by token, by position."""
+
+    decisions: dict[str, Decisions]
+    kept: dict[str, Bool[Array, "*R B T"]]
+
+
+def split_recorded(reports: Reports) -> tuple[dict[str, Report], Recorded]:
+    """The reports without what was recorded, which does not add up, and that."""
+    sums, decisions, kept = {}, {}, {}
     for position, report in reports.items():
-        if report.moe is not None and report.moe.decisions is not None:
-            decisions[position] = report.moe.decisions
-            sums[position] = dataclasses.replace(report, moe=dataclasses.replace(report.moe, decisions=None))
-    return sums, decisions
+        if report.kept is not None:
+            kept[position] = report.kept
+        moe = report.moe
+        if moe is not None and moe.decisions is not None:
+            decisions[position] = moe.decisions
+            moe = dataclasses.replace(moe, decisions=None)
+        sums[position] = dataclasses.replace(report, moe=moe, kept=None)
+    return sums, Recorded(decisions=decisions, kept=kept)
 
 
 def add(left: Any, right: Any) -> Any:

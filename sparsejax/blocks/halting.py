@@ -162,7 +162,8 @@ class HaltingBlock(nnx.Module):
             keys=jnp.float32(0) if cache is not None else pairs(running_BT, seen_BT > 0, *where, self.causal),
         )
         new = Halted(x=x_BTD, output=output_BTD, weight=weight_BT, progress=after)
-        return BlockOutput(x=new, report=Report(halting=report), cache=keys)
+        kept_BT = running_BT if context.record else None
+        return BlockOutput(x=new, report=Report(halting=report, kept=kept_BT), cache=keys)
 
     def _masked(self, x_BTD: Array, running_BT: Array, seen_BT: Array, context: Context, cache: Optional[BlockCache]):
         """(the block on all tokens, its cache)."""

@@ -145,7 +145,8 @@ class SelectedBlock(nnx.Module):
             out = self._compact(x_BTD, decision, context)
         else:
             out = self._masked(x_BTD, decision, context, cache)
-        return dataclasses.replace(out, report=dataclasses.replace(out.report, selection=report))
+        kept_BT = decision.chosen if context.record else None
+        return dataclasses.replace(out, report=dataclasses.replace(out.report, selection=report, kept=kept_BT))
 
     def _decide(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Decision, SelectionReport]:
         chooser, valid_BT = self.chooser, context.batch.segments > 0

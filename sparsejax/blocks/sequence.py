@@ -177,7 +177,8 @@ class SequenceBlock(nnx.Module):
             y_BTD, latest = _spread(x_BTD, where, spread, before)
         after = None if out.cache is None else dataclasses.replace(out.cache, anchor=latest)
         report = report_of(out.report, where.token_BS, x_BTD.shape[1])
-        report = dataclasses.replace(report, sequence=_report(context.batch, where))
+        kept_BT = where.anchor_BT & ~where.unplaced_BT if context.record else None
+        report = dataclasses.replace(report, sequence=_report(context.batch, where), kept=kept_BT)
         return dataclasses.replace(out, x=y_BTD, report=report, cache=after)
 
     def _gathered(

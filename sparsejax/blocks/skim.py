@@ -202,7 +202,8 @@ class SkimmedBlock(nnx.Module):
             left=_count(row.keep > 0),
             spending=self._spent(begins, row, context.batch),
         )
-        return BlockOutput(x=row, report=dataclasses.replace(reported(found), skim=report))
+        kept_BT = _places(row, context.batch) if context.record else None
+        return BlockOutput(x=row, report=dataclasses.replace(reported(found), skim=report, kept=kept_BT))
 
     def _spent(self, begins: Survivors, ends: Survivors, batch: Batch) -> Optional[SpendingReport]:
         """From the row when attention begins and that after it."""
@@ -264,6 +265,16 @@ class SkimmedBlock(nnx.Module):
         room = room[layer] if cut else room[0]
         row, lost_BT = on_each_device(local, (BY_ROW, BY_ROW, P()), (BY_ROW, BY_ROW))(row, decision, room)
         return row, _count(lost_BT)
+
+
+def _places(row: Survivors, batch: Batch) -> Bool[Array, "B T"]:
+    """Which tokens of the whole row are left, however short the row has become."""
+
+    def local(row: Survivors, batch: Batch) -> tuple[Array]:
+        same_BTS = batch.segments[:, :, None] == jnp.where(row.keep > 0, row.segments, -1)[:, None, :]
+        return ((same_BTS & (batch.positions[:, :, None] == row.positions[:, None, :])).any(-1),)
+
+    return on_each_device(local, (BY_ROW, BY_ROW), (BY_ROW,))(row, batch)[0]
 
 
 def _pairs(weight_BT: Float[Array, "B T"], row: Survivors, batch: Batch) -> Float[Array, ""]:

@@ -55,10 +55,13 @@ class TrainConfig:
 class EvalConfig:
     every: int = 200  # steps; the last step is always evaluated
     batches: Optional[int] = None  # batches of one evaluation; None: the whole validation split
+    passages: int = 8  # validation rows that evaluations in training tell of token by token; 0: none
 
     def __post_init__(self):
         for name in ("every", "batches"):
             _at_least_one(self, name)
+        if self.passages < 0:
+            raise ConfigError("passages", f"{self.passages} is negative; allowed: 0 (none) or more")
 
 
 @dataclass(frozen=True, kw_only=True)

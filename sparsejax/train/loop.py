@@ -24,6 +24,7 @@ from sparsejax.train.diagnose import first_bad_module
 from sparsejax.train.evaluate import Evaluated, Evaluator
 from sparsejax.train.metrics import Row, Window, bits_per_byte
 from sparsejax.train.optimizer import learning_rate_at
+from sparsejax.train.passages import Passages
 from sparsejax.train.progress import Display
 from sparsejax.train.record import changes_since, check_corpus, check_platform, write_config
 from sparsejax.train.signals import StopOnSignal
@@ -113,6 +114,7 @@ class _Run:
         self.tx = make_optimizer(config)
         self.learning_rate = learning_rate_at(config.optimizer, config.train.steps)
         self.evaluator = Evaluator(config, corpus, mesh)
+        self.passages = Passages(config, corpus, mesh)
         self.recorder = jax.jit(make_recorder(config))
         self.window = Window(config.model)
         self.clock = Clock()
@@ -274,7 +276,7 @@ class _Run:
         if evaluated is None:
             return None
         row = self._row(step, "eval", evaluated.row) | {"seconds": self.clock.seconds}
-        writer.write(row, {"evaluations": evaluated.sums})
+        writer.write(row, {"evaluations": evaluated.sums, "passages": self.passages(state.variables)})
         self.evaluated = step
         return dataclasses.replace(evaluated, row=row)
 

@@ -12,14 +12,22 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sparsejax.base.reports import Decisions, Report, add, split_decisions
+from sparsejax.base.reports import Decisions, Report, add, split_recorded
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.sharding import sum_over as over_devices
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import Totals
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.exits import kept
-from sparsejax.model.lm import LanguageModel, auxiliary_losses, next_model_state, scored, settle, without_measured
+from sparsejax.model.lm import (
+    LanguageModel,
+    ModelOutput,
+    auxiliary_losses,
+    next_model_state,
+    scored,
+    settle,
+    without_measured,
+)
 from sparsejax.model.tables import Into, Reads, row_gradients, row_zeros
 from sparsejax.nn.table import RowGradients, joined
 from sparsejax.ops.head_loss import HeadLosses, Weighting
@@ -274,13 +282,9 @@ def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[
         batch = Batch(**{name: rows[0] for name, rows in microbatches.items()})
         model = nnx.merge(graph, variables.params, variables.model_state)
         out = model(batch, mode="eval", record=record)
-        if out.exits:
-            weighting = config.model.exits.weighting(jnp.int32(0), config.train.steps, config.model.num_layers)
-            lost = model.exit_losses(out, batch, weighting)
-        else:
-            lost = model.losses([out], batch)
+        lost = losses_in_evaluation(config, model, out, batch)
         nll_BT = lost.nll[-1]
-        reports, decisions = split_decisions(scored(config.model, out.reports, nll_BT, batch))
+        reports, recorded = split_recorded(scored(config.model, out.reports, nll_BT, batch))
         totals = _totals(microbatches)
         return EvalReport(
             cross_entropy_sum=nll_BT.sum(),
@@ -291,11 +295,19 @@ def make_eval_step(config: ExperimentConfig, record: bool = False) -> Callable[[
             reports=without_measured(reports),
             by_token=by_target(config.model.vocab_size, nll_BT, batch) if by_token else None,
             exits=_exit_sums(lost, len(out.exits)),
-            decisions=decisions if record else None,
+            decisions=recorded.decisions if record else None,
             reads=probe_of(config.model, out.reads) if config.model.memory else None,
         )
 
     return eval_step
+
+
+def losses_in_evaluation(config: ExperimentConfig, model: LanguageModel, out: ModelOutput, batch: Batch) -> HeadLosses:
+    """What every exit loses, the model's own the last."""
+    weighting = config.model.exits.weighting(jnp.int32(0), config.train.steps, config.model.num_layers)
+    if weighting is None:
+        return model.losses([out], batch)
+    return model.exit_losses(out, batch, weighting)
 
 
 def probe_of(config: ModelConfig, reads: Reads) -> Reads:
@@ -332,7 +344,7 @@ def make_recorder(config: ExperimentConfig) -> Callable[[TrainState, Microbatche
 
         def decisions_of(arrays: Microbatches) -> dict[str, Decisions]:
             model = nnx.merge(graph, state.params, state.model_state)
-            return split_decisions(model(Batch(**arrays), mode="train", key=key, record=True).reports)[1]
+            return split_recorded(model(Batch(**arrays), mode="train", key=key, record=True).reports)[1].decisions
 
         return jax.lax.map(decisions_of, microbatches)
 

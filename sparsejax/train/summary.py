@@ -17,6 +17,7 @@ FILES = {
     "tensorboard": "the same as curves",
     "routing": "counts per layer and expert, STEP.npz",
     "evaluations": "loss and targets of every batch of an evaluation, STEP.npz",
+    "passages": "decisions token by token on some rows of validation text, STEP.npz",
     "checkpoints": "to resume, evaluate or generate from",
     "traces": "decisions of the steps that were asked for, for the command trace",
     "profile": "trace of the steps that were asked for",

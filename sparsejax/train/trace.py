@@ -17,7 +17,7 @@ from sparsejax.base.config import from_json, to_json
 from sparsejax.base.errors import ConfigError, RequestError, RunError
 from sparsejax.base.reports import Decisions
 from sparsejax.blocks.context import Mode
-from sparsejax.model.config import ModelConfig
+from sparsejax.model.config import EMBEDDING, ModelConfig
 from sparsejax.train.config import ExperimentConfig
 
 FIELDS = tuple(Decisions.__dataclass_fields__)
@@ -66,6 +66,18 @@ def token_ids(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.where(batch["segments"] > 0, batch["tokens"], -1)
 
 
+def by_layer(config: ModelConfig, by_position: Mapping[str, Any]) -> dict[str, Any]:
+    """Trees by position in the model, those of the pattern stacked → trees by `Layer.name`, in the order of the depth;
+    what comes before the first layer keeps its name."""
+    found = {} if EMBEDDING not in by_position else {EMBEDDING: by_position[EMBEDDING]}
+    for layer in config.layers:
+        if layer.position in by_position:
+            stacked = by_position[layer.position]
+            one = stacked if layer.repeat is None else jax.tree.map(lambda a: a[layer.repeat], stacked)
+            found[layer.name] = one
+    return found
+
+
 class Recording:
     """Collects the decisions of batch after batch."""
 
@@ -76,12 +88,8 @@ class Recording:
     def append(self, config: ModelConfig, batch: Mapping[str, np.ndarray], decisions: dict[str, Decisions]) -> None:
         """Takes the decisions of one batch by position, waiting for them."""
         self._tokens.append(token_ids(batch))
-        on_host = jax.tree.map(np.asarray, decisions)
-        for layer in config.layers:
-            if layer.position in on_host:
-                stacked = on_host[layer.position]
-                one = stacked if layer.repeat is None else jax.tree.map(lambda a: a[layer.repeat], stacked)
-                self._layers.setdefault(layer.name, []).append(one)
+        for name, one in by_layer(config, jax.tree.map(np.asarray, decisions)).items():
+            self._layers.setdefault(name, []).append(one)
 
     def trace(self, config: ExperimentConfig, mode: Mode, step: int) -> Trace:
         join = lambda *parts: np.concatenate(parts)  # noqa: E731
