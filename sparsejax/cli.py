@@ -348,6 +348,7 @@ def _trace_flags(add: Callable[..., Any]) -> None:
 
 def _report_flags(add: Callable[..., Any]) -> None:
     add("runs", type=flags.folder, nargs="*", metavar="RUN", help="folder of a run; several are shown side by side")
+    add("--compare", action="store_true", help="print the first step, layer and token at which two runs part")
     add("--out", type=flags.file, metavar="FILE", help="the page (default: report.html in the first run's folder)")
 
 

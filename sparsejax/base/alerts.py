@@ -107,8 +107,8 @@ def oscillation(history: History) -> Iterator[Alert]:
                 "oscillating bias",
                 layer,
                 _step(history),
-                f"{100 * turns.mean():.0f} % of loads change sides from window to window, {np.abs(off_WE).mean():.2f} of the "
-                "mean away from it",
+                f"{100 * turns.mean():.0f} % of loads change sides from window to window, {np.abs(off_WE).mean():.2f} "
+                "of the mean away from it",
                 "a balancing force that overshoots: a bias that moves too far at a time",
                 f"{router}.controller.rate lower (loss_free), its decay nearer 1 (quantile), or {router}.balance."
                 "coefficient lower",

@@ -185,7 +185,9 @@ def _dash(runs: Sequence[str]) -> Any:
 
 @functools.cache
 def _legend(shown: bool) -> Any:
-    return alt.Legend(orient="top", labelLimit=260, symbolType="stroke", symbolSize=300) if shown else None
+    if not shown:
+        return None
+    return alt.Legend(orient="top", labelLimit=260, symbolType="stroke", symbolSize=300, symbolStrokeColor="#888")
 
 
 def _boxes(shown: bool) -> Any:

@@ -9,21 +9,35 @@ from typing import Any
 import vl_convert
 
 from sparsejax.base.writers import json_values, write_atomically
+from sparsejax.report.differences import command_section, difference_section
+from sparsejax.report.explorer import explorer_section
 from sparsejax.report.ledger import ledger_section
 from sparsejax.report.loads import balance_section, drop_section, load_section
 from sparsejax.report.losses import loss_section
+from sparsejax.report.passages import churn_section, depth_section, specialisation_section, table_section
 from sparsejax.report.runs import Run, open_runs
 from sparsejax.report.section import Absent, Section
+from sparsejax.report.streams import stream_section
+from sparsejax.report.warnings import alert_section
 
 __all__ = ["Section", "write_page"]
 
 HERE = Path(__file__).parent
 BUILDERS: tuple[Callable[[Sequence[Run]], Section | Absent], ...] = (
+    alert_section,
+    difference_section,
     loss_section,
     load_section,
     balance_section,
     drop_section,
+    churn_section,
+    specialisation_section,
+    table_section,
+    stream_section,
+    depth_section,
+    explorer_section,
     ledger_section,
+    command_section,
 )
 """The chapters in their order. Each says what the runs lack when it has nothing to show."""
 
@@ -85,6 +99,7 @@ def page(title: str, sections: Sequence[Section], absent: Sequence[Absent] = ())
 <script type="application/json" id="data">{_json(data)}</script>
 <script>{_inert(_bundle())}</script>
 <script>{_asset("page.js")}</script>
+<script>{_asset("explorer.js")}</script>
 </body>
 </html>
 """

@@ -8,12 +8,14 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 
+from sparsejax.base.config import from_json
 from sparsejax.base.errors import RequestError
 from sparsejax.base.writers import read_jsonl
+from sparsejax.train.config import ExperimentConfig
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
@@ -45,6 +47,15 @@ class Run:
             raise RequestError(f"{path}: not what a run writes: no JSON object")
         return {"config": {}, "provenance": {}, "environment": {}} | found
 
+    @functools.cached_property
+    def config(self) -> Optional[ExperimentConfig]:
+        """The experiment; None where there is none that this version reads."""
+        path = self.path / "config.json"
+        try:
+            return from_json(ExperimentConfig, path.read_text(), str(path)).config
+        except (RequestError, OSError):
+            return None
+
     def split(self, name: str) -> list[dict[str, Any]]:
         """The rows of one split, by step."""
         return sorted((row for row in self.rows if row["split"] == name), key=lambda row: row["step"])
@@ -67,13 +78,6 @@ class Run:
         """The last step's decisions on passages; empty when the run recorded none."""
         steps = self.steps("passages")
         return self.arrays("passages", steps[-1]) if steps else {}
-
-    def setting(self, key: str) -> Any:
-        """The value of `config.json` at a dotted path, None where there is none."""
-        node: Any = self.saved["config"]
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        return node
 
     def moe_layers(self) -> list[str]:
         """Layers whose counts per expert are known."""
