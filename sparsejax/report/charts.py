@@ -34,12 +34,13 @@ def lines(
     the runs'."""
     color = alt.Color("run:N", title=None, scale=_palette(runs), legend=_legend(len(runs) > 1))
     names = [dashed] if dashed else ["run"]
-    dash = alt.StrokeDash(f"{dashed}:N", title=None, legend=_legend(True)) if dashed else _dash(runs)
+    # Vega draws no symbols in a legend of dashes alone: titles say what they mean, and the note at a point does.
+    dash = alt.StrokeDash(f"{dashed}:N", title=None, legend=None) if dashed else _dash(runs)
     scale = alt.Scale(type="log", nice=False) if log_x else alt.Scale(nice=False)
     chart = _chart(data, title).mark_line(point={"size": 18}, interpolate="linear", strokeWidth=2)
     return _spec(
         chart.encode(
-            x=alt.X(f"{x}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~s", labelOverlap=True)),
+            x=alt.X(f"{x}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~s", labelOverlap=True, tickCount=6)),
             y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=zero)),
             color=color,
             strokeDash=dash,
@@ -187,7 +188,7 @@ def _dash(runs: Sequence[str]) -> Any:
 def _legend(shown: bool) -> Any:
     if not shown:
         return None
-    return alt.Legend(orient="top", labelLimit=260, symbolType="stroke", symbolSize=300, symbolStrokeColor="#888")
+    return alt.Legend(orient="top", labelLimit=260, symbolType="stroke", symbolSize=300)
 
 
 def _boxes(shown: bool) -> Any:

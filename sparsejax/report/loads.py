@@ -84,7 +84,7 @@ def balance_section(runs: Sequence[Run]) -> Section | Absent:
         return Absent("Balance", "no row of metrics has moe/…, which models with a mixture-of-experts block log")
     names = [run.name for run in runs]
     forms = (
-        ("maxvio", "MaxVio and its sampling floor", "largest load / mean − 1", "of"),
+        ("maxvio", "MaxVio, and its sampling floor (dashed)", "largest load / mean − 1", "of"),
         ("router_entropy", "Router entropy", "share of log E", None),
         ("dead_experts", "Dead experts, all layers", "experts", None),
         ("balance_loss", "Balance loss", "1 is balanced", None),

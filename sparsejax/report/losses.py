@@ -27,7 +27,7 @@ def loss_section(runs: Sequence[Run]) -> Section:
                 rows.append({"run": run.name, "split": split} | kept)
     specs = [
         charts.lines(
-            "losses", key, "cross_entropy", names, title=f"Loss against {key}", x_title=title,
+            "losses", key, "cross_entropy", names, title=f"Loss against {key} (training dashed)", x_title=title,
             y_title="cross entropy, nats per token", dashed="split",
         )
         for key, title in SPENT.items()

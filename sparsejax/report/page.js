@@ -34,7 +34,7 @@
       background: null, font: "system-ui, Liberation Sans, sans-serif", view: { stroke: line },
       title: { color: ink, fontSize: 14, anchor: "start" },
       axis: { labelColor: faint, titleColor: faint, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: "normal" },
-      legend: { labelColor: ink, titleColor: faint, titleFontWeight: "normal" },
+      legend: { symbolBaseStrokeColor: ink, labelColor: ink, titleColor: faint, titleFontWeight: "normal" },
     };
   }
 
