@@ -20,6 +20,7 @@ from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
 from sparsejax.ablate.page import write_page
 from sparsejax.ablate.results import collected, stated_power, text_of
 from sparsejax.ablate.runner import Job, run_all
+from sparsejax.ablate.sections import write_report
 from sparsejax.ablate.study import Study, chosen, load_study
 from sparsejax.ablate.timed import StepTimes
 from sparsejax.base.config import diff, from_json
@@ -60,6 +61,7 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         command = "python -m sparsejax " + shlex.join(args.words)
         results = collected(study, command, arms, budgets, jobs, failed, flags)
         _write(args.study.stem, results, workdir, args.out)
+        write_report(workdir / "report.html", results, jobs)
         for line in told(results):
             say(line)
     return 1 if failed else 0

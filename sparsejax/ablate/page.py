@@ -75,7 +75,7 @@ def _lines(results: Results, name: str) -> Iterator[str]:
 
 
 def _arms(results: Results) -> list[str]:
-    metric, base, shown = results["metric"], results["base"], _shown(results)
+    metric, base, shown = results["metric"], results["base"], shown_figures(results)
     verdicts = results["verdicts"]
     faster = any(verdict.get("speed_up") for verdict in verdicts.values())
     head = ["arm", metric.replace("_", " "), f"difference from `{base}`", "verdict", "effect size", "seeds needed"]
@@ -97,7 +97,7 @@ def _arms(results: Results) -> list[str]:
     return table([*head, *(["effective speed-up"] if faster else []), *shown], rows)
 
 
-def _shown(results: Results) -> list[str]:
+def shown_figures(results: Results) -> list[str]:
     """Figures beside the metric, in the order in which runs have them."""
     runs = [run["figures"] for arm in results["arms"].values() for run in arm["runs"].values() if "figures" in run]
     names = dict.fromkeys(name for figures in runs for name in figures)
@@ -111,6 +111,11 @@ def _verdicts_explained(results: Results) -> Iterator[str]:
     if any(verdict.get("speed_up") for verdict in results["verdicts"].values()):
         yield "*Effective speed-up* is the compute that the base needs for the arm's loss over the arm's own, by whole"
         yield f"trainings of the base: {_words([*results['budgets'], results['base']])}."
+    yield from power_lines(results)
+
+
+def power_lines(results: Results) -> Iterator[str]:
+    """What the study could show, as it was known before the runs, and how it came."""
     power = results["power"]
     if power["detectable"] is not None:
         yield f"Stated before the runs: {power['seeds']} seeds show a difference of {power['detectable']:.3f} four"
