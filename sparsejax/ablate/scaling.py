@@ -2,11 +2,19 @@
 
     log L(N, E) = a log N + b log Ê + c log N · log Ê + d,    1/Ê = 1/(E − 1 + 1/(1/E_start − 1/E_max)) + 1/E_max
 
-N: parameters of the dense model of the same compute; E: experts. Without saturation (`limits` None) Ê = E."""
+N: parameters of the dense model of the same compute; E: experts. Without saturation (`limits` None) Ê = E.
 
-from collections.abc import Mapping
+    python -m sparsejax.ablate.scaling RESULTS.json [RESULTS.json …]
+
+fits it for each router of studies whose arms are named ROUTER-eE beside a dense base; each file is one size N."""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from pathlib import Path
+from typing import Any, Optional
 
 import numpy as np
 from scipy import stats
@@ -70,3 +78,33 @@ def fit(
         deviation=float(np.sqrt(variance)),
         runs=runs,
     )
+
+
+def laws(studies: Sequence[Mapping[str, Any]], limits: Optional[Limits] = None) -> dict[str, Law]:
+    """Router → its law, from what `ablate` wrote of studies at several sizes."""
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    shared = []
+    for study in studies:
+        dense = study["arms"][study["base"]]["parameters"]
+        for name, arm in study["arms"].items():
+            found = re.fullmatch(r"(.+)-e(\d+)", name)
+            runs = [run["figures"][study["metric"]] for run in arm["runs"].values() if run["status"] == "done"]
+            if found:
+                points.setdefault(found[1], []).extend((dense, float(found[2]), loss) for loss in runs)
+            elif name == study["base"]:
+                shared += [(dense, 1.0, loss) for loss in runs]
+    return {name: fit(*np.array([*shared, *each]).T, limits=limits) for name, each in points.items()}
+
+
+def lines(found: Mapping[str, Law]) -> list[str]:
+    """The laws as Markdown."""
+    rows = ["| router | " + " | ".join(NAMES) + " | deviation of log loss | runs |", "|---" * (len(NAMES) + 3) + "|"]
+    for name, law in found.items():
+        told = {key: f"{v:+.4f} [{low:+.4f}, {high:+.4f}]" for key, (v, low, high) in law.coefficients.items()}
+        cells = [f"`{name}`", *(told.get(key, "") for key in NAMES), f"{law.deviation:.4f}", str(law.runs)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(lines(laws([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparsejax.ablate.scaling import fit, saturated
+from sparsejax.ablate.scaling import fit, laws, lines, saturated
 from sparsejax.ablate.speed_up import speed_up
 
 FLOPS = np.array([1.0, 2.0, 8.0])
@@ -57,3 +57,20 @@ def test_one_size_tells_of_experts_alone():
 def test_experts_saturate():
     assert saturated(1, (2.0, 100.0)) == pytest.approx(2.0)
     assert saturated(1e9, (2.0, 100.0)) == pytest.approx(100.0)
+
+
+def test_laws_are_fitted_by_router_from_results():
+    def study(parameters, level):
+        arms = {"dense": (1, level)} | {f"hash-e{e}": (e, level * e**-0.1) for e in (2, 4, 8)}
+        run = lambda loss: {"status": "done", "figures": {"bits_per_byte": loss}}  # noqa: E731
+        told = {
+            name: {"parameters": parameters * e, "runs": {"0": run(loss), "1": run(loss * 1.001)}}
+            for name, (e, loss) in arms.items()
+        }
+        told["hash-e8"]["runs"]["2"] = {"status": "failed", "cause": "it fell"}
+        return {"base": "dense", "metric": "bits_per_byte", "arms": told}
+
+    law = laws([study(1e5, 3.0), study(1e6, 2.5)])["hash"]
+    assert law.runs == 16 and law.coefficients["b"][0] == pytest.approx(-0.1, abs=1e-6)
+    assert law.coefficients["a"][0] == pytest.approx(np.log(2.5 / 3) / np.log(10))
+    assert lines({"hash": law})[-1].startswith("| `hash` | -0.0792 [")

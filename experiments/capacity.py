@@ -1,0 +1,59 @@
+"""Capacity factor in training and in evaluation, for one and for two experts a token.
+
+Run:  python -m sparsejax ablate experiments/capacity.py --workdir=runs/capacity --out=experiments
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from sparsejax.ablate import Arm, Study
+from sparsejax.base.config import load
+from sparsejax.base.sharding import make_mesh
+from sparsejax.data.corpus import open_corpus
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.evaluate import Evaluator
+from sparsejax.train.restore import restore_variables
+
+FACTORS = (0.75, 1.0, 1.25, 2.0)
+PRESETS = {"k1": "switch", "k2": "mixtral"}
+KEY = "model.blocks.moe.capacity_factor"
+
+
+def evaluated(run: Path) -> dict[str, float]:
+    """Bits per byte with other capacity factors in evaluation, and what was dropped with the smallest."""
+    config = load(ExperimentConfig, str(run / "config.json")).config
+    mesh, corpus, found = make_mesh(config.mesh), open_corpus(config.data), {}
+    with jax.set_mesh(mesh):
+        variables = restore_variables(config, run, mesh)[0]
+        for factor in FACTORS:
+            moe = dataclasses.replace(config.model.blocks["moe"], eval_capacity_factor=factor)
+            model = dataclasses.replace(config.model, blocks={**config.model.blocks, "moe": moe})
+            other = dataclasses.replace(config, model=model)
+            row = Evaluator(other, corpus, mesh)(variables).row
+            found[f"evaluated at {factor:g}"] = row["bits_per_byte"]
+            if factor == 1.0:
+                found["dropped at 1"] = row["moe/drop_fraction"]
+    return found
+
+
+STUDY = Study(
+    question="How much capacity do experts need, in training and in evaluation?",
+    config="configs/routing_arm.py",
+    arms={
+        f"{k}-c{factor:g}": Arm(argument=preset, edits={KEY: factor})
+        for k, preset in PRESETS.items()
+        for factor in FACTORS
+    },
+    base="k1-c1.25",
+    varies=("model.blocks.moe",),
+    deviation=0.02,
+    shown=("train/moe/drop_fraction",),
+    figures=evaluated,
+    notes=(
+        "One of 8 experts (Switch) or two of 16 of half the width (Mixtral's weights), so that FLOPs are equal, with "
+        "so many slots in training as a multiple of an even load. The metric has twice the slots of an even load in "
+        "evaluation; the columns behind it have fewer or as many, in the same trained model.",
+    ),
+)

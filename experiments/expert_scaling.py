@@ -1,0 +1,35 @@
+"""Experts from 1 to 32 at equal active FLOPs, by three routers: the shape of Clark et al. (arXiv:2202.01169).
+
+Run:  python -m sparsejax ablate experiments/expert_scaling.py --workdir=runs/expert_scaling --out=experiments
+      python -m sparsejax ablate experiments/expert_scaling.py --workdir=runs/expert_scaling_32 --scale=width_32
+Fit:  python -m sparsejax.ablate.scaling runs/expert_scaling*/expert_scaling.json
+"""
+
+from sparsejax.ablate import Arm, Study
+
+EXPERTS = (2, 4, 8, 16, 32)
+ROUTERS = ("s_base", "rl_r", "hash")
+NUMBER, WIDTH = "model.blocks.moe.num_experts", "model.blocks.moe.d_ff"
+
+STUDY = Study(
+    question="What do more experts give at equal active FLOPs?",
+    config="configs/routing_arm.py",
+    arms={"dense": Arm(argument="dense")}
+    | {
+        f"{router}-e{number}": Arm(argument=router, edits={NUMBER: number, WIDTH: 256}, size=WIDTH)
+        for router in ROUTERS
+        for number in EXPERTS
+    },
+    base="dense",
+    varies=("model.pattern", "model.blocks"),
+    deviation=0.02,
+    shown=("moe/drop_fraction", "moe/load_max_over_mean"),
+    scales={
+        "width_32": {"model.d_model": 32, "model.num_heads": 2},
+        "width_128": {"model.d_model": 128, "model.num_heads": 8},
+    },
+    notes=(
+        "The second of two layers of width 64 has so many experts of width 256, one of which a token meets, with twice "
+        "the slots of an even load: the routers that Clark et al. compare.",
+    ),
+)
