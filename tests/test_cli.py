@@ -160,10 +160,10 @@ def test_parity_needs_no_run_and_leaves_the_config_alone(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "which verb? known: train, eval, generate, plan, launch, trace, report;"),
+        ([], "which verb? known: train, eval, generate, plan, launch, trace, ablate, report;"),
         (
             ["trian"],
-            "unknown verb 'trian'; known: train, eval, generate, plan, launch, trace, report. Did you mean 'train'?",
+            "known: train, eval, generate, plan, launch, trace, ablate, report. Did you mean 'train'?",
         ),
         (["--workdir=x", "train"], "unknown verb '--workdir=x'"),
         (["train", "--wokrdir=x"], "unknown flag '--wokrdir=x' for train"),

@@ -56,6 +56,7 @@ def test_the_record_says_what_was_set_and_by_whom(workdir):
     environment = record["environment"]
     assert environment["devices"][0] == 1
     assert environment["packages"]["jax"] and environment["python"]
+    assert "multiply-add" in environment["flops_convention"]
     assert len(environment["corpus"]["hash"]) == 64
     assert environment["command"][1:3] == ["train", CONFIG]
 

@@ -2,10 +2,9 @@
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
-
-from sparsejax.cli import main
 
 PR_SET_PDEATHSIG = 1
 
@@ -20,4 +19,4 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    sys.exit(main())
+    runpy.run_module("sparsejax", run_name="__main__")

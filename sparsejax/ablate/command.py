@@ -59,7 +59,9 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         else:
             _launch(jobs, shlex.split(args.launch))
         command = "python -m sparsejax " + shlex.join(args.words)
-        results = collected(study, command, arms, budgets, jobs, failed, flags)
+        steps = StepTimes(workdir, arms[study.base].config)
+        times = {name: steps.ratio(arm.config) for name, arm in arms.items()} if study.timed else {}
+        results = collected(study, command, arms, budgets, jobs, failed, flags, times)
         _write(args.study.stem, results, workdir, args.out)
         write_report(workdir / "report.html", results, jobs)
         for line in told(results):

@@ -89,10 +89,10 @@ def _solved(
 
 def _sized(key: str, value: int, arm: Resolved) -> dict[str, Any]:
     """What is set: another number of steps keeps the share of them that is warm-up."""
-    warmup = leaves(arm.config).get(WARMUP)
-    if key != STEPS or not warmup:
+    values = leaves(arm.config)
+    if key != STEPS or WARMUP not in values or not values[WARMUP]:
         return {key: value}
-    return {key: value, WARMUP: max(1, round(warmup * value / arm.config.train.steps))}
+    return {key: value, WARMUP: max(1, round(values[WARMUP] * value / arm.config.train.steps))}
 
 
 def at_budget(study: Study, root: Path, overrides: Overrides, times: float) -> Resolved:

@@ -130,8 +130,10 @@ def _sizes(results: Results) -> Iterator[str]:
     for name, arm in results["arms"].items():
         sized = ", ".join(f"`{key}={value}`" for key, value in arm["sized"].items())
         numbers = (arm["flops_per_token"] / 1e6, arm["parameters"] / 1e6, arm["active_parameters"] / 1e6)
-        rows.append([f"`{name}`", *(f"{number:.3f}" for number in numbers), str(arm["steps"]), sized])
-    head = ("arm", "MFLOPs per token, forward", "parameters, millions", "active", "steps", "solved to be equal")
+        time = [] if arm["step_time"] is None else [f"{arm['step_time']:.2f}"]
+        rows.append([f"`{name}`", *(f"{number:.3f}" for number in numbers), str(arm["steps"]), *time, sized])
+    time = ["time of a step, of the base's"] if any(len(row) > 6 for row in rows) else []
+    head = ("arm", "MFLOPs per token, forward", "parameters, millions", "active", "steps", *time, "solved to be equal")
     yield from table(head, rows)
 
 

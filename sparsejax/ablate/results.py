@@ -101,6 +101,7 @@ def collected(
     jobs: Sequence[Job],
     failed: Mapping[tuple[str, int], str],
     flags: Sequence[Unfair],
+    times: Mapping[str, float],
 ) -> dict[str, Any]:
     """The dict of `NAME.json`: all but times depends on configs and seeds alone."""
     late = flags_of_runs(study, jobs)
@@ -111,9 +112,10 @@ def collected(
     longer = {name: {**costs(arm.config), "runs": runs_of(name)} for name, arm in budgets.items()}
     told = {}
     for name, arm in arms.items():
-        differs = {key: [before, now] for key, before, now in diff(base, arm.config)}
+        differs = {key: [repr(before), repr(now)] for key, before, now in diff(base, arm.config)}
         told[name] = {
             **costs(arm.config),
+            "step_time": times.get(name),
             "sized": dict(arm.sized),
             "differs": differs,
             "exploratory": arm.arm.exploratory,

@@ -56,6 +56,7 @@ class Study:
     allow: tuple[str, ...] = ()  # kinds of unfair pairs (UNFAIR) that are flagged and not refused
     shown: tuple[str, ...] = ()  # further figures of the last evaluation for the page's table
     figures: Optional[Callable[[Path], Figures]] = None  # more figures of a finished run, from its folder
+    timed: bool = False  # measure a training step of each arm, after the runs, in turn with the base
     notes: tuple[str, ...] = ()  # sentences for the page: what the arms are
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # --scale=NAME → edits of every arm
 

@@ -4,6 +4,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+CONVENTION = "2 per multiply-add of matrix products, (T + 1) / 2 keys if causal, training thrice the forward pass"
+"""How FLOPs are counted. Runs that recorded another one do not compare by FLOPs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

@@ -28,8 +28,8 @@ def config_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[V
     Args:
       configs: what `config.json` holds, of each run.
     """
-    flat = [dict(_leaves(config.get("config", {}))) for config in configs]
-    sources = [config.get("provenance", {}) for config in configs]
+    flat = [dict(_leaves(saved.get("config", {}))) for saved in configs]
+    sources = [saved.get("provenance", {}) for saved in configs]
     found = {}
     for key in dict.fromkeys(key for each in flat for key in each):
         texts = [json.dumps(each[key]) if key in each else ABSENT for each in flat]

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import jax
 
 from sparsejax.base.config import Loaded, diff, load, to_json
+from sparsejax.base.cost import CONVENTION
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.base.processes import check_same, is_first, num_processes
 from sparsejax.base.writers import write_atomically
@@ -55,6 +56,7 @@ def environment(config: ExperimentConfig, corpus: CorpusInfo) -> dict[str, Any]:
     return {
         "corpus": asdict(corpus),
         "tables": tables(config.model),
+        "flops_convention": CONVENTION,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "platform": jax.default_backend(),
