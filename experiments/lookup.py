@@ -18,8 +18,8 @@ STUDY = Study(
     shown=("memory/bucket_entropy", "memory/max_load", "memory/rows_touched"),
     timed=True,
     notes=(
-        "Two layers; in the second a table of 256 rows stands beside the feed-forward network. An arm is an address and "
-        "a consumption. What they multiply is taken from the width of both networks. Bucket entropy is 1 where all rows "
-        "are looked up equally often, the largest load the share of lookups that goes to one row.",
+        "Two layers; in the second a table of 256 rows stands beside the feed-forward network. An arm is an address "
+        "and a consumption. What they multiply is taken from the width of both networks. Bucket entropy is 1 where all "
+        "rows are looked up equally often, the largest load the share of lookups that goes to one row.",
     ),
 )
