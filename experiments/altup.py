@@ -20,7 +20,7 @@ STUDY = Study(
     timed=True,
     notes=(
         "Four layers, bytes. `dense_D` is the plain model of width D; `altup_K` and `recycled_K` have K streams of "
-        "width 64. Arms see the same tokens and are not equal in FLOPs: what they spend stands in the second table, and "
-        "`report.html` draws the loss against it.",
+        "width 64. Arms see the same tokens and are not equal in FLOPs: what they spend stands in the second table, "
+        "and `report.html` draws the loss against it.",
     ),
 )
