@@ -119,9 +119,9 @@ def power_lines(results: Results) -> Iterator[str]:
     power = results["power"]
     if power["detectable"] is not None:
         yield f"Stated before the runs: {power['seeds']} seeds show a difference of {power['detectable']:.3f} four"
-        yield f"times in five if runs deviate by {power['deviation']:g}. They did by {_deviation(results):.3f}."
+        yield f"times in five if runs deviate by {power['deviation']:g}. {_came(results)}"
     elif len(results["seeds"]) > 1:
-        yield f"Before the runs nothing was known of their deviation; it was {_deviation(results):.3f}."
+        yield f"Before the runs it was not known by how much they deviate. {_came(results)}"
 
 
 def _sizes(results: Results) -> Iterator[str]:
@@ -150,10 +150,11 @@ def _troubles(results: Results) -> Iterator[str]:
         yield from ("", "Not equal between arms, and accepted:", "", *(f"- {flag}" for flag in results["flags"]))
 
 
-def _deviation(results: Results) -> float:
-    """Of one run, pooled over arms."""
+def _came(results: Results) -> str:
+    """The deviation of one run, pooled over arms, as a sentence."""
     found = [values_of(arm, results["metric"]) for arm in results["arms"].values()]
-    return float(np.sqrt(np.mean([values.var(ddof=1) for values in found if values.size > 1] or [np.nan])))
+    variances = [values.var(ddof=1) for values in found if values.size > 1]
+    return f"They did by {np.sqrt(np.mean(variances)):.3f}." if variances else "No arm has two runs yet."
 
 
 def _interval(verdict: Mapping[str, Any]) -> str:

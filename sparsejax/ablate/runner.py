@@ -13,6 +13,8 @@ from sparsejax.base.writers import read_jsonl
 
 PATIENCE = 3
 """Times that a run may be killed by a signal without having gone further before it counts as failed."""
+HELD = 30
+"""Times that a run may find an earlier process of itself still saving; each takes seconds."""
 POLL = 0.2
 """Seconds."""
 
@@ -91,7 +93,7 @@ def run_all(jobs: Sequence[Job], slots: int, say: Callable[[str], None]) -> dict
                     continue
                 kills[job] = (0 if went else kills.get(job, 0)) + 1
                 # A run that stopped by itself with status 0 obeyed a signal that asked it to.
-                if (status <= 0 or _held(job)) and kills[job] < PATIENCE:
+                if (status <= 0 and kills[job] < PATIENCE) or (_held(job) and kills[job] < HELD):
                     todo.insert(0, job)
                     continue
                 failed[job.arm, job.seed] = _cause(job, status)

@@ -69,7 +69,7 @@ def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
     assert found["arms"]["b"]["differs"] == {"optimizer.learning_rate": ["0.003", "0.0001"]}
     page = (folder / "runs" / "rates.md").read_text()
     (folder / "runs" / "rates.md").write_text(page + "\n## Reading\n\nWords of mine.\n")
-    assert main(words) == 0
+    assert main([*words, "--jobs=2"]) == 0
     assert "4 runs, 4 of them done" in capsys.readouterr().out
     assert without_times(results(folder)) == without_times(found)
     assert (folder / "runs" / "rates.md").read_text() == page + "\n## Reading\n\nWords of mine.\n"
@@ -79,16 +79,43 @@ def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
 
 
 def test_a_failed_arm_is_told_with_its_cause_and_the_rest_go_on(folder, capsys):
-    words = write_study(
-        folder, ARMS + ', "nan": Arm(edits={"optimizer.learning_rate": 1e38, "train.max_nonfinite": 1})', "(0,)"
-    )
-    assert main(words) == 1
-    found = results(folder)
-    assert found["arms"]["nan"]["runs"]["0"]["status"] == "failed"
-    assert "status 1" in found["arms"]["nan"]["runs"]["0"]["cause"]
-    assert [found["arms"][arm]["runs"]["0"]["status"] for arm in "ab"] == ["done", "done"]
+    fails = '"nan": Arm(edits={"optimizer.learning_rate": 1e38, "train.max_nonfinite": 1})'
+    begun = '"after": Arm(begin="nan"), "on": Arm(begin="a")'
+    assert main(write_study(folder, f'"a": Arm(), {fails}, {begun}', "(0,)")) == 1
+    runs = {name: arm["runs"]["0"] for name, arm in results(folder)["arms"].items()}
+    assert {name: run["status"] for name, run in runs.items()} == {
+        "a": "done",
+        "nan": "failed",
+        "after": "failed",
+        "on": "done",
+    }
+    assert "status 1" in runs["nan"]["cause"] and "nan seed 0, failed" in runs["after"]["cause"]
+    # What begins with a trained model is ahead of what does not.
+    assert runs["on"]["figures"]["bits_per_byte"] < runs["a"]["figures"]["bits_per_byte"]
     assert "`nan` seed 0: failed: status 1" in (folder / "runs" / "rates.md").read_text()
     assert "failed: nan seed 0" in capsys.readouterr().out
+
+
+def test_a_cluster_is_given_every_run_once(folder, capsys, monkeypatch):
+    """Its scheduler is a program that takes any job and says so."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "sbatch").write_text(f"#!/bin/sh\ncat >> {folder}/jobs\necho Submitted batch job 7\n")
+    (folder / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    words = [*write_study(folder, seeds="(0,)"), "--launch=slurm --nodes=1"]
+    assert main(words) == 0
+    assert "submitted b seed 0: Submitted batch job 7" in capsys.readouterr().out
+    jobs = (folder / "jobs").read_text()
+    for arm in "ab":
+        assert f"--config={folder}/runs/{arm}/config.json" in jobs and f"--workdir={folder}/runs/{arm}/0" in jobs
+    assert main(words) == 0
+    assert f"remove {folder}/runs/b/0.submitted to submit it again" in capsys.readouterr().out
+    assert (folder / "jobs").read_text() == jobs
+    assert results(folder)["arms"]["b"]["runs"]["0"] == {"status": "waiting", "cause": "at step 0 of 4"}
+    assert main([*words[:-1], "--launch=slurm --no-such-flag"]) == 0  # nothing is left to submit
+    (folder / "runs" / "b" / "0.submitted").unlink()
+    assert main([*words[:-1], "--launch=slurm --no-such-flag"]) == 2
+    assert "--launch: b seed 0: error: unknown flag" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
