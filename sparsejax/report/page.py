@@ -14,7 +14,13 @@ from sparsejax.report.explorer import explorer_section
 from sparsejax.report.ledger import ledger_section
 from sparsejax.report.loads import balance_section, drop_section, load_section
 from sparsejax.report.losses import loss_section
-from sparsejax.report.passages import churn_section, depth_section, specialisation_section, table_section
+from sparsejax.report.passages import (
+    churn_section,
+    depth_section,
+    position_section,
+    specialisation_section,
+    table_section,
+)
 from sparsejax.report.runs import Run, open_runs
 from sparsejax.report.section import Absent, Section
 from sparsejax.report.streams import stream_section
@@ -30,6 +36,7 @@ BUILDERS: tuple[Callable[[Sequence[Run]], Section | Absent], ...] = (
     load_section,
     balance_section,
     drop_section,
+    position_section,
     churn_section,
     specialisation_section,
     table_section,

@@ -12,6 +12,8 @@ from sparsejax.report.section import Absent, Section, Spec, grid
 from sparsejax.report.words import TokenTexts, token_class
 
 NO_PASSAGES = "no run has passages/STEP.npz, which training writes where config.eval.passages is not 0"
+BUCKETS = 16
+"""Of positions in a row."""
 MOST = 32
 """Experts or rows of one side of a heat map; the busiest are kept."""
 EXIT_AT = 0.7
@@ -44,6 +46,29 @@ def churn_section(runs: Sequence[Run]) -> Section | Absent:
         y_title="share since the evaluation before", dashed="layer", zero=True,
     )  # fmt: skip
     return Section("Router churn", "", [spec], {"churn": charts.columns(rows)})
+
+
+def position_section(runs: Sequence[Run]) -> Section | Absent:
+    """The share of pairs without a slot by the place of their token in its row."""
+    rows = []
+    for run in runs:
+        arrays = run.passages
+        for layer in layers_with(arrays, "experts"):
+            chosen = arrays[f"{layer}/experts"] >= 0
+            lost = chosen & ~arrays[f"{layer}/processed"]
+            for places in np.array_split(np.arange(chosen.shape[1]), min(BUCKETS, chosen.shape[1])):
+                asked = chosen[:, places].sum()
+                if asked:
+                    share = float(lost[:, places].sum() / asked)
+                    rows.append({"run": run.name, "layer": layer, "position": int(places[0]), "dropped": share})
+    if not rows:
+        return Absent("Drops by position", f"{NO_PASSAGES}, for models whose tokens choose experts")
+    names = [run.name for run in runs]
+    spec = charts.lines(
+        "positions", "position", "dropped", names, title="Dropped pairs by position in the row, a dash a layer",
+        x_title="position", y_title="share of the pairs there", dashed="layer", zero=True,
+    )  # fmt: skip
+    return Section("Drops by position", "", [spec], {"positions": charts.columns(rows)})
 
 
 def specialisation_section(runs: Sequence[Run]) -> Section | Absent:

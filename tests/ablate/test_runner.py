@@ -165,6 +165,6 @@ def test_a_study_loses_nothing_to_kills(folder):
             break
     found = results(folder)
     again = folder / "again"
-    done = subprocess.run([*command[:4], f"--workdir={again}", *TINY, "--jobs=2"], env=environment)
+    done = subprocess.run([*command[:5], f"--workdir={again}", *TINY, "--jobs=2"], env=environment)
     assert done.returncode == 0
     assert without_times(found) == without_times(json.loads((again / "rates.json").read_text()))

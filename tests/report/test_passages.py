@@ -10,7 +10,13 @@ import pytest
 
 from sparsejax.report.explorer import explorer_section
 from sparsejax.report.page import write_page
-from sparsejax.report.passages import churn_section, depth_section, specialisation_section, table_section
+from sparsejax.report.passages import (
+    churn_section,
+    depth_section,
+    position_section,
+    specialisation_section,
+    table_section,
+)
 from sparsejax.report.runs import open_runs
 from sparsejax.report.section import Absent, Section
 from sparsejax.report.streams import stream_section
@@ -50,6 +56,14 @@ def test_churn_is_the_share_of_first_choices_that_changed(tmp_path):
     assert isinstance(section, Section)
     assert section.data["churn"]["step"] == [10, 15] and section.data["churn"]["churn"] == [0.25, 0]
     assert isinstance(churn_section(a_run(tmp_path, {5: experts([0])}, "one")), Absent)
+
+
+def test_drops_are_shown_by_position(tmp_path):
+    arrays = experts([0, 1], [2, 3])
+    arrays["01_moe/processed"][:, 4:] = False
+    arrays["01_moe/processed"][0, 0, 0] = False
+    data = position_section(a_run(tmp_path, {5: arrays})).data["positions"]
+    assert data["position"] == list(range(8)) and data["dropped"] == [0.25, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_an_expert_that_serves_one_class_has_all_its_lift_there(tmp_path):
