@@ -24,6 +24,7 @@ from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.timing import Step, interleaved
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
 
 LOSS = "bits_per_byte"
 READING = "## Reading"

@@ -1,14 +1,24 @@
 """The studies in `experiments/`: their arms are what their pages say, and the pages are made from the figures."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
 import pytest
 
+from sparsejax.ablate.arms import resolve
+from sparsejax.ablate.fairness import refuse, unfair
+from sparsejax.ablate.figures import draw
+from sparsejax.ablate.match import BY_LEDGER, matched
+from sparsejax.ablate.page import write_page
+from sparsejax.ablate.study import load_study
+
 ROOT = Path(__file__).parents[1]
-NAMES = ("routers", "lookup", "altup", "tokens", "exits")
+NAMES = ("tokens", "exits")
+STUDIES = sorted(
+    path.stem for path in (ROOT / "experiments").glob("*.py") if "from sparsejax.ablate import" in path.read_text()
+)
+COMMITTED = [name for name in STUDIES if (ROOT / "experiments" / f"{name}.json").is_file()]
 
 
 @pytest.fixture
@@ -29,50 +39,6 @@ def test_every_arm_is_a_config(study, name):
     arms = study(name).STUDY
     for arm in arms.arms:
         arms.experiment(arm)
-
-
-def test_arms_with_tables_have_the_flops_of_the_plain_model(study):
-    lookup = study("lookup")
-    flops = {arm: lookup.flops_per_token(lookup.STUDY.experiment(arm)) for arm in lookup.STUDY.arms}
-    assert len(flops) == 10
-    assert lookup.STUDY.experiment("dense").model.blocks["dense"].d_ff == 256
-    for arm, each in flops.items():
-        assert 0.99 * flops["dense"] <= each <= flops["dense"], arm
-
-
-def test_the_committed_page_of_routers_is_that_of_its_figures(study):
-    results = json.loads((ROOT / "experiments" / "routers.json").read_text())
-    assert study("routers").page(results) == (ROOT / "experiments" / "routers.md").read_text()
-
-
-def test_a_plain_model_of_equal_cost_lies_between_those_trained(study):
-    altup = study("altup")
-    run = lambda flops, loss: [{"flops": flops, altup.LOSS: loss}]  # noqa: E731
-    results = {"dense_72": run(30.0, 2.0), "dense_64": run(10.0, 4.0), "altup_2": run(15.0, 1.0)}
-    assert altup.of_plain(results, "flops", 15.0) == pytest.approx(3.5)
-    assert math.isnan(altup.of_plain(results, "flops", 9.0))
-    assert math.isnan(altup.of_plain(results, "flops", 31.0))
-
-
-@pytest.mark.parametrize(
-    "name, arms", [("lookup", ("dense", "lsh-add")), ("altup", ("dense_64", "dense_72", "altup_2"))]
-)
-def test_a_page_names_noise_and_keeps_what_was_written_below_it(study, name, arms, tmp_path):
-    module = study(name)
-    figures = {"seconds": 30.0, "step_ms": 5.0}
-    results = {
-        arm: [{module.LOSS: 2 + i + shift, "flops": 1e5 * (i + 1), **figures} for shift in (-0.1, 0.1)]
-        for i, arm in enumerate(arms)
-    }
-    page = module.page(results)
-    assert f"`{arms[0]}` | 2.000 ± 0.141" in page
-    # The standard error of a difference is √2 · 0.1414 / √2, and twice that is noise.
-    assert "less than 0.283 apart" in page
-    module.STUDY.write(tmp_path, results, page)
-    path = tmp_path / f"{name}.md"
-    path.write_text(path.read_text() + "\n## Reading\n\nAs expected.\n")
-    module.STUDY.write(tmp_path, results, page)
-    assert path.read_text() == page + "\n## Reading\n\nAs expected.\n"
 
 
 def test_arms_begin_with_arms_that_are_trained_before_them(study):
@@ -110,10 +76,25 @@ def test_the_page_of_exits_has_the_best_first(study, tmp_path):
     assert "entropy" in (tmp_path / "exits.svg").read_text()
 
 
-def test_drawings_are_made(study, tmp_path):
-    pytest.importorskip("matplotlib")
-    altup = study("altup")
-    run = lambda cost: [{"flops": cost, "step_ms": cost, altup.LOSS: 2.0}]  # noqa: E731
-    altup.draw({"dense_64": run(1.0), "dense_72": run(2.0), "altup_2": run(1.5)}, tmp_path / "altup.svg")
-    study("lookup").draw_runs(tmp_path / "lookup.svg", {"dense": run(1.0)}, {altup.LOSS: "loss", "none": "none"})
-    assert all("<svg" in (tmp_path / f"{name}.svg").read_text() for name in ("altup", "lookup"))
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_are_equal_and_differ_in_what_the_study_names(name):
+    declared = load_study(ROOT / "experiments" / f"{name}.py")
+    arms = matched(declared, ROOT, (), BY_LEDGER[declared.equal])
+    refuse(unfair(declared, arms), declared.allow)
+    measure = BY_LEDGER[declared.equal]
+    for arm in arms.values():
+        assert measure(arm.config) == pytest.approx(measure(arms[declared.base].config), rel=0.01)
+    for scale in declared.scales:
+        resolve(declared, ROOT, declared.base, declared.edits_of(scale))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_page_is_that_of_its_figures(name, tmp_path):
+    results = json.loads((ROOT / "experiments" / f"{name}.json").read_text())
+    committed = (ROOT / "experiments" / f"{name}.md").read_text()
+    write_page(tmp_path / f"{name}.md", results)
+    assert committed.partition("\n## Reading")[0] == (tmp_path / f"{name}.md").read_text()
+    assert "\n## Reading" in committed
+    draw(tmp_path / f"{name}.svg", results)
+    drawn = (tmp_path / f"{name}.svg").read_text()
+    assert all(f"<!-- {arm} -->" in drawn for arm in results["arms"])
