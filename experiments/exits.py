@@ -1,12 +1,9 @@
 """What decoders lose and gain that leave early or skip layers: bits per byte against measured time.
 
-Run:  python experiments/exits.py --workdir=runs/exits [--arms=full,exits,…] [--seeds=0,1,2] [--out=experiments]
+Run:  python -m sparsejax ablate experiments/exits.py --workdir=runs/exits --out=experiments
+"""
 
-Trains every arm of `configs/exits_arm.py` with every seed, going on where it was interrupted, scores windows of the
-validation split as a decoder meets them, token by token and one row at a time, the model with exits by every rule, and
-writes `exits.json`, `exits.md` and `exits.svg` to `--out`. Needs matplotlib (`pip install -e '.[dev]'`)."""
-
-import runpy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -14,6 +11,7 @@ from typing import Optional
 import jax
 import numpy as np
 
+from sparsejax.ablate import Arm, Study
 from sparsejax.base.config import load
 from sparsejax.base.sharding import MeshConfig, make_mesh
 from sparsejax.data.corpus import open_corpus
@@ -24,27 +22,8 @@ from sparsejax.infer.sampling import Sampling
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.restore import restore_variables
 
-from arms import (
-    LOSS,
-    ROOT,
-    Figures,
-    Results,
-    Study,
-    by_loss,
-    cell,
-    column,
-    drawing,
-    last_rows,
-    loss_cell,
-    mean,
-    minutes,
-    noise,
-    seeds_of,
-    table,
-)
-
-ARMS = runpy.run_path(str(ROOT / "configs" / "exits_arm.py"))
-STUDY = Study(name="exits", config="exits_arm", arms=ARMS["ARMS"])
+ARMS = ("full", *(f"depth_{layers}" for layers in (1, 2, 3, 4)), "exits", "depths", "depths_random")
+BITS, SPEED = "decoded_bits", "speed"
 PROMPT = 16
 """Tokens of a window that are read in one pass; those after it are scored."""
 WINDOWS, ROUNDS = 8, 3
@@ -56,7 +35,6 @@ RULES = {
     "patience": (1.0, 2.0),
 }
 """Rule → thresholds."""
-HEAD = ("arm", "bits per byte", "speed over full", "ms / token", "mean layer")
 
 
 @dataclass
@@ -78,10 +56,6 @@ class Decoder:
         return float(nats / np.log(2)), seconds, float(np.mean(depths)) if depths else None
 
 
-def figures(run: Path) -> Figures:
-    return {"seconds": last_rows(run)["eval"]["seconds"]}
-
-
 def decoders(arm: str, run: Path, mesh: jax.sharding.Mesh) -> dict[str, Decoder]:
     """The arm, and by every rule and threshold, if it has exits."""
     config = load(ExperimentConfig, str(run / "config.json")).config
@@ -94,80 +68,39 @@ def decoders(arm: str, run: Path, mesh: jax.sharding.Mesh) -> dict[str, Decoder]
     return found
 
 
-def decoded(results: Results, workdir: Path, seeds: list[str]) -> Results:
-    """The results with bits per byte and time of every arm, rule and threshold; all take turns with `full`."""
-    found: Results = {}
-    data = STUDY.experiment("full").data
-    batches = eval_batches(open_corpus(data), data, 1, WINDOWS)
-    windows = np.concatenate([np.asarray(batch["tokens"]) for batch in batches])
-    mesh = make_mesh(MeshConfig())
+def decoded(runs: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Bits per byte and time of every arm, rule and threshold; all take turns with `full`."""
+    data = load(ExperimentConfig, str(runs["full"] / "config.json")).config.data
+    windows = np.concatenate(
+        [np.asarray(batch["tokens"]) for batch in eval_batches(open_corpus(data), data, 1, WINDOWS)]
+    )
+    mesh, found, each = make_mesh(MeshConfig()), {}, {}
     with jax.set_mesh(mesh):
-        for number, seed in enumerate(seeds):
-            each: dict[str, Decoder] = {}
-            for arm in results:
-                each |= decoders(arm, workdir / arm / seed, mesh)
-            turns = []
-            for turn in range(1 + ROUNDS):  # compiles in the first
-                told = {name: decoder(windows) for name, decoder in each.items()}
-                turns += [told] if turn else []
-            for name, (bits, _, layer) in turns[0].items():
-                seconds = [turn[name][1] for turn in turns]
-                gains = [turn["full"][1] / turn[name][1] for turn in turns]
-                run = {LOSS: bits, "ms": 1e3 * float(np.median(seconds)), "gain": float(np.median(gains))}
-                run |= {} if layer is None else {"layer": layer}
-                run |= {"seconds": results[name][number]["seconds"] if name in results else 0.0}
-                found.setdefault(name, []).append(run)
+        for arm, run in runs.items():
+            each |= decoders(arm, run, mesh)
+        turns = [{name: decoder(windows) for name, decoder in each.items()} for _ in range(1 + ROUNDS)][1:]  # compiled
+    for name, (bits, _, layer) in turns[0].items():
+        seconds = [turn[name][1] for turn in turns]
+        gains = [turn["full"][1] / turn[name][1] for turn in turns]
+        found[name] = {BITS: bits, SPEED: float(np.median(gains)), "ms_per_token": 1e3 * float(np.median(seconds))}
+        found[name] |= {} if layer is None else {"mean_layer": layer}
     return found
 
 
-def page(results: Results) -> str:
-    """A table of means over seeds, best first, as Markdown."""
-    lines = [
-        "# Decoders that leave early or skip layers, at equal steps and data",
-        "",
-        f"`{STUDY.command}` made this page in {minutes(results)};",
-        "`configs/exits_arm.py` is the experiment: six layers of width 96, bytes. `depth_N` has N layers, which is",
-        "static truncation; the rules with their thresholds decide in the model `exits` where a token leaves, and what",
-        "deeper layers remember of it is made from the state that it left with (`propagate`).",
-        f"Means over {seeds_of(results)} seeds, ± the deviation of one run; bits per byte and time of {WINDOWS}",
-        "windows of the validation split, decoded token by token at batch 1, all arms in turn.",
-        "",
-    ]
-    rows = []
-    for arm in by_loss(results):
-        runs = results[arm]
-        cells = [cell(runs, name, form) for name, form in (("gain", ".2f"), ("ms", ".3f"), ("layer", ".2f"))]
-        rows.append([f"`{arm}`", loss_cell(runs), *cells])
-    lines += [*table(HEAD, rows), *noise(results)]
-    return "\n".join(lines) + "\n\n![bits per byte against speed](exits.svg)\n"
-
-
-def draw(results: Results, path: Path) -> None:
-    """A dot a run, at the arm's speed; thresholds of a rule, and truncated models, are lines."""
-    families = {"static": ["full", *(f"depth_{n}" for n in ARMS["EXITS"][::-1])]}
-    families |= {rule: [f"{rule} {limit:g}" for limit in thresholds] for rule, thresholds in RULES.items()}
-    families |= {arm: [arm] for arm in ("exits", "depths", "depths_random")}
-    with drawing(path, nrows=1, ncols=1, figsize=(9, 5)) as panel:
-        for number, (family, arms) in enumerate(families.items()):
-            arms = [arm for arm in arms if arm in results]
-            places = [mean(results[arm], "gain") for arm in arms]
-            panel.plot(places, [mean(results[arm], LOSS) for arm in arms], color=f"C{number}", alpha=0.5, label=family)
-            for arm, place in zip(arms, places, strict=True):
-                values = column(results[arm], LOSS)
-                panel.plot([place] * len(values), values, "o", color=f"C{number}", alpha=0.6, markersize=4)
-        panel.set_xlabel("tokens per second over `full`")
-        panel.set_ylabel("bits per byte (validation)")
-        panel.legend()
-        panel.grid(alpha=0.3)
-
-
-def main() -> None:
-    flags, more = STUDY.flags(__doc__)
-    trained = STUDY.results(flags, more, figures)
-    results = decoded(trained, flags.workdir, flags.seeds.split(","))
-    STUDY.write(flags.out, results, page(results))
-    draw(results, flags.out / "exits.svg")
-
-
-if __name__ == "__main__":
-    main()
+STUDY = Study(
+    question="What do decoders lose and gain that leave early or skip layers, at equal steps and data?",
+    config="configs/exits_arm.py",
+    arms={name: Arm(argument=name) for name in ARMS},
+    base="full",
+    equal="tokens",
+    varies=("model.repeats", "model.pattern", "model.blocks", "model.exits", "model.select"),
+    deviation=0.035,
+    together=decoded,
+    scatter=(SPEED, BITS),
+    notes=(
+        "Six layers of width 96, bytes. `depth_N` has N layers, which is static truncation; the variants are rules, "
+        "with their thresholds, that decide in the model `exits` where a token leaves, and what deeper layers remember "
+        "of it is made from the state that it left with (`propagate`). Decoded bits and times are of eight windows of "
+        "the validation split, decoded token by token at batch 1, all in turn; speed is over that of `full`.",
+    ),
+)

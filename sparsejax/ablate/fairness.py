@@ -69,7 +69,7 @@ def unfair_runs(base: Path, run: Path, arm: str) -> list[Unfair]:
                 Unfair("denominator", arm, f"{name} of the evaluation was {now.get(name)}, not {before.get(name)}")
             )
     for which, text in (("corpus", "evaluation"), ("flops_convention", "flops")):
-        if first.get(which) != second.get(which):
+        if None not in (first.get(which), second.get(which)) and first[which] != second[which]:
             found.append(Unfair(text, arm, f"{which} is {second.get(which)}, not {first.get(which)}"))
     return found
 

@@ -31,6 +31,36 @@ def drawing(path: Path, **layout: Any) -> Iterator[Any]:
 
 
 def draw(path: Path, results: Results) -> None:
+    """The figure of a study's page."""
+    if results["scatter"] is None:
+        _draw_arms(path, results)
+    else:
+        _draw_scatter(path, results, *results["scatter"])
+
+
+def _draw_scatter(path: Path, results: Results, across: str, up: str) -> None:
+    """Arms and variants at the means of two figures, with a dot a run. Families share the first word of their names, a
+    colour and a line."""
+    points: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = {}
+    for name, arm in {**results["arms"], **results["variants"]}.items():
+        values = values_of(arm, across), values_of(arm, up)
+        if all(each.size for each in values):
+            points.setdefault(name.replace("_", " ").split()[0], []).append((name, *values))
+    with drawing(path, figsize=(9, 5)) as panel:
+        for number, found in enumerate(points.values()):
+            found.sort(key=lambda each: each[1].mean())
+            colour = f"C{number}"
+            panel.plot([x.mean() for _, x, _ in found], [y.mean() for _, _, y in found], color=colour, alpha=0.4)
+            for name, x, y in found:
+                panel.plot(np.full(y.size, x.mean()), y, "o", color=colour, alpha=0.6, markersize=4)
+                label = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 7, "color": colour}
+                panel.annotate(name, (x.mean(), y.mean()), **label)
+        panel.set_xlabel(across.replace("_", " "))
+        panel.set_ylabel(up.replace("_", " "))
+        panel.grid(alpha=0.3)
+
+
+def _draw_arms(path: Path, results: Results) -> None:
     """An arm a line: a dot a run, the mean a stroke, the interval of its difference from the base laid at the base's
     mean. The best above."""
     arms, metric = by_metric(results)[::-1], results["metric"]

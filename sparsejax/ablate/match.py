@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.ablate.arms import Overrides, Resolved, resolve, tokens, training_flops
-from sparsejax.ablate.study import Study
+from sparsejax.ablate.study import Arm, Study
 from sparsejax.base.config import leaves
 from sparsejax.base.errors import RequestError
 from sparsejax.model.cost import total
@@ -23,28 +23,35 @@ BY_LEDGER: dict[str, Measure] = {
     "tokens": tokens,
 }
 """Measures that need no run."""
+SPENT = ("active_flops", "tokens", "wall_time")
+"""Measures to which the run that an arm begins with adds its own."""
 
 
 def matched(study: Study, root: Path, overrides: Overrides, measure: Measure) -> dict[str, Resolved]:
-    """All arms, each within `TOLERANCE` of the base by `measure`; sized where it has a key to solve and needs it.
+    """All arms, each within `TOLERANCE` of the base by `measure`; sized where it has a key to solve and needs it. Those
+    that are exploratory stay as they are.
 
     Raises:
       RequestError: an arm cannot be matched; the line names the pair and the nearest that there is.
     """
-    base = resolve(study, root, study.base, overrides)
-    goal, found = measure(base.config), {}
+    as_they_are = {name: resolve(study, root, name, overrides) for name in study.arms}
+
+    def before(arm: Arm) -> float:
+        return 0.0 if arm.begin is None or study.equal not in SPENT else measure(as_they_are[arm.begin].config)
+
+    base = study.arms[study.base]
+    goal, found = measure(as_they_are[study.base].config) + before(base), {}
     for name, arm in study.arms.items():
-        as_it_is = resolve(study, root, name, overrides)
-        key = arm.size or study.size
-        if _close(measure(as_it_is.config), goal):
+        as_it_is, key, rest = as_they_are[name], arm.size or study.size, goal - before(arm)
+        if arm.exploratory or _close(measure(as_it_is.config), rest):
             found[name] = as_it_is
         elif key is None:
             raise RequestError(
                 f"arms {name} and {study.base} cannot be matched: {study.equal} is "
-                f"{measure(as_it_is.config) / goal:.3f} of the base's, and neither Study.size nor Arm.size names a key"
+                f"{measure(as_it_is.config) / rest:.3f} of the base's, and neither Study.size nor Arm.size names a key"
             )
         else:
-            found[name] = _solved(study, root, name, overrides, measure, goal, key, as_it_is)
+            found[name] = _solved(study, root, name, overrides, measure, rest, key, as_it_is)
     return found
 
 

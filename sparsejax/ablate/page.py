@@ -69,6 +69,7 @@ def _lines(results: Results, name: str) -> Iterator[str]:
     yield from _arms(results)
     yield ""
     yield from _verdicts_explained(results)
+    yield from _variants(results)
     yield from _sizes(results)
     yield from _troubles(results)
     yield from ("", f"![{results['metric']} of every arm]({name}.svg)")
@@ -83,7 +84,7 @@ def _arms(results: Results) -> list[str]:
     for name in by_metric(results):
         arm, verdict = results["arms"][name], verdicts.get(name)
         if verdict is None:
-            why = "base" if name == base else "exploratory" if arm["exploratory"] else "none: not all runs are done"
+            why = "base" if name == base else "exploratory" if arm["exploratory"] else "none: see below"
             judged = ["", why, "", ""]
         else:
             p = "" if verdict["adjusted_p"] is None else f" (p = {verdict['adjusted_p']:.2g})"
@@ -124,6 +125,20 @@ def power_lines(results: Results) -> Iterator[str]:
         yield f"Before the runs it was not known by how much they deviate. {_came(results)}"
 
 
+def _variants(results: Results) -> Iterator[str]:
+    """Ways to use trained arms, best first by what goes up in the figure, or as they came."""
+    variants = results["variants"]
+    if not variants:
+        return
+    names = dict.fromkeys(name for arm in variants.values() for run in arm["runs"].values() for name in run["figures"])
+    head = ["variant", *(name.replace("_", " ") for name in names)]
+    rows = [
+        [f"`{variant}`", *(spread(values_of(arm, name)) if values_of(arm, name).size else "" for name in names)]
+        for variant, arm in variants.items()
+    ]
+    yield from ("", *table(head, rows))
+
+
 def _sizes(results: Results) -> Iterator[str]:
     yield ""
     rows = []
@@ -147,7 +162,12 @@ def _troubles(results: Results) -> Iterator[str]:
     if causes:
         yield from ("", "Runs without a result:", "", *causes)
     if results["flags"]:
-        yield from ("", "Not equal between arms, and accepted:", "", *(f"- {flag}" for flag in results["flags"]))
+        yield from (
+            "",
+            "Not equal between arms; what the study does not allow has no verdict:",
+            "",
+            *(f"- {flag}" for flag in results["flags"]),
+        )
 
 
 def _came(results: Results) -> str:

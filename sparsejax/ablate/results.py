@@ -108,7 +108,11 @@ def collected(
     apart = {each.arm for each in late if each.kind not in study.allow}
     judgement = judged(study, jobs, sorted(apart))
     base = arms[study.base].config
-    runs_of = lambda name: {str(job.seed): _run(study, job, failed) for job in jobs if job.arm == name}  # noqa: E731
+    joint = {seed: _together(study, [job for job in jobs if job.seed == seed]) for seed in study.seeds}
+    runs_of = lambda name: {  # noqa: E731
+        str(job.seed): _run(study, job, failed, joint[job.seed].get(name, {})) for job in jobs if job.arm == name
+    }
+    variants = dict.fromkeys(name for found in joint.values() for name in found if name not in study.arms)
     longer = {name: {**costs(arm.config), "runs": runs_of(name)} for name, arm in budgets.items()}
     told = {}
     for name, arm in arms.items():
@@ -135,6 +139,8 @@ def collected(
         "shown": list(study.shown),
         "arms": told,
         "budgets": longer,
+        "variants": {name: _variant(name, joint) for name in variants},
+        "scatter": study.scatter,
         "verdicts": {
             name: dataclasses.asdict(verdict) | {"speed_up": _speed_up(study, told, longer, name)}
             for name, verdict in judgement.items()
@@ -172,9 +178,27 @@ def stated_power(study: Study) -> dict[str, Any]:
     return {"deviation": deviation, "arms": arms, "seeds": seeds, "detectable": shown}
 
 
-def _run(study: Study, job: Job, failed: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+def _together(study: Study, jobs: Sequence[Job]) -> Mapping[str, Figures]:
+    """The study's figures of all finished runs of a seed, found once for these runs."""
+    runs = {job.arm: job.workdir for job in jobs if job.done and job.arm in study.arms}
+    if study.together is None or study.base not in runs:
+        return {}
+    path = runs[study.base].parents[1] / f"together.{runs[study.base].name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("arms") != list(runs):
+        known = {"arms": list(runs), "figures": study.together(runs)}
+        write_atomically(path, json.dumps(known).encode())
+    return known["figures"]
+
+
+def _variant(name: str, joint: Mapping[int, Mapping[str, Figures]]) -> dict[str, Any]:
+    found = {str(seed): each[name] for seed, each in joint.items() if name in each}
+    return {"runs": {seed: {"status": "done", "figures": each} for seed, each in found.items()}}
+
+
+def _run(study: Study, job: Job, failed: Mapping[tuple[str, int], str], more: Figures) -> dict[str, Any]:
     if job.done:
-        return {"status": "done", "figures": figures(study, job.workdir)}
+        return {"status": "done", "figures": figures(study, job.workdir) | more}
     if (job.arm, job.seed) in failed:
         return {"status": "failed", "cause": failed[job.arm, job.seed]}
     return {"status": "waiting", "cause": f"at step {job.step()} of {job.steps}"}

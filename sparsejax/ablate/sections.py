@@ -60,7 +60,7 @@ def _verdict_section(results: Results) -> Section:
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in results["notes"])
     equal = f"<p>Equal between arms: {EQUAL[results['equal']]}. <code>{html.escape(results['command'])}</code></p>"
     power = f"<p>{html.escape(' '.join(power_lines(results)))}</p>"
-    flags = "".join(f"<p>Not equal, and accepted: {html.escape(flag)}.</p>" for flag in results["flags"])
+    flags = "".join(f"<p>Not equal between arms: {html.escape(flag)}.</p>" for flag in results["flags"])
     failed = "".join(
         f'<div class="alert"><strong>{html.escape(name)}, seed {seed}: {run["status"]}</strong>: '
         f"{html.escape(run['cause'])}</div>"

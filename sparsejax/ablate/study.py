@@ -56,6 +56,10 @@ class Study:
     allow: tuple[str, ...] = ()  # kinds of unfair pairs (UNFAIR) that are flagged and not refused
     shown: tuple[str, ...] = ()  # further figures of the last evaluation for the page's table
     figures: Optional[Callable[[Path], Figures]] = None  # more figures of a finished run, from its folder
+    together: Optional[Callable[[Mapping[str, Path]], Mapping[str, Figures]]] = None
+    """Of one seed, arm → folder of its finished run: more figures by arm, found of all at once, as times in turn are.
+    Names that are no arm's are variants: ways to use a trained arm, which have a table of their own."""
+    scatter: Optional[tuple[str, str]] = None  # figures by which arms and variants are drawn: across, and up
     timed: bool = False  # measure a training step of each arm, after the runs, in turn with the base
     notes: tuple[str, ...] = ()  # sentences for the page: what the arms are
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # --scale=NAME → edits of every arm

@@ -1,5 +1,6 @@
 """Studies and their arms: what is refused, how arms are made equal, which pairs are unfair."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -110,6 +111,16 @@ def test_arms_are_matched_by_parameters_and_by_tokens():
     assert 240 < arms["arm"].sized["model.blocks.moe.d_ff"] < 270
     half = study(arm=Arm(edits={"data.batch_size": 4}, size="train.steps"))
     assert matched(half, ROOT, (), BY_LEDGER["tokens"])["arm"].config.train.steps == 40
+
+
+def test_what_an_arm_begins_with_counts_as_spent():
+    half = Arm(edits={"train.steps": 10})
+    begun, on = dataclasses.replace(half, exploratory=True), dataclasses.replace(half, begin="begun")
+    arms = {"begun": begun, "base": Arm(), "on": on}
+    found = matched(study(arms=arms), ROOT, (), BY_LEDGER["active_flops"])
+    assert {name: arm.config.train.steps for name, arm in found.items()} == {"begun": 10, "base": 20, "on": 10}
+    with pytest.raises(RequestError, match=r"arms on and base cannot be matched: active_flops is 0\.500"):
+        matched(study(arms={"base": Arm(), "on": half}), ROOT, (), BY_LEDGER["active_flops"])
 
 
 @pytest.mark.parametrize(
