@@ -162,12 +162,8 @@ def _troubles(results: Results) -> Iterator[str]:
     if causes:
         yield from ("", "Runs without a result:", "", *causes)
     if results["flags"]:
-        yield from (
-            "",
-            "Not equal between arms; what the study does not allow has no verdict:",
-            "",
-            *(f"- {flag}" for flag in results["flags"]),
-        )
+        head = "Not equal between arms; what the study does not allow has no verdict:"
+        yield from ("", head, "", *(f"- {flag}" for flag in results["flags"]))
 
 
 def _came(results: Results) -> str:
