@@ -43,6 +43,11 @@ def matched(study: Study, root: Path, overrides: Overrides, measure: Measure) ->
     goal, found = measure(as_they_are[study.base].config) + before(base), {}
     for name, arm in study.arms.items():
         as_it_is, key, rest = as_they_are[name], arm.size or study.size, goal - before(arm)
+        if rest <= 0 and not arm.exploratory:
+            raise RequestError(
+                f"arms {name} and {study.base} cannot be matched: {arm.begin}, which {name} begins with, has spent "
+                f"{before(arm) / goal:.3f} of the base's {study.equal}"
+            )
         if arm.exploratory or _close(measure(as_it_is.config), rest):
             found[name] = as_it_is
         elif key is None:

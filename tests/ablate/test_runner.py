@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {"train.steps": 4, "train.log_every": 2, "checkpoint.every": 2, "eval.batches": 2}
 TINY = [f"--config.{key}={value}" for key, value in SETTINGS.items()] + ["--config.optimizer.schedule.warmup_steps=1"]
 STUDY = """
+from pathlib import Path
+
 from sparsejax.ablate import Arm, Study
+
+
+def joint(runs):
+    with open(Path(__file__).with_suffix(".calls"), "a") as calls:
+        print(*runs, file=calls)
+    return {{name: {{"arms_of_seed": len(runs)}} for name in runs}} | {{"cut": {{"arms_of_seed": 0.5}}}}
+
 
 STUDY = Study(
     question="Which learning rate?",
@@ -26,6 +35,8 @@ STUDY = Study(
     base="a",
     varies=("optimizer.learning_rate", "train.max_nonfinite"),
     seeds={seeds},
+    together=joint,
+    timed={timed},
 )
 """
 ARMS = '"a": Arm(), "b": Arm(edits={"optimizer.learning_rate": 1e-4})'
@@ -39,10 +50,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write_study(folder: Path, arms: str = ARMS, seeds: str = "(0, 1)") -> list[str]:
+def write_study(folder: Path, arms: str = ARMS, seeds: str = "(0, 1)", timed: bool = False) -> list[str]:
     """The words of its command."""
     path = folder / "experiments" / "rates.py"
-    path.write_text(STUDY.format(arms=arms, seeds=seeds))
+    path.write_text(STUDY.format(arms=arms, seeds=seeds, timed=timed))
     return ["ablate", str(path), f"--workdir={folder / 'runs'}", *TINY]
 
 
@@ -58,7 +69,7 @@ def without_times(found):
 
 
 def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
-    words = write_study(folder)
+    words = write_study(folder, timed=True)
     assert main([*words, "--dry-run"]) == 0
     assert "4 runs, 0 of them done" in capsys.readouterr().out and not (folder / "runs" / "a").exists()
     assert main([*words, "--jobs=2"]) == 0
@@ -67,12 +78,19 @@ def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
     found = results(folder)
     assert set(found["verdicts"]) == {"b"}
     assert found["arms"]["b"]["differs"] == {"optimizer.learning_rate": ["0.003", "0.0001"]}
+    assert found["arms"]["a"]["step_time"] == 1 and 0.3 < found["arms"]["b"]["step_time"] < 3
+    assert found["arms"]["b"]["runs"]["1"]["figures"]["arms_of_seed"] == 2
+    assert found["variants"]["cut"]["runs"]["0"]["figures"] == {"arms_of_seed": 0.5}
     page = (folder / "runs" / "rates.md").read_text()
+    assert "| `cut` | 0.500 ± 0.000 |" in page and "time of a step" in page
+    report = (folder / "runs" / "report.html").read_text()
+    assert "<h2>Verdicts</h2>" in report and "<h3>a/0</h3>" in report and len(report) < 5_000_000
     (folder / "runs" / "rates.md").write_text(page + "\n## Reading\n\nWords of mine.\n")
     assert main([*words, "--jobs=2"]) == 0
     assert "4 runs, 4 of them done" in capsys.readouterr().out
     assert without_times(results(folder)) == without_times(found)
     assert (folder / "runs" / "rates.md").read_text() == page + "\n## Reading\n\nWords of mine.\n"
+    assert (folder / "experiments" / "rates.calls").read_text() == "a b\n" * 2
     # Another config for the same arm is not mixed with it.
     assert main([*words, "--config.model.d_model=64"]) == 2
     assert "holds arm a with another config: config.model.d_model was 32, is 64" in capsys.readouterr().err
@@ -80,7 +98,7 @@ def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
 
 def test_a_failed_arm_is_told_with_its_cause_and_the_rest_go_on(folder, capsys):
     fails = '"nan": Arm(edits={"optimizer.learning_rate": 1e38, "train.max_nonfinite": 1})'
-    begun = '"after": Arm(begin="nan"), "on": Arm(begin="a")'
+    begun = '"after": Arm(begin="nan", exploratory=True), "on": Arm(begin="a", exploratory=True)'
     assert main(write_study(folder, f'"a": Arm(), {fails}, {begun}', "(0,)")) == 1
     runs = {name: arm["runs"]["0"] for name, arm in results(folder)["arms"].items()}
     assert {name: run["status"] for name, run in runs.items()} == {

@@ -121,6 +121,8 @@ def test_what_an_arm_begins_with_counts_as_spent():
     assert {name: arm.config.train.steps for name, arm in found.items()} == {"begun": 10, "base": 20, "on": 10}
     with pytest.raises(RequestError, match=r"arms on and base cannot be matched: active_flops is 0\.500"):
         matched(study(arms={"base": Arm(), "on": half}), ROOT, (), BY_LEDGER["active_flops"])
+    with pytest.raises(RequestError, match="base, which on begins with, has spent"):
+        matched(study(arms={"base": Arm(), "on": Arm(begin="base")}), ROOT, (), BY_LEDGER["active_flops"])
 
 
 @pytest.mark.parametrize(
