@@ -59,6 +59,7 @@ def closing_lines(workdir: Path, row: Row, arrays: Arrays, generates: bool) -> l
         *([f"  {command} generate --workdir={quoted}"] if generates else []),
         f"  {command} eval --workdir={quoted}",
         f"  {command} plan --workdir={quoted}",
+        f"  {command} report {quoted}",
     ]
 
 
