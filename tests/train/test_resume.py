@@ -30,6 +30,7 @@ from runs import (
 )
 
 LONG = {"train__steps": 60, "train__log_every": 1, "checkpoint__every": 5, "eval__every": 20, "eval__batches": 1}
+LONG |= {"eval__passages": 2}
 """For runs that something is to happen to: a row every step, a save every few."""
 
 
@@ -104,7 +105,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path
     last, wanted = rows(workdir, "train")[60], rows(uninterrupted, "train")[60]
     assert (last["tokens"], last["flops"]) == (wanted["tokens"], wanted["flops"])
     assert {path.stem for path in (workdir / "routing").iterdir()} == {str(step) for step in range(1, 61)}
-    for folder in ("evaluations", "routing"):
+    for folder in ("evaluations", "passages", "routing"):
         assert contents(workdir / folder) == contents(uninterrupted / folder)
 
 
