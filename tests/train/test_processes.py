@@ -35,7 +35,7 @@ def ledger(workdir):
 def alone(tmp_path_factory):
     """The small run in one process, on two devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = here(*arguments("train", f"--workdir={workdir}", "--mesh=1,2,1"))
+    done = here(*arguments("train", f"--workdir={workdir}", "--mesh=1,2,1", eval__passages=4))
     assert done.status == 0, done.err
     return workdir
 
@@ -43,7 +43,7 @@ def alone(tmp_path_factory):
 def test_two_processes_train_as_one(alone, tmp_path):
     """Bit by bit, down to the counts; and the second writes and says nothing."""
     workdir = tmp_path / "run"
-    done = train(workdir, "1,2,1", 2)
+    done = train(workdir, "1,2,1", 2, eval__passages=4)
     assert [each.status for each in done] == [0, 0], done
     assert "train  12/12" in done[0].out and "train" not in done[1].out
     assert losses(workdir) == losses(alone)
@@ -54,7 +54,8 @@ def test_two_processes_train_as_one(alone, tmp_path):
                 k: v for k, v in row.items() if k not in timing
             }
     assert ledger(workdir) == ledger(alone)
-    assert contents(workdir / "evaluations") == contents(alone / "evaluations")
+    for folder in ("evaluations", "passages"):
+        assert contents(workdir / folder) == contents(alone / folder)
     assert {path.name for path in workdir.iterdir() if not path.name.startswith(".")} == {
         path.name for path in alone.iterdir() if not path.name.startswith(".")
     }
