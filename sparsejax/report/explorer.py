@@ -1,5 +1,6 @@
 """The token explorer: passages of validation text, every token coloured by what the model did with it."""
 
+import html
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from sparsejax.report.words import TokenTexts
 TOKENS = 3000
 """Of a run that the page holds: what a reader looks at, and a browser still lays out at once."""
 
-HTML = """<p>Hover over a token, or touch it, for its numbers. A token that an expert had no slot for is underlined.</p>
+HTML = """<p>Hover over a token, or touch it, for its numbers. A token that one of its experts had no slot for is
+underlined.</p>
 <div class="controls"><label>Colour by <select id="explorer-view"></select></label>
 <label><input type="checkbox" id="explorer-values"> write the values</label></div>
 <p id="explorer-key" class="faint"></p>
@@ -27,7 +29,9 @@ def explorer_section(runs: Sequence[Run]) -> Section | Absent:
     panes = [_pane(run) for run in runs if run.passages]
     if not panes:
         return Absent("Token explorer", NO_PASSAGES)
-    return Section("Token explorer", HTML, (), {"explorer": panes})
+    lines = {f"{run.name}: {line}" for run in runs for line in run.passages.get("absent", np.array([])).tolist()}
+    more = "".join(f'<p class="faint">{html.escape(line)}</p>' for line in sorted(lines))
+    return Section("Token explorer", HTML + more, (), {"explorer": panes})
 
 
 def _pane(run: Run) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def _views(arrays: Arrays, real: np.ndarray) -> Iterator[dict[str, Any]]:
             or "none"
             for each in zip(experts, weights, kept)
         ]
-        lost = ~(kept & (experts >= 0)).any(-1)
+        lost = (~kept & (experts >= 0)).any(-1)
         yield _view(f"{layer}: expert", "category", experts[:, 0], told, np.flatnonzero(lost))
     for layer in layers_with(arrays, "kept"):
         kept = arrays[f"{layer}/kept"][real]
@@ -85,7 +89,8 @@ def _views(arrays: Arrays, real: np.ndarray) -> Iterator[dict[str, Any]]:
             ", ".join(f"{layer}: {p:.2f}" for layer, p in zip(layers, each)) if np.isfinite(each[-1]) else "no target"
             for each in arrays["exit/top"][real]
         ]
-        yield _view(f"exit at {EXIT_AT}", "number", exit_depths(arrays)[real], told)
+        left = np.where(np.isfinite(arrays["exit/top"][..., -1]), exit_depths(arrays), np.nan)
+        yield _view(f"exit at {EXIT_AT}", "number", left[real], told)
 
 
 def _view(name: str, kind: str, values: Any, told: Any = None, marked: Any = ()) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What models did with the tokens of some rows: churn, specialisation, co-activation, table rows, depths."""
 
+import html
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,9 +10,12 @@ import numpy as np
 from sparsejax.report import charts
 from sparsejax.report.runs import FRAMES, Arrays, Run, thinned
 from sparsejax.report.section import Absent, Section, Spec, grid
+from sparsejax.report.tables import table
 from sparsejax.report.words import TokenTexts, token_class
 
 NO_PASSAGES = "no run has passages/STEP.npz, which training writes where config.eval.passages is not 0"
+FAVOURITES = 8
+"""Tokens of an expert that are named."""
 BUCKETS = 16
 """Of positions in a row."""
 MOST = 32
@@ -29,8 +33,7 @@ def churn_section(runs: Sequence[Run]) -> Section | Absent:
     """The share of tokens whose first expert is not that of the evaluation before."""
     rows = []
     for run in runs:
-        steps = thinned(run.steps("passages"), FRAMES)
-        for before, step in itertools.pairwise(steps):
+        for before, step in thinned(list(itertools.pairwise(run.steps("passages"))), FRAMES):
             old, new = run.arrays("passages", before), run.arrays("passages", step)
             for layer in layers_with(new, "experts"):
                 if f"{layer}/experts" in old and old[f"{layer}/experts"].shape[:2] == new[f"{layer}/experts"].shape[:2]:
@@ -72,8 +75,9 @@ def position_section(runs: Sequence[Run]) -> Section | Absent:
 
 
 def specialisation_section(runs: Sequence[Run]) -> Section | Absent:
-    """Which classes of tokens, and packages of the corpus, each expert serves, and which experts serve together."""
+    """Which tokens, classes of them and packages of the corpus each expert serves, and which experts go together."""
     specs: list[Spec] = []
+    parts: list[str] = []
     data: dict[str, Any] = {}
     for number, run in enumerate(runs):
         arrays, texts = run.passages, TokenTexts(run)
@@ -85,6 +89,8 @@ def specialisation_section(runs: Sequence[Run]) -> Section | Absent:
                 continue
             kinds = np.array([token_class(texts[token]) for token in arrays["tokens"][real]])
             title = f"{run.name} · {layer}"
+            parts.append(f"<h3>{html.escape(title)}: tokens that each expert serves most</h3>")
+            parts.append(_favourites(experts[real], shown, arrays["tokens"][real], texts))
             specs.append(_served(data, f"classes{at}", experts[real], shown, kinds, f"{title}: token classes"))
             if "source" in arrays:
                 names = np.append(arrays["source_names"], "?")[arrays["source"][real]]
@@ -99,7 +105,20 @@ def specialisation_section(runs: Sequence[Run]) -> Section | Absent:
         "would if it served all alike: 1 is no preference. Together: pairs of experts over what independent choices of "
         "the same loads would give.</p>"
     )
-    return Section("Specialisation", text, specs, data)
+    return Section("Specialisation", text + "".join(parts), specs, data)
+
+
+def _favourites(experts_NK: np.ndarray, shown: np.ndarray, tokens_N: np.ndarray, texts: TokenTexts) -> str:
+    """A table: expert, and the tokens that it serves oftenest with the share of its pairs."""
+    rows = []
+    for expert in shown.tolist():
+        served = tokens_N[(experts_NK == expert).any(-1)]
+        numbers, counts = np.unique(served, return_counts=True)
+        best = np.argsort(-counts, kind="stable")[:FAVOURITES]
+        name = lambda at: html.escape(repr(texts[int(numbers[at])])[1:-1])  # noqa: E731
+        words = [f"<code>{name(at)}</code> {counts[at] / served.size:.0%}" for at in best]
+        rows.append([str(expert), f"{served.size}", " ".join(words)])
+    return f"<details><summary>{len(rows)} experts</summary>{table(['expert', 'served', 'tokens'], rows, 9)}</details>"
 
 
 def _busiest(experts_NK: np.ndarray) -> np.ndarray:
@@ -222,6 +241,9 @@ def _depths(arrays: Arrays, real: np.ndarray) -> Iterator[tuple[str, np.ndarray]
     if "exit/top" in arrays:
         told = np.isfinite(arrays["exit/top"][..., -1])
         yield f"exit at {EXIT_AT}", exit_depths(arrays)[told & real]
+    kept = layers_with(arrays, "kept")
+    if kept:
+        yield "layers that may be skipped, computed", sum(arrays[f"{layer}/kept"].astype(int) for layer in kept)[real]
 
 
 def exit_depths(arrays: Arrays) -> np.ndarray:

@@ -4,7 +4,7 @@ import keyword
 from typing import Optional
 
 from sparsejax.base.errors import RequestError
-from sparsejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from sparsejax.data.tokenizers import Tokenizer, load_tokenizer
 from sparsejax.report.runs import Run
 
 
@@ -12,7 +12,7 @@ class TokenTexts:
     """The text of every id of a run; `⟨id⟩` where its tokenizer is not here."""
 
     def __init__(self, run: Run):
-        self.tokenizer: Optional[Tokenizer] = ByteTokenizer()
+        self.tokenizer: Optional[Tokenizer] = None
         if run.config is not None:
             try:
                 self.tokenizer = load_tokenizer(run.config.data.tokenizer)

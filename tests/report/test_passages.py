@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from sparsejax.base.config import to_json
 from sparsejax.report.explorer import explorer_section
 from sparsejax.report.page import write_page
 from sparsejax.report.passages import (
@@ -21,6 +22,7 @@ from sparsejax.report.runs import open_runs
 from sparsejax.report.section import Absent, Section
 from sparsejax.report.streams import stream_section
 from sparsejax.report.words import token_class
+from sparsejax.train.config import ExperimentConfig
 
 import run_folders
 
@@ -31,6 +33,7 @@ def a_run(tmp_path, by_step, name="run", rows=()):
     """With these arrays, beside tokens, by step."""
     path = tmp_path / name
     (path / "passages").mkdir(parents=True)
+    (path / "config.json").write_text(to_json(ExperimentConfig(), {}, {}))
     run_folders.write_rows(path, [{"step": 1, "split": "train", "cross_entropy": 1.0}, *rows])
     for step, arrays in by_step.items():
         tokens = np.resize(np.frombuffer(TEXT, np.uint8), (2, 8)).astype(np.int32)
@@ -108,11 +111,35 @@ def test_depths_are_those_of_halting_exits_and_skipping(tmp_path):
     data = depth_section(a_run(tmp_path, {5: arrays})).data
     assert data["kept"]["kept"] == [0.25] and data["exits"]["loss"] == [3, 2, 1]
     rows = list(zip(data["depths"]["run"], data["depths"]["depth"], data["depths"]["share"]))
+    skipped = "run · layers that may be skipped, computed"
     assert rows == [
         ("run · halting", 1, 0.5),
         ("run · halting", 2, 0.5),
-        *[("run · exit at 0.7", d, 0.5) for d in (2, 4)],
+        ("run · exit at 0.7", 2, 0.5),
+        ("run · exit at 0.7", 4, 0.5),
+        (skipped, 0, 0.75),
+        (skipped, 1, 0.25),
     ]
+
+
+def test_churn_is_between_consecutive_evaluations_however_many(tmp_path):
+    turns = {step: experts([step % 2]) for step in range(1, 61)}
+    assert set(churn_section(a_run(tmp_path, turns)).data["churn"]["churn"]) == {1}
+
+
+def test_the_tokens_an_expert_serves_most_are_named(tmp_path):
+    html = specialisation_section(a_run(tmp_path, {5: experts([0, 0, 1, 2])})).html
+    assert "<td>0</td>" in html and "<code>a</code> 50% <code>b</code> 50%" in html and "<code>1</code> 100%" in html
+
+
+def test_a_token_without_a_target_leaves_nowhere_and_what_is_absent_is_told(tmp_path):
+    top = np.full((2, 8, 2), 0.9, np.float32)
+    top[0, 0] = np.nan
+    arrays = {"exit/layers": np.array([2, 4]), "exit/top": top, "exit/nats": np.ones_like(top)}
+    section = explorer_section(a_run(tmp_path, {5: arrays | {"absent": np.array(["01_soft: no <choice>"])}}))
+    view = section.data["explorer"][0]["views"][-1]
+    assert view["values"][:2] == [None, 2] and view["told"][0] == "no target"
+    assert "run: 01_soft: no &lt;choice&gt;" in section.html
 
 
 def test_figures_of_layers_are_drawn_by_their_group(tmp_path):
@@ -130,7 +157,7 @@ def test_the_explorer_has_every_token_with_its_numbers(tmp_path):
     (pane,) = section.data["explorer"]
     assert "".join(pane["texts"]) == "ab1 " * 4 and pane["rows"] == [8, 8]
     view = {view["name"]: view for view in pane["views"]}["01_moe: expert"]
-    assert view["values"][:2] == [0, 1] and view["marked"] == [0]
+    assert view["values"][:2] == [0, 1] and view["marked"] == [0, 1]
     assert view["told"][:3] == [
         "0 (0.50, dropped), 2 (0.50, dropped)",
         "1 (0.50), 3 (0.50, dropped)",
