@@ -1,0 +1,89 @@
+"""Pages of studies from planted results."""
+
+import pytest
+
+from sparsejax.ablate.figures import draw
+from sparsejax.ablate.page import READING, by_metric, write_page
+from sparsejax.ablate.sections import study_sections
+
+VERDICT = dict(difference=-0.5, low=-0.7, high=-0.3, adjusted_p=0.01, effect_size=-4.0, seeds_needed=2, speed_up="1.5")
+
+
+def arm(values, flops, exploratory=False, **more):
+    runs = {
+        str(seed): {"status": "done", "figures": {"bits_per_byte": value, "seconds": 60.0, **more}}
+        for seed, value in enumerate(values)
+    }
+    sizes = {"flops_per_token": 1e6, "training_flops": flops, "parameters": 10, "active_parameters": 5, "steps": 7}
+    return {**sizes, "sized": {"d_ff": 3}, "step_time": None, "exploratory": exploratory, "runs": runs}
+
+
+def results(**more):
+    arms = {
+        "base <b>": arm([2.0, 2.2], 100.0),
+        "good": arm([1.5, 1.7], 100.0, drop=0.25),
+        "costly": arm([1.8, 1.8], 200.0, exploratory=True),
+        "cheap": arm([2.5], 50.0),
+    }
+    arms["cheap"]["runs"]["1"] = {"status": "failed", "cause": "status 1: it <fell>"}
+    found = dict(
+        study="Which?", command="python -m sparsejax ablate x.py", config="c.py", metric="bits_per_byte",
+        higher_is_better=False, equal="active_flops", base="base <b>", seeds=[0, 1], notes=["A note."], arms=arms,
+        budgets={}, variants={}, scatter=None, flags=["good: axes: k"],
+        verdicts={"good": VERDICT | {"verdict": "better"}},
+        power={"deviation": 0.1, "arms": 2, "seeds": 2, "detectable": 0.4}, seconds=600.0,
+    )  # fmt: skip
+    return found | more
+
+
+@pytest.fixture
+def page(tmp_path):
+    def written(found):
+        write_page(tmp_path / "x.md", found)
+        return (tmp_path / "x.md").read_text()
+
+    return written
+
+
+def test_arms_come_best_first_with_their_verdicts(page):
+    text = page(results())
+    rows = [line for line in text.splitlines() if line.startswith("| `")][:4]
+    assert [row.split("`")[1] for row in rows] == ["good", "costly", "base <b>", "cheap"]
+    assert "| 1.600 ± 0.141 | -0.500 [-0.700, -0.300] | better (p = 0.01) | -4.0 | 2 | 1.5 | 0.25 |" in rows[0]
+    assert "exploratory" in rows[1] and "| base |" in rows[2] and "none: see below" in rows[3]
+    assert "runs that took 10 minutes" in text and "They did by 0.115." in text and "A note." in text
+    assert "- `cheap` seed 1: failed: status 1: it <fell>" in text and "- good: axes: k" in text
+
+
+def test_where_higher_is_better_the_order_turns():
+    assert by_metric(results(higher_is_better=True)) == ["cheap", "base <b>", "costly", "good"]
+
+
+def test_what_a_person_wrote_stays(page, tmp_path):
+    first = page(results())
+    (tmp_path / "x.md").write_text(f"{first}\n{READING}\n\nMine.\n")
+    text = page(results(seconds=1200.0))
+    assert "took 20 minutes" in text and text.endswith(f"\n{READING}\n\nMine.\n")
+
+
+def test_the_front_is_of_arms_that_nothing_beats_in_both():
+    _, spent = study_sections(results())
+    data = spent.data["front_flops"]
+    assert dict(zip(data["arm"], data["front"])) == {"base <b>": False, "good": True, "costly": False, "cheap": True}
+
+
+def test_verdicts_on_the_page_are_told_by_words_and_marks_and_escaped():
+    verdicts, _ = study_sections(results())
+    assert "▲ better" in verdicts.html and "base &lt;b&gt;" in verdicts.html and "it &lt;fell&gt;" in verdicts.html
+    assert "<b>" not in verdicts.html
+
+
+def test_variants_have_a_table_and_stand_in_the_scatter(page, tmp_path):
+    figures = {"speed": 2.0, "bits": 1.0}
+    variants = {"rule 0.5": {"runs": {"0": {"status": "done", "figures": figures}}}}
+    found = results(variants=variants, scatter=("speed", "bits"))
+    found["arms"]["good"]["runs"]["0"]["figures"] |= {"speed": 1.0, "bits": 0.5}
+    assert "| variant | speed | bits |" in page(found) and "| `rule 0.5` | 2.000 | 1.000 |" in page(found)
+    draw(tmp_path / "x.svg", found)
+    drawn = (tmp_path / "x.svg").read_text()
+    assert "<!-- rule 0.5 -->" in drawn and "<!-- good -->" in drawn
