@@ -89,7 +89,7 @@ def _arms(results: Results) -> list[str]:
         else:
             p = "" if verdict["adjusted_p"] is None else f" (p = {verdict['adjusted_p']:.2g})"
             judged = [_interval(verdict), verdict["verdict"] + p, _or_none(verdict["effect_size"], "+.1f")]
-            judged.append(str(verdict["seeds_needed"] or "> 1000"))
+            judged.append(seeds_cell(verdict))
         row = [f"`{name}`", spread(values_of(arm, metric)), *judged]
         if faster:
             row.append("" if verdict is None else verdict.get("speed_up") or "")
@@ -120,7 +120,8 @@ def power_lines(results: Results) -> Iterator[str]:
     power = results["power"]
     if power["detectable"] is not None:
         yield f"Stated before the runs: {power['seeds']} seeds show a difference of {power['detectable']:.3f} four"
-        yield f"times in five if runs deviate by {power['deviation']:g}. {_came(results)}"
+        yield f"times in five if runs deviate by {power['deviation']:g} and the text of the evaluation adds nothing."
+        yield _came(results)
     elif len(results["seeds"]) > 1:
         yield f"Before the runs it was not known by how much they deviate. {_came(results)}"
 
@@ -171,6 +172,13 @@ def _came(results: Results) -> str:
     found = [values_of(arm, results["metric"]) for arm in results["arms"].values()]
     variances = [values.var(ddof=1) for values in found if values.size > 1]
     return f"They did by {np.sqrt(np.mean(variances)):.3f}." if variances else "No arm has two runs yet."
+
+
+def seeds_cell(verdict: Mapping[str, Any]) -> str:
+    """How many seeds would show such a difference, and whether the text of the evaluation has to be more, too."""
+    if verdict["seeds_needed"] is not None:
+        return str(verdict["seeds_needed"])
+    return "> 1000" if verdict["with_more_text"] is None else f"{verdict['with_more_text']} and more text"
 
 
 def _interval(verdict: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ def collected(
         "variants": {name: _variant(name, joint) for name in variants},
         "scatter": study.scatter,
         "verdicts": {
-            name: dataclasses.asdict(verdict) | {"speed_up": _speed_up(study, told, longer, name)}
+            name: dataclasses.asdict(verdict) | {"speed_up": _speed_up(study, told, longer, name, verdict)}
             for name, verdict in judgement.items()
         },
         "power": stated_power(study),
@@ -151,18 +151,25 @@ def collected(
     }
 
 
-def _speed_up(study: Study, arms: Mapping[str, Any], longer: Mapping[str, Any], name: str) -> Optional[str]:
-    """As text with its bound, such as '> 2.0'; None where the base's budgets cannot tell."""
+def _speed_up(
+    study: Study, arms: Mapping[str, Any], longer: Mapping[str, Any], name: str, verdict: Verdict
+) -> Optional[str]:
+    """As text, with its interval: what the verdict's gives; '>' and '<' beyond the base's budgets. None where those
+    cannot tell."""
     found = [(arm["training_flops"], _mean(study, arm)) for arm in (arms[study.base], *longer.values())]
     known = [(flops, loss) for flops, loss in found if loss is not None]
-    loss = _mean(study, arms[name])
-    if len(known) < 2 or study.higher_is_better or loss is None:
+    base = _mean(study, arms[study.base])
+    if len(known) < 2 or study.higher_is_better or base is None or not math.isfinite(verdict.low):
         return None
-    try:
-        ratio, bound = speed_up(*zip(*known, strict=True), arms[name]["training_flops"], loss)
-    except ValueError:
-        return None
-    return f"{bound} {ratio:.2f}".strip()
+    flops, losses = zip(*known, strict=True)
+    told = []
+    for apart in (verdict.difference, verdict.high, verdict.low):
+        try:
+            ratio, bound = speed_up(flops, losses, arms[name]["training_flops"], base + apart)
+        except ValueError:
+            return None
+        told.append(f"{bound} {ratio:.2f}".strip())
+    return f"{told[0]} [{told[1]}, {told[2]}]"
 
 
 def _mean(study: Study, arm: Mapping[str, Any]) -> Optional[float]:

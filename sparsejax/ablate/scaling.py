@@ -19,6 +19,8 @@ from typing import Any, Optional
 import numpy as np
 from scipy import stats
 
+from sparsejax.base.errors import RequestError, tell
+
 Limits = tuple[float, float]
 """(E_start, E_max)."""
 NAMES = ("a", "b", "c", "d")
@@ -106,5 +108,30 @@ def lines(found: Mapping[str, Law]) -> list[str]:
     return rows
 
 
+def main(files: Sequence[str]) -> int:
+    """Prints the laws of these results. Returns the exit status."""
+    if not files:
+        raise RequestError("which results? python -m sparsejax.ablate.scaling RESULTS.json [RESULTS.json …]")
+    studies = []
+    for file in files:
+        try:
+            studies.append(json.loads(Path(file).read_text()))
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{file}: not the results of a study: {error}") from None
+        if not isinstance(studies[-1], dict) or not {"arms", "base", "metric"} <= studies[-1].keys():
+            raise RequestError(f"{file}: not the results of a study: it has no arms")
+    try:
+        found = laws(studies)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    if not found:
+        raise RequestError(f"{files[0]}: no arm is named ROUTER-eE, which says how many experts it has")
+    print("\n".join(lines(found)))
+    return 0
+
+
 if __name__ == "__main__":
-    print("\n".join(lines(laws([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except RequestError as error:
+        sys.exit(tell(error))

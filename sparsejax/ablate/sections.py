@@ -7,7 +7,7 @@ from typing import Any
 
 import altair
 
-from sparsejax.ablate.page import EQUAL, Results, by_metric, power_lines, shown_figures, spread, values_of
+from sparsejax.ablate.page import EQUAL, Results, by_metric, power_lines, seeds_cell, shown_figures, spread, values_of
 from sparsejax.ablate.runner import Job
 from sparsejax.report.charts import columns
 from sparsejax.report.page import write_page
@@ -49,7 +49,7 @@ def _verdict_section(results: Results) -> Section:
             interval = "" if verdict["low"] is None else f" [{verdict['low']:+.3f}, {verdict['high']:+.3f}]"
             p = "" if verdict["adjusted_p"] is None else f"{verdict['adjusted_p']:.2g}"
             cells += [_marked(verdict["verdict"]), f"{verdict['difference']:+.3f}{interval}", p]
-            cells += [str(verdict["seeds_needed"] or "> 1000"), verdict.get("speed_up") or ""]
+            cells += [seeds_cell(verdict), verdict.get("speed_up") or ""]
         for each in shown_figures(results):
             found = values_of(arm, each)
             cells.append(f"{found.mean():.3g}" if found.size else "")

@@ -7,6 +7,7 @@ from sparsejax.ablate.page import READING, by_metric, write_page
 from sparsejax.ablate.sections import study_sections
 
 VERDICT = dict(difference=-0.5, low=-0.7, high=-0.3, adjusted_p=0.01, effect_size=-4.0, seeds_needed=2, speed_up="1.5")
+VERDICT |= dict(with_more_text=2)
 
 
 def arm(values, flops, exploratory=False, **more):

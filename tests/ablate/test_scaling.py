@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from sparsejax.ablate.scaling import fit, laws, lines, saturated
+from sparsejax.ablate.scaling import fit, laws, lines, main, saturated
 from sparsejax.ablate.speed_up import speed_up
+from sparsejax.base.errors import RequestError
 
 FLOPS = np.array([1.0, 2.0, 8.0])
 LOSSES = 3 * FLOPS**-0.1
@@ -74,3 +75,21 @@ def test_laws_are_fitted_by_router_from_results():
     assert law.runs == 16 and law.coefficients["b"][0] == pytest.approx(-0.1, abs=1e-6)
     assert law.coefficients["a"][0] == pytest.approx(np.log(2.5 / 3) / np.log(10))
     assert lines({"hash": law})[-1].startswith("| `hash` | -0.0792 [")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "not the results of a study: .*No such file"),
+        ("{", "not the results of a study"),
+        ("[]", "it has no arms"),
+        ('{"arms": {"a": {"parameters": 1, "runs": {}}}, "base": "a", "metric": "x"}', "no arm is named ROUTER-eE"),
+    ],
+)
+def test_what_is_no_scaling_study_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises(RequestError, match=message):
+        main([str(tmp_path / "x.json")])
+    with pytest.raises(RequestError, match="which results"):
+        main([])

@@ -61,6 +61,19 @@ def test_a_known_effect_is_shown_as_often_as_stated():
     assert 0.72 <= shown <= 0.88
 
 
+def test_what_seeds_make_of_batches_is_counted_once():
+    """The estimated variance of a mean over seeds and batches is the true one, whatever it comes from."""
+    rng, of_seed, of_batch, rest = np.random.default_rng(7), 0.01, 0.03, 0.1
+    seeds, batches, found = 3, 16, []
+    for _ in range(300):
+        apart = of_seed * rng.normal(size=(seeds, 1)) + of_batch * rng.normal(size=(1, batches))
+        losses = {"base": np.zeros((seeds, batches)), "arm": apart + rest * rng.normal(size=(seeds, batches))}
+        verdict = verdicts(losses, np.ones(batches), "base")["arm"]
+        found.append(((verdict.high - verdict.low) / 2 / stats.t.isf(0.025, seeds - 1)) ** 2)
+    true = of_seed**2 / seeds + of_batch**2 / batches + rest**2 / (seeds * batches)
+    assert np.mean(found) == pytest.approx(true, rel=0.15)
+
+
 def test_one_arm_is_a_paired_t_test():
     rng = np.random.default_rng(2)
     losses = {arm: rng.normal(size=(5, 1)) for arm in ("base", "arm")}
