@@ -46,7 +46,7 @@ def main() -> None:
     keys = mean_keys(PLAIN, flags.length)
     print(f"{flags.rows} × {flags.length} tokens; step / plain step: median [quartiles]; the same ratio of FLOPs")
     for name, model in MODELS.items():
-        work = total(model).flops(keys) / total(PLAIN).flops(keys)
+        work = total(model).flops(keys, flags.length) / total(PLAIN).flops(keys, flags.length)
         ratio = quartiles(seconds[name] / seconds["plain"])
         print(f"  {name:<6} {1e3 * np.median(seconds[name]):6.0f} ms   {ratio}   {work:.3f}", flush=True)
 

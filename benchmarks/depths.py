@@ -79,7 +79,7 @@ def main() -> None:
                 decode[name] += [took] if turn else []
         seconds = interleaved(steps, flags.rounds)
     keys = mean_keys(PLAIN, flags.length)
-    work = total(MODELS["depths"]).flops(keys) / total(PLAIN).flops(keys)
+    work = total(MODELS["depths"]).flops(keys, flags.length) / total(PLAIN).flops(keys, flags.length)
     print(f"model / dense model: median [quartiles]; FLOPs {work:.3f}")
     for what, took in (("step", seconds), ("decode", decode)):
         ratio = quartiles(np.asarray(took["depths"]) / np.asarray(took["dense"]))

@@ -23,16 +23,17 @@ def get_config(arm: str = "plain"):
     config = default_config()
     model, words = config.model, set(arm.split("+")) - {"plain"}
     model.d_model, model.num_heads = 64, 4
+    width = model.get_ref("d_model")
     second = "moe" if "experts" in words else "second"
-    model.blocks.dense.d_ff = 256
+    model.blocks.dense.d_ff = 4 * width
     model.pattern, model.repeats, model.scan = ("dense", second), 2, False
     if second == "second":
         model.blocks.second = choose(BLOCKS, "dense")
-        model.blocks.second.d_ff = 256
+        model.blocks.second.d_ff = 4 * width
     else:
         moe = model.blocks.moe
         moe.router = presets.mixtral()
-        moe.num_experts, moe.d_ff, moe.capacity_factor = 16, 128, 2.0
+        moe.num_experts, moe.d_ff, moe.capacity_factor = 16, 2 * width, 2.0
         moe.group_size = 256 if "depths" in words else 2048  # the step's tokens that get there
     if "table" in words:
         content = PartialExpert(rank=4)

@@ -2,6 +2,7 @@
 
 `dense` has a network of width 256 in place of experts. Others have 8 experts of that width where a token takes one, 16
 of half where it takes two, and `fine_grained` 32 of a quarter, of which a token takes three beside one that is shared.
+The widths follow `model.d_model`.
 Experts have twice the slots of an even load, so that a router is not judged by its drops; expert choice fills its slots
 and has no more. The study makes active FLOPs equal. `encoder_ARM` is the same model as a masked language model.
 
@@ -22,8 +23,9 @@ def get_config(arm: str = "switch"):
     config = default_config()
     model, experts = config.model, EXPERTS.get(arm.removeprefix("encoder_"), 16)
     model.d_model, model.num_heads = 64, 4
+    width = model.get_ref("d_model")
     model.pattern, model.repeats, model.scan = ("dense", "moe"), 1, False
-    model.blocks.dense.d_ff = 256
+    model.blocks.dense.d_ff = 4 * width
     if arm.startswith("encoder_"):
         arm = arm.removeprefix("encoder_")
         model.causal, model.vocab_size, config.data.task = False, 260, choose(TASKS, "masked")
@@ -33,11 +35,12 @@ def get_config(arm: str = "switch"):
         model.blocks.moe = soft_moe()
         model.blocks.moe.allow_leak = model.causal
         model.blocks.moe.num_experts, model.blocks.moe.slots_per_expert = experts, 128 // experts
-        model.blocks.moe.d_ff, model.blocks.moe.gated = 256, model.blocks.dense.gated
+        model.blocks.moe.d_ff, model.blocks.moe.gated = 4 * width, model.blocks.dense.gated
     else:
         moe = model.blocks.moe
         moe.router = presets.PRESETS[PRESETS.get(arm, arm)]()
-        moe.num_experts, moe.d_ff, moe.group_size = experts, 2048 // experts, 2048  # the group is the whole step
+        moe.router.allow_leak = moe.router.allow_leak and model.causal  # an encoder has no future to see
+        moe.num_experts, moe.d_ff, moe.group_size = experts, 32 * width // experts, 2048  # the group is the whole step
         if arm != "thor":
             moe.capacity_factor = 1.0 if arm == "expert_choice" else 2.0
         if arm in ("expert_choice", "loss_free", "quantile_balanced", "noisy_top_k"):

@@ -16,7 +16,7 @@ STUDY = Study(
     config="configs/routing_arm.py",
     arms={"dense": Arm(argument="dense")}
     | {
-        f"{router}-e{number}": Arm(argument=router, edits={NUMBER: number, WIDTH: 256}, size=WIDTH)
+        f"{router}-e{number}": Arm(argument=router, edits={NUMBER: number}, size=WIDTH)
         for router in ROUTERS
         for number in EXPERTS
     },

@@ -5,7 +5,7 @@ Run:  python -m sparsejax ablate experiments/routing.py --workdir=runs/routing -
 
 from pathlib import Path
 
-from sparsejax.ablate import Arm, Study
+from sparsejax.ablate import POD, Arm, Study
 from sparsejax.ablate.leak import leak
 
 ROUTED = ("switch", "gshard", "noisy_top_k", "expert_choice", "base", "s_base", "hash", "rl_r", "fine_grained")
@@ -31,21 +31,7 @@ STUDY = Study(
     budgets=(0.5, 2.0),
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "moe/dead_experts", "moe/router_entropy"),
     figures=leaked,
-    scales={
-        "pod": {  # the shape of a pretraining run of 8 chips
-            "model.d_model": 768,
-            "model.num_heads": 12,
-            "model.repeats": 6,
-            "model.scan": True,
-            "model.blocks.dense.d_ff": 3072,
-            "data.sequence_length": 1024,
-            "data.batch_size": 256,
-            "train.steps": 20000,
-            "optimizer.learning_rate": 6e-4,
-            "optimizer.schedule.warmup_steps": 1000,
-            "mesh.data": 8,
-        }
-    },
+    scales={"pod": POD},
     notes=(
         "`dense` has two layers of width 64 with networks of width 256; in the others experts take the place of the "
         "second network: 8 of its width where a token takes one, 16 of half where it takes two, 32 of a quarter in "

@@ -55,7 +55,8 @@ def resolve(study: Study, root: Path, name: str, overrides: Overrides = (), size
 
 def flops_per_token(config: ExperimentConfig) -> float:
     """Of a forward pass over a row that is one document, ideal."""
-    return total(config.model).flops(mean_keys(config.model, config.data.sequence_length))
+    length = config.data.sequence_length
+    return total(config.model).flops(mean_keys(config.model, length), length)
 
 
 def tokens(config: ExperimentConfig) -> float:

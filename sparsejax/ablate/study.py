@@ -17,6 +17,20 @@ seen in it; wall time and step time are measured, all arms in turn, before the r
 UNFAIR = ("data_order", "schedule", "denominator", "evaluation", "flops", "axes")
 """Kinds of unfair pairs, each of which a study may allow; they are then flagged on its page."""
 
+POD: Mapping[str, Any] = {
+    "model.d_model": 768,
+    "model.num_heads": 12,
+    "model.repeats": 6,
+    "model.scan": True,
+    "data.sequence_length": 1024,
+    "data.batch_size": 256,
+    "train.steps": 20000,
+    "optimizer.learning_rate": 6e-4,
+    "optimizer.schedule.warmup_steps": 1000,
+    "mesh.data": 8,
+}
+"""A scale for studies of models of two kinds of layers: the shape of a pretraining run of 8 chips."""
+
 Figures = dict[str, float]
 """Of one run, by name."""
 

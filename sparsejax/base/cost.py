@@ -1,7 +1,6 @@
 """What a component costs, in parameters, FLOPs and bytes, known from a config alone."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 CONVENTION = "2 per multiply-add of matrix products, (T + 1) / 2 keys if causal, training thrice the forward pass"
@@ -40,7 +39,7 @@ class Cost:
         less = {name: getattr(self, name) / k for name in ("per_token", "routed", "gathered")}
         return dataclasses.replace(self, **less, per_key=self.per_key / k**2)
 
-    def flops(self, keys: float, row_length: float = math.inf) -> float:
+    def flops(self, keys: float, row_length: float) -> float:
         """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped; with its
         part of what is done for a row of `row_length` tokens."""
         return self.per_token + keys * self.per_key + self.routed + self.per_row / row_length

@@ -97,6 +97,15 @@ def test_arms_get_the_flops_of_the_base():
     assert flops_per_token(resolve(wide, ROOT, "arm").config) < 0.95 * flops_per_token(arms["base"].config)
 
 
+def test_what_is_done_for_a_row_is_among_its_flops():
+    """Soft MoE computes slots, not tokens."""
+    sized = Arm(argument="encoder_soft_moe", size="model.blocks.moe.d_ff")
+    soft = study(base=Arm(argument="encoder_dense"), arm=sized, config="configs/routing_arm.py")
+    arms = matched(soft, ROOT, (), BY_LEDGER["active_flops"])
+    assert training_flops(arms["arm"].config) == pytest.approx(training_flops(arms["base"].config), rel=0.01)
+    assert arms["arm"].config.model.blocks["moe"].d_ff < 256 - 32  # logits, dispatch and combine are taken from it
+
+
 def test_fewer_steps_keep_the_share_of_warm_up_and_so_the_schedule():
     narrow = study(arm=Arm(edits={"model.d_model": 64, "train.steps": 1000}, size="train.steps"), varies=("model",))
     arms = matched(narrow, ROOT, (("train.steps", "1000"),), BY_LEDGER["active_flops"])

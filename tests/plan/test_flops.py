@@ -75,7 +75,7 @@ def as_executed(name, step):
     """FLOPs of the row, every slot being computed and the whole T × T square of attention, as XLA does it."""
     model = model_of(name)
     scores = component_costs(model)["attention_scores"]
-    more = scores.flops(T) - scores.flops((T + 1) / 2)
+    more = scores.flops(T, T) - scores.flops((T + 1) / 2, T)
     return T * (work(model, T).flops_per_token[f"{step}_padded"] + more * {"forward": 1, "training": 3}[step])
 
 
