@@ -17,7 +17,7 @@ from sparsejax.ablate.arms import Overrides, Resolved, flops_per_token, resolve
 from sparsejax.ablate.fairness import Unfair, refuse, unfair
 from sparsejax.ablate.figures import draw
 from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
-from sparsejax.ablate.page import write_page
+from sparsejax.ablate.page import standing, values_of, without_result, write_page
 from sparsejax.ablate.results import collected, stated_power, text_of
 from sparsejax.ablate.runner import Job, run_all
 from sparsejax.ablate.sections import write_report
@@ -59,8 +59,7 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         else:
             _launch(jobs, shlex.split(args.launch))
         command = "python -m sparsejax " + shlex.join(args.words)
-        steps = StepTimes(workdir, arms[study.base].config)
-        times = {name: steps.ratio(arm.config) for name, arm in arms.items()} if study.timed else {}
+        times = _times(arms, arms[study.base], workdir) if study.timed else {}
         results = collected(study, command, arms, budgets, jobs, failed, flags, times)
         _write(args.study.stem, results, workdir, args.out)
         write_report(workdir / "report.html", results, jobs)
@@ -81,6 +80,12 @@ def _sized(study: Study, root: Path, edits: Overrides, workdir: Path) -> dict[st
     of_step = study.equal == "step_time"
     measure: Measure = lambda config: times.ratio(config) * (1 if of_step else config.train.steps)  # noqa: E731
     return matched(study, root, edits, measure)
+
+
+def _times(arms: Mapping[str, Resolved], base: Resolved, workdir: Path) -> dict[str, float]:
+    """Of a training step of each arm, over the base's."""
+    steps = StepTimes(workdir, base.config)
+    return {name: steps.ratio(arm.config) for name, arm in arms.items()}
 
 
 def _jobs(arms: Mapping[str, Resolved], study: Study, workdir: Path) -> list[Job]:
@@ -185,15 +190,12 @@ def told(results: Mapping[str, Any]) -> list[str]:
     """The verdicts, in lines."""
     lines, metric = [], results["metric"]
     for name, arm in results["arms"].items():
-        values = [run["figures"][metric] for run in arm["runs"].values() if run["status"] == "done"]
-        mean = f"{sum(values) / len(values):.4f}" if values else "no run is done"
+        values = values_of(arm, metric)
+        mean = f"{values.mean():.4f}" if values.size else "no run is done"
         verdict = results["verdicts"].get(name)
         if verdict is None:
-            why = "base" if name == results["base"] else ("exploratory" if arm["exploratory"] else "no verdict")
+            why = standing(results, name)
         else:
             why = f"{verdict['verdict']} ({verdict['difference']:+.4f} [{verdict['low']:+.4f}, {verdict['high']:+.4f}])"
         lines.append(f"{name}: {mean}: {why}")
-        lines += [
-            f"  seed {seed}: {run['status']}: {run['cause']}" for seed, run in arm["runs"].items() if "cause" in run
-        ]
-    return lines
+    return lines + [f"  {name} seed {seed}: {why}" for name, seed, why in without_result(results)]

@@ -45,6 +45,21 @@ def by_metric(results: Results) -> list[str]:
     return sorted(means, key=lambda name: sign * means[name])
 
 
+def standing(results: Results, name: str) -> str:
+    """What an arm without a verdict is."""
+    if name == results["base"]:
+        return "base"
+    return "exploratory" if results["arms"][name]["exploratory"] else "no verdict"
+
+
+def without_result(results: Results) -> Iterator[tuple[str, str, str]]:
+    """(arm, seed, why) of each run that has none."""
+    for name, arm in results["arms"].items():
+        for seed, run in arm["runs"].items():
+            if run["status"] != "done":
+                yield name, seed, f"{run['status']}: {run['cause']}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of Markdown."""
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
@@ -84,8 +99,7 @@ def _arms(results: Results) -> list[str]:
     for name in by_metric(results):
         arm, verdict = results["arms"][name], verdicts.get(name)
         if verdict is None:
-            why = "base" if name == base else "exploratory" if arm["exploratory"] else "none: see below"
-            judged = ["", why, "", ""]
+            judged = ["", standing(results, name), "", ""]
         else:
             p = "" if verdict["adjusted_p"] is None else f" (p = {verdict['adjusted_p']:.2g})"
             judged = [_interval(verdict), verdict["verdict"] + p, _or_none(verdict["effect_size"], "+.1f")]
@@ -154,12 +168,7 @@ def _sizes(results: Results) -> Iterator[str]:
 
 
 def _troubles(results: Results) -> Iterator[str]:
-    causes = [
-        f"- `{name}` seed {seed}: {run['status']}: {run['cause']}"
-        for name, arm in results["arms"].items()
-        for seed, run in arm["runs"].items()
-        if "cause" in run
-    ]
+    causes = [f"- `{name}` seed {seed}: {why}" for name, seed, why in without_result(results)]
     if causes:
         yield from ("", "Runs without a result:", "", *causes)
     if results["flags"]:

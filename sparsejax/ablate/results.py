@@ -11,13 +11,14 @@ import numpy as np
 
 from sparsejax.ablate.arms import Resolved, costs
 from sparsejax.ablate.fairness import Unfair, unfair_runs
+from sparsejax.ablate.page import values_of
 from sparsejax.ablate.runner import Job
 from sparsejax.ablate.speed_up import speed_up
 from sparsejax.ablate.statistics import Verdict, detectable, verdicts
 from sparsejax.ablate.study import Figures, Study
 from sparsejax.base.config import diff
 from sparsejax.base.errors import RequestError
-from sparsejax.base.writers import read_jsonl, write_atomically
+from sparsejax.base.writers import json_values, read_jsonl, write_atomically
 
 BY_BATCH = {"cross_entropy": 1.0, "bits_per_byte": 1 / math.log(2)}
 """Metrics that an evaluation leaves by batch, and what they are in nats per target."""
@@ -136,7 +137,6 @@ def collected(
         "base": study.base,
         "seeds": list(study.seeds),
         "notes": list(study.notes),
-        "shown": list(study.shown),
         "arms": told,
         "budgets": longer,
         "variants": {name: _variant(name, joint) for name in variants},
@@ -156,25 +156,19 @@ def _speed_up(
 ) -> Optional[str]:
     """As text, with its interval: what the verdict's gives; '>' and '<' beyond the base's budgets. None where those
     cannot tell."""
-    found = [(arm["training_flops"], _mean(study, arm)) for arm in (arms[study.base], *longer.values())]
-    known = [(flops, loss) for flops, loss in found if loss is not None]
-    base = _mean(study, arms[study.base])
-    if len(known) < 2 or study.higher_is_better or base is None or not math.isfinite(verdict.low):
+    found = [(arm["training_flops"], values_of(arm, study.metric)) for arm in (arms[study.base], *longer.values())]
+    known = [(flops, float(values.mean())) for flops, values in found if values.size]
+    if len(known) < 2 or study.higher_is_better or not math.isfinite(verdict.low):
         return None
-    flops, losses = zip(*known, strict=True)
+    flops, losses = zip(*known, strict=True)  # the base's own first: there is no verdict without it
     told = []
     for apart in (verdict.difference, verdict.high, verdict.low):
         try:
-            ratio, bound = speed_up(flops, losses, arms[name]["training_flops"], base + apart)
+            ratio, bound = speed_up(flops, losses, arms[name]["training_flops"], losses[0] + apart)
         except ValueError:
             return None
         told.append(f"{bound} {ratio:.2f}".strip())
     return f"{told[0]} [{told[1]}, {told[2]}]"
-
-
-def _mean(study: Study, arm: Mapping[str, Any]) -> Optional[float]:
-    found = [run["figures"][study.metric] for run in arm["runs"].values() if run["status"] == "done"]
-    return float(np.mean(found)) if found else None
 
 
 def stated_power(study: Study) -> dict[str, Any]:
@@ -212,15 +206,5 @@ def _run(study: Study, job: Job, failed: Mapping[tuple[str, int], str], more: Fi
 
 
 def text_of(results: Mapping[str, Any]) -> str:
-    """JSON without what JSON has no word for: an unbounded interval has none."""
-    return json.dumps(_finite(results), indent=1, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Of the file. An unbounded interval has no ends there."""
+    return json.dumps(json_values(results), indent=1, ensure_ascii=False) + "\n"

@@ -68,7 +68,8 @@ class _Running:
 
 def run_all(jobs: Sequence[Job], slots: int, say: Callable[[str], None]) -> dict[tuple[str, int], str]:
     """Runs what is not done yet. Returns the causes of those that failed, by (arm, seed)."""
-    waiting = [job for job in jobs if not job.done]
+    ended = {job for job in jobs if job.done}
+    waiting = [job for job in jobs if job not in ended]
     todo, running = list(waiting), []
     failed: dict[tuple[str, int], str] = {}
     progress = _Progress(waiting, slots)
@@ -79,7 +80,7 @@ def run_all(jobs: Sequence[Job], slots: int, say: Callable[[str], None]) -> dict
                 if job.begin is not None and (job.begin.arm, job.begin.seed) in failed:
                     failed[job.arm, job.seed] = f"the run that it begins with, {job.begin.name}, failed"
                     todo.remove(job)
-                elif len(running) < slots and (job.begin is None or job.begin.done):
+                elif len(running) < slots and (job.begin is None or job.begin in ended):
                     todo.remove(job)
                     running.append(_start(job))
             for each in [*running]:
@@ -89,6 +90,7 @@ def run_all(jobs: Sequence[Job], slots: int, say: Callable[[str], None]) -> dict
                 running.remove(each)
                 job, went = each.job, each.job.step() > each.step
                 if status == 0 and job.done:
+                    ended.add(job)
                     say(f"{progress.finished(job, time.monotonic() - each.begun)} {job.name}")
                     continue
                 kills[job] = (0 if went else kills.get(job, 0)) + 1

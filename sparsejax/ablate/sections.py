@@ -7,7 +7,18 @@ from typing import Any
 
 import altair
 
-from sparsejax.ablate.page import EQUAL, Results, by_metric, power_lines, seeds_cell, shown_figures, spread, values_of
+from sparsejax.ablate.page import (
+    EQUAL,
+    Results,
+    by_metric,
+    power_lines,
+    seeds_cell,
+    shown_figures,
+    spread,
+    standing,
+    values_of,
+    without_result,
+)
 from sparsejax.ablate.runner import Job
 from sparsejax.report.charts import columns
 from sparsejax.report.page import write_page
@@ -44,7 +55,7 @@ def _verdict_section(results: Results) -> Section:
         values = values_of(arm, metric)
         cells = [f"<strong>{html.escape(name)}</strong>" if name == base else html.escape(name), spread(values)]
         if verdict is None:
-            cells += ["base" if name == base else "exploratory" if arm["exploratory"] else "no verdict", "", "", "", ""]
+            cells += [standing(results, name), "", "", "", ""]
         else:
             interval = "" if verdict["low"] is None else f" [{verdict['low']:+.3f}, {verdict['high']:+.3f}]"
             p = "" if verdict["adjusted_p"] is None else f"{verdict['adjusted_p']:.2g}"
@@ -62,11 +73,8 @@ def _verdict_section(results: Results) -> Section:
     power = f"<p>{html.escape(' '.join(power_lines(results)))}</p>"
     flags = "".join(f"<p>Not equal between arms: {html.escape(flag)}.</p>" for flag in results["flags"])
     failed = "".join(
-        f'<div class="alert"><strong>{html.escape(name)}, seed {seed}: {run["status"]}</strong>: '
-        f"{html.escape(run['cause'])}</div>"
-        for name, arm in results["arms"].items()
-        for seed, run in arm["runs"].items()
-        if "cause" in run
+        f'<div class="alert"><strong>{html.escape(name)}, seed {seed}</strong>: {html.escape(why)}</div>'
+        for name, seed, why in without_result(results)
     )
     chart = alt.Chart(alt.NamedData("study"), title=f"{metric}: runs, and their mean").encode(
         y=alt.Y("arm:N", sort=names, title=None, axis=alt.Axis(labelLimit=200))
@@ -96,11 +104,7 @@ def _spent_section(results: Results) -> Section:
             points.append({"arm": name, "value": float(values.mean()), "seconds": float(seconds.mean()), **cost})
     specs: list[Spec] = []
     data: dict[str, Any] = {}
-    for key, title in (
-        ("flops", "training FLOPs, ideal"),
-        ("parameters", "parameters"),
-        ("seconds", "seconds of a run"),
-    ):
+    for key, title in SPENT.items():
         front = {
             point["arm"]
             for point in points
@@ -111,10 +115,8 @@ def _spent_section(results: Results) -> Section:
         dots = chart.mark_point(size=70, filled=True).encode(
             x=alt.X(f"{key}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(format="~s", tickCount=6)),
             y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)),
-            shape=alt.Shape(
-                "front:N", title="Pareto front", scale=alt.Scale(domain=[True, False], range=["diamond", "circle"])
-            ),
-            color=alt.Color("front:N", title="Pareto front", scale=alt.Scale(domain=[True, False], range=[RED, BLUE])),
+            shape=alt.Shape("front:N", title="Pareto front", scale=alt.Scale(domain=ON, range=["diamond", "circle"])),
+            color=alt.Color("front:N", title="Pareto front", scale=alt.Scale(domain=ON, range=[RED, BLUE])),
             tooltip=["arm:N", alt.Tooltip("value:Q", format=".4f"), alt.Tooltip(f"{key}:Q", format=".4s")],
         )
         labels = chart.mark_text(align="left", dx=7, fontSize=10, color="#808080").encode(

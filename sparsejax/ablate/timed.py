@@ -1,6 +1,6 @@
 """Step times of arms, measured in turn in a process of their own, as the process of the study itself uses no device.
 
-    python -m sparsejax.ablate.timed CONFIG.json CONFIG.json …     # prints {CONFIG.json: seconds}
+    python -m sparsejax.ablate.timed CONFIG.json CONFIG.json …     # prints [seconds, seconds, …]
 
 A time is measured once: `step_times.json` in the study's folder keeps it, so that a resumed study sizes its arms as it
 did before."""

@@ -225,5 +225,7 @@ def json_values(value: Any) -> Any:
     """`value` as JSON can hold it: NumPy's and JAX's scalars as Python's, NaN and infinity as null."""
     if isinstance(value, Mapping):
         return {key: json_values(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(each) for each in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

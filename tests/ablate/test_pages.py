@@ -51,7 +51,7 @@ def test_arms_come_best_first_with_their_verdicts(page):
     rows = [line for line in text.splitlines() if line.startswith("| `")][:4]
     assert [row.split("`")[1] for row in rows] == ["good", "costly", "base <b>", "cheap"]
     assert "| 1.600 ± 0.141 | -0.500 [-0.700, -0.300] | better (p = 0.01) | -4.0 | 2 | 1.5 | 0.25 |" in rows[0]
-    assert "exploratory" in rows[1] and "| base |" in rows[2] and "none: see below" in rows[3]
+    assert "exploratory" in rows[1] and "| base |" in rows[2] and "no verdict" in rows[3]
     assert "runs that took 10 minutes" in text and "They did by 0.115." in text and "A note." in text
     assert "- `cheap` seed 1: failed: status 1: it <fell>" in text and "- good: axes: k" in text
 
