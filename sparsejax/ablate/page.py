@@ -45,6 +45,26 @@ def by_metric(results: Results) -> list[str]:
     return sorted(means, key=lambda name: sign * means[name])
 
 
+def costs_of(arm: Mapping[str, Any]) -> dict[str, float]:
+    """What was spent on an arm that has a finished run."""
+    seconds = float(values_of(arm, "seconds").mean())
+    return {"flops": arm["training_flops"], "parameters": arm["parameters"], "seconds": seconds}
+
+
+def pareto(results: Results, spent: str) -> dict[str, tuple[float, float, bool]]:
+    """Arm, or the base at another budget → (what was spent on it, mean of the metric, whether it is on the Pareto
+    front: none that spent no more is better)."""
+    metric, sign = results["metric"], -1 if results["higher_is_better"] else 1
+    every = {**results["arms"], **results["budgets"]}
+    found = {
+        name: (costs_of(arm)[spent], float(values_of(arm, metric).mean()))
+        for name, arm in every.items()
+        if values_of(arm, metric).size
+    }
+    beaten = lambda cost, mean: any(c <= cost and sign * m < sign * mean for c, m in found.values())  # noqa: E731
+    return {name: (cost, mean, not beaten(cost, mean)) for name, (cost, mean) in found.items()}
+
+
 def standing(results: Results, name: str) -> str:
     """What an arm without a verdict is."""
     if name == results["base"]:

@@ -11,6 +11,7 @@ from sparsejax.ablate.page import (
     EQUAL,
     Results,
     by_metric,
+    pareto,
     power_lines,
     seeds_cell,
     shown_figures,
@@ -94,23 +95,13 @@ def _marked(verdict: str) -> str:
 
 def _spent_section(results: Results) -> Section:
     """The metric against what each arm spent; those that nothing beats in both are the Pareto front."""
-    metric, sign = results["metric"], -1 if results["higher_is_better"] else 1
-    points = []
-    for name, arm in {**results["arms"], **results["budgets"]}.items():
-        values = values_of(arm, metric)
-        if values.size:
-            cost = {"flops": arm["training_flops"], "parameters": arm["parameters"]}
-            seconds = values_of(arm, "seconds")
-            points.append({"arm": name, "value": float(values.mean()), "seconds": float(seconds.mean()), **cost})
+    metric = results["metric"]
     specs: list[Spec] = []
     data: dict[str, Any] = {}
     for key, title in SPENT.items():
-        front = {
-            point["arm"]
-            for point in points
-            if not any(other[key] <= point[key] and sign * other["value"] < sign * point["value"] for other in points)
-        }
-        data[f"front_{key}"] = columns([point | {"front": point["arm"] in front} for point in points])
+        points = pareto(results, key).items()
+        rows = [{"arm": name, key: cost, "value": value, "front": best} for name, (cost, value, best) in points]
+        data[f"front_{key}"] = columns(rows)
         chart = alt.Chart(alt.NamedData(f"front_{key}"), title=f"{metric} against {title}")
         dots = chart.mark_point(size=70, filled=True).encode(
             x=alt.X(f"{key}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(format="~s", tickCount=6)),
