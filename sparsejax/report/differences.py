@@ -46,7 +46,7 @@ def difference_section(runs: Sequence[Run]) -> Section | Absent:
     around = [{key: run.saved["environment"].get(key) for key in RECORDED} for run in runs]
     recorded = config_differences([{"config": each} for each in around])
     titles = ["setting", *(html.escape(run.name) for run in runs)]
-    rows = [[f"<code>{html.escape(key)}</code>", *map(_cell, values)] for key, values in settings.items()]
+    rows = [[f"<code>{_breakable(key)}</code>", *map(_cell, values)] for key, values in settings.items()]
     more = [[html.escape(key), *map(_cell, values)] for key, values in recorded.items()]
     parts = [table(titles, rows, len(titles)) if rows else "<p>The configs are the same.</p>"]
     if more:
@@ -73,6 +73,11 @@ def command_section(runs: Sequence[Run]) -> Section | Absent:
     if not parts:
         return Absent("Commands", "no run has a config.json, from which train --config= repeats it")
     return Section("Commands", f'<div class="beside">{"".join(parts)}</div>')
+
+
+def _breakable(key: str) -> str:
+    """A setting's name, which narrow screens break between its words."""
+    return html.escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _cell(value: Value) -> str:
