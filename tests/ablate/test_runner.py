@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -134,6 +136,28 @@ def test_a_cluster_is_given_every_run_once(folder, capsys, monkeypatch):
     (folder / "runs" / "b" / "0.submitted").unlink()
     assert main([*words[:-1], "--launch=slurm --no-such-flag"]) == 2
     assert "--launch: b seed 0: error: unknown flag" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no SLURM here (sbatch)")
+def test_a_real_cluster_runs_what_this_machine_would(folder, capsys):
+    """In a folder that nodes share."""
+    words = write_study(folder, seeds="(0,)")
+    assert main([*words, "--jobs=1"]) == 0
+    alone = without_times(results(folder))
+    with tempfile.TemporaryDirectory(dir=Path.home()) as shared:
+        words = [each for each in words if not each.startswith("--workdir")]
+        words += [f"--workdir={shared}/runs", f"--launch=slurm --sbatch=--output={shared}/%x-%j.log"]
+        assert main(words) == 0
+        assert capsys.readouterr().out.count("Submitted batch job") == 2
+        end = time.monotonic() + 240
+        while "2 of them done" not in capsys.readouterr().out:
+            assert time.monotonic() < end, [log.read_text() for log in Path(shared).glob("*.log")]
+            time.sleep(2)
+            assert main([*words, "--dry-run"]) == 0
+        assert main(words) == 0
+        found = json.loads(Path(shared, "runs", "rates.json").read_text())
+    assert without_times(found) == alone
 
 
 @pytest.mark.parametrize(
