@@ -2,7 +2,7 @@
 
 Run:  python -m sparsejax ablate experiments/expert_scaling.py --workdir=runs/expert_scaling --out=experiments
       python -m sparsejax ablate experiments/expert_scaling.py --workdir=runs/expert_scaling_32 --scale=width_32
-Fit:  python -m sparsejax.ablate.scaling runs/expert_scaling*/expert_scaling.json
+Fit:  python -m sparsejax.ablate.scaling runs/expert_scaling*/expert_scaling.json --out=experiments
 """
 
 from sparsejax.ablate import Arm, Study

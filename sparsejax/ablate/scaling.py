@@ -4,9 +4,10 @@
 
 N: parameters of the dense model of the same compute; E: experts. Without saturation (`limits` None) Ê = E.
 
-    python -m sparsejax.ablate.scaling RESULTS.json [RESULTS.json …]
+    python -m sparsejax.ablate.scaling RESULTS.json [RESULTS.json …] [--saturation | --limits=E_START,E_MAX] [--out=DIR]
 
-fits it for each router of studies whose arms are named ROUTER-eE beside a dense base; each file is one size N."""
+fits it for each router of studies whose arms are named ROUTER-eE beside a dense base; each file is one size N. `--out`
+keeps the table and a figure as NAME_law.md and NAME_law.svg."""
 
 import json
 import re
@@ -19,11 +20,33 @@ from typing import Any, Optional
 import numpy as np
 from scipy import stats
 
+from sparsejax.ablate.figures import drawing
+from sparsejax.ablate.page import table
 from sparsejax.base.errors import RequestError, tell
+from sparsejax.base.flags import Parser
+from sparsejax.base.writers import write_atomically
 
 Limits = tuple[float, float]
 """(E_start, E_max)."""
 NAMES = ("a", "b", "c", "d")
+TRIED = 48
+"""Values of E_start and of E_max among which the best are sought."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Means of the log losses of the runs of one size and number of experts. Arrays `[cells]`."""
+
+    parameters: np.ndarray
+    experts: np.ndarray
+    losses: np.ndarray
+
+    @staticmethod
+    def of(parameters: np.ndarray, experts: np.ndarray, losses: np.ndarray) -> "Cells":
+        """Arguments `[runs]`."""
+        places, inverse = np.unique(np.stack([parameters, experts], 1).astype(float), axis=0, return_inverse=True)
+        means = np.bincount(inverse, np.log(losses)) / np.bincount(inverse)
+        return Cells(parameters=places[:, 0], experts=places[:, 1], losses=means)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +54,16 @@ class Law:
     """Coefficients by name, each (estimate, low, high)."""
 
     coefficients: Mapping[str, tuple[float, float, float]]
-    deviation: float  # of a run's log loss from the law
-    runs: int
+    deviation: float  # of a cell's mean log loss from the law
+    cells: int
+    limits: Optional[Limits] = None
+    reaches: Optional[tuple[Limits, Limits]] = None  # intervals of limits that were fitted; infinite where not told
 
-    def loss(self, parameters: float, experts: float, limits: Optional[Limits] = None) -> float:
+    def loss(self, parameters: float | np.ndarray, experts: float | np.ndarray) -> np.ndarray:
         """What the law predicts, in the unit of the losses it was fitted to."""
         known = {name: self.coefficients.get(name, (0.0,))[0] for name in NAMES}
-        n, e = np.log(parameters), np.log(saturated(experts, limits))
-        return float(np.exp(known["a"] * n + known["b"] * e + known["c"] * n * e + known["d"]))
+        n, e = np.log(parameters), np.log(saturated(experts, self.limits))
+        return np.exp(known["a"] * n + known["b"] * e + known["c"] * n * e + known["d"])
 
 
 def saturated(experts: float | np.ndarray, limits: Optional[Limits]) -> np.ndarray:
@@ -50,40 +75,63 @@ def saturated(experts: float | np.ndarray, limits: Optional[Limits]) -> np.ndarr
     return 1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most)
 
 
-def fit(
-    parameters: np.ndarray,
-    experts: np.ndarray,
-    losses: np.ndarray,
-    *,
-    limits: Optional[Limits] = None,
-    level: float = 0.05,
-) -> Law:
-    """Least squares in log space; intervals are those of Student's t. Arguments `[runs]`.
+def fit(cells: Cells, limits: Optional[Limits] = None, *, fitted: int = 0, level: float = 0.05) -> Law:
+    """Least squares in log space; intervals are those of Student's t.
 
-    With one value of N only `b` and `d` can be told, with several all four. Raises `ValueError` when there are no more
-    runs than coefficients."""
-    n, e = np.log(np.asarray(parameters, float)), np.log(saturated(experts, limits))
-    columns = {"a": n, "b": e, "c": n * e, "d": np.ones_like(n)}
+    A cell is one observation, however many seeds it has: what a number of experts does beside the law, all seeds of the
+    cell share, and intervals that took them as independent would be too narrow. `fitted`: how many of the limits were
+    fitted to the same cells. With one value of N only `b` and `d` can be told, with several all four.
+
+    Raises `ValueError` when there are no more cells than what is fitted."""
+    design = _design(cells, limits)
+    matrix, free = np.stack(list(design.values()), 1), len(design) + fitted
+    count = len(cells.losses)
+    if count <= free or np.linalg.matrix_rank(matrix) < len(design):
+        raise ValueError(f"{count} cells (a size, a number of experts) do not tell {free} coefficients")
+    solution = np.linalg.lstsq(matrix, cells.losses, rcond=None)[0]
+    variance = np.sum((cells.losses - matrix @ solution) ** 2) / (count - free)
+    reach = stats.t.isf(level / 2, count - free) * np.sqrt(variance * np.diag(np.linalg.inv(matrix.T @ matrix)))
+    each = zip(design, solution, reach, strict=True)
+    coefficients = {name: (float(v), float(v - r), float(v + r)) for name, v, r in each}
+    return Law(coefficients=coefficients, deviation=float(np.sqrt(variance)), cells=count, limits=limits)
+
+
+def fit_saturation(cells: Cells, *, level: float = 0.05) -> Law:
+    """The law with the E_start and E_max that fit best, each with the interval of its profile (an F test); an end that
+    the cells do not tell is infinite, or 1 for E_start. Coefficients' intervals are given these limits.
+
+    Raises `ValueError` as `fit` does."""
+    most_seen = cells.experts.max()
+    starts = np.geomspace(1.0, most_seen, TRIED)
+    mosts = np.geomspace(1.01 * most_seen, 1000 * most_seen, TRIED)
+    rest = np.array([[_rest(cells, (start, most)) for most in mosts] for start in starts])
+    at = np.unravel_index(np.argmin(rest), rest.shape)
+    law = fit(cells, (float(starts[at[0]]), float(mosts[at[1]])), fitted=2, level=level)
+    left = law.cells - len(law.coefficients) - 2
+    allowed = rest[at] * (1 + stats.f.isf(level, 1, left) / left)
+    reaches = []
+    for values, profile, ends in ((starts, rest.min(1), (1.0, np.inf)), (mosts, rest.min(0), (most_seen, np.inf))):
+        inside = np.flatnonzero(profile <= allowed)
+        low = ends[0] if inside[0] == 0 else float(values[inside[0] - 1])
+        reaches.append((float(low), ends[1] if inside[-1] == TRIED - 1 else float(values[inside[-1] + 1])))
+    return Law(**{**vars(law), "reaches": tuple(reaches)})
+
+
+def _design(cells: Cells, limits: Optional[Limits]) -> dict[str, np.ndarray]:
+    n, e = np.log(cells.parameters), np.log(saturated(cells.experts, limits))
     if np.ptp(n) == 0:
-        columns = {"b": e, "d": np.ones_like(n)}
-    design, target = np.stack(list(columns.values()), 1), np.log(np.asarray(losses, float))
-    runs, free = design.shape
-    if runs <= free or np.linalg.matrix_rank(design) < free:
-        raise ValueError(f"{runs} runs do not tell {free} coefficients")
-    solution = np.linalg.lstsq(design, target, rcond=None)[0]
-    variance = np.sum((target - design @ solution) ** 2) / (runs - free)
-    errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-    reach = stats.t.isf(level / 2, runs - free) * errors
-    each = zip(columns, solution, reach, strict=True)
-    return Law(
-        coefficients={name: (float(v), float(v - r), float(v + r)) for name, v, r in each},
-        deviation=float(np.sqrt(variance)),
-        runs=runs,
-    )
+        return {"b": e, "d": np.ones_like(n)}
+    return {"a": n, "b": e, "c": n * e, "d": np.ones_like(n)}
 
 
-def laws(studies: Sequence[Mapping[str, Any]], limits: Optional[Limits] = None) -> dict[str, Law]:
-    """Router → its law, from what `ablate` wrote of studies at several sizes."""
+def _rest(cells: Cells, limits: Limits) -> float:
+    """The sum of squares that the law with these limits leaves."""
+    matrix = np.stack(list(_design(cells, limits).values()), 1)
+    return float(np.sum((cells.losses - matrix @ np.linalg.lstsq(matrix, cells.losses, rcond=None)[0]) ** 2))
+
+
+def cells_of(studies: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
+    """Router → its cells and those of the dense models, from what `ablate` wrote of studies at several sizes."""
     points: dict[str, list[tuple[float, float, float]]] = {}
     shared = []
     for study in studies:
@@ -95,39 +143,102 @@ def laws(studies: Sequence[Mapping[str, Any]], limits: Optional[Limits] = None) 
                 points.setdefault(found[1], []).extend((dense, float(found[2]), loss) for loss in runs)
             elif name == study["base"]:
                 shared += [(dense, 1.0, loss) for loss in runs]
-    return {name: fit(*np.array([*shared, *each]).T, limits=limits) for name, each in points.items()}
+    return {name: Cells.of(*np.array([*shared, *each]).T) for name, each in points.items()}
 
 
 def lines(found: Mapping[str, Law]) -> list[str]:
     """The laws as Markdown."""
-    rows = ["| router | " + " | ".join(NAMES) + " | deviation of log loss | runs |", "|---" * (len(NAMES) + 3) + "|"]
+    limited = any(law.limits for law in found.values())
+    rows = []
     for name, law in found.items():
         told = {key: f"{v:+.4f} [{low:+.4f}, {high:+.4f}]" for key, (v, low, high) in law.coefficients.items()}
-        cells = [f"`{name}`", *(told.get(key, "") for key in NAMES), f"{law.deviation:.4f}", str(law.runs)]
-        rows.append("| " + " | ".join(cells) + " |")
-    return rows
+        limits = [f"{value:.3g}" for value in law.limits or ()]
+        if law.reaches is not None:
+            ends = [f"[{low:.3g}, {'∞' if np.isinf(high) else format(high, '.3g')}]" for low, high in law.reaches]
+            limits = [f"{value} {each}" for value, each in zip(limits, ends, strict=True)]
+        rows.append([f"`{name}`", *(told.get(key, "") for key in NAMES), *limits, f"{law.deviation:.4f}"])
+        rows[-1].append(str(law.cells))
+    head = ["router", *NAMES, *(("E_start", "E_max") if limited else ()), "deviation of log loss", "cells"]
+    return table(head, rows)
 
 
-def main(files: Sequence[str]) -> int:
+def _draw(path: Path, cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str) -> None:
+    """Losses against experts, a colour a router, a line a size."""
+    with drawing(path, figsize=(7, 4)) as panel:
+        for number, (name, law) in enumerate(found.items()):
+            each = cells[name]
+            for size in np.unique(each.parameters):
+                here, label = each.parameters == size, f"{name}, {size / 1e6:.3g} M parameters dense"
+                style = {"color": f"C{number}", "alpha": 0.4 + 0.6 * size / each.parameters.max()}
+                panel.plot(each.experts[here], np.exp(each.losses[here]), "o", label=label, markersize=4, **style)
+                across = np.geomspace(1, each.experts.max(), 50)
+                panel.plot(across, law.loss(size, across), linewidth=1, **style)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel("experts")
+        panel.set_ylabel(metric.replace("_", " "))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+
+
+def _limits(text: str) -> Limits:
+    try:
+        start, most = map(float, text.split(","))
+    except ValueError:
+        raise RequestError(f"--limits={text}; allowed: E_START,E_MAX, two numbers") from None
+    if not 1 <= start < most:
+        raise RequestError(f"--limits={text}; allowed: 1 <= E_START < E_MAX")
+    return start, most
+
+
+def main(words: Sequence[str]) -> int:
     """Prints the laws of these results. Returns the exit status."""
-    if not files:
+    parser = Parser(prog="python -m sparsejax.ablate.scaling")
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--saturation", action="store_true", help="fit E_start and E_max, too")
+    parser.add_argument("--limits", metavar="E_START,E_MAX", help="that are known")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the table and a figure there")
+    args = parser.parse_args(words)
+    if not args.results:
         raise RequestError("which results? python -m sparsejax.ablate.scaling RESULTS.json [RESULTS.json …]")
-    studies = []
-    for file in files:
+    if args.saturation and args.limits is not None:
+        raise RequestError("--limits: known limits are not fitted; leave out --saturation")
+    limits, studies = None if args.limits is None else _limits(args.limits), []
+    for file in args.results:
         try:
-            studies.append(json.loads(Path(file).read_text()))
+            studies.append(json.loads(file.read_text()))
         except (OSError, ValueError) as error:
             raise RequestError(f"{file}: not the results of a study: {error}") from None
         if not isinstance(studies[-1], dict) or not {"arms", "base", "metric"} <= studies[-1].keys():
             raise RequestError(f"{file}: not the results of a study: it has no arms")
+    cells = cells_of(studies)
+    if not cells:
+        raise RequestError(f"{args.results[0]}: no arm is named ROUTER-eE, which says how many experts it has")
     try:
-        found = laws(studies)
+        found = {name: fit_saturation(each) if args.saturation else fit(each, limits) for name, each in cells.items()}
     except ValueError as error:
         raise RequestError(str(error)) from None
-    if not found:
-        raise RequestError(f"{files[0]}: no arm is named ROUTER-eE, which says how many experts it has")
     print("\n".join(lines(found)))
+    if args.out is not None:
+        _keep(args.out, args.results[0].stem, cells, found, studies[0]["metric"])
     return 0
+
+
+def _keep(folder: Path, study: str, cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str) -> None:
+    name = f"{study}_law"
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw(folder / f"{name}.svg", cells, found, metric)
+    text = [
+        f"# The law of Clark et al. (arXiv:2202.01169), fitted to {study}",
+        "",
+        "log L = a log N + b log Ê + c log N · log Ê + d; N: parameters of the dense model that computes as much.",
+        f"`python -m sparsejax.ablate.scaling` made it of [the study's]({study}.md) means over seeds; 95 % intervals.",
+        "",
+        *lines(found),
+        "",
+        f"![losses against experts, and the law]({name}.svg)",
+    ]
+    write_atomically(folder / f"{name}.md", ("\n".join(text) + "\n").encode())
 
 
 if __name__ == "__main__":

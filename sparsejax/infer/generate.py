@@ -4,7 +4,7 @@ token after token."""
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,15 @@ Model = tuple[nnx.State, nnx.State]
 
 
 Decoding = EarlyExit | SelfSpeculation
+
+
+class Asked(NamedTuple):
+    """What a compiled decoder is given beside model and caches."""
+
+    prompts: Prompts
+    key: PRNGKeyArray
+    limit: Array  # threshold of early exits
+    forced_BT: Optional[Array]  # tokens that stand in for samples
 
 
 class Generator:
@@ -135,17 +144,17 @@ class Generator:
         batch, key = place_prompts(prompts, jax.sharding.get_mesh()), jax.random.key(seed)
         rows = batch.tokens.shape[0]
         forced = None if given is None else jnp.zeros((rows, max_tokens), jnp.int32).at[: len(given)].set(given)
+        asked = Asked(batch, key, self._threshold(threshold), forced)
         shape = (*batch.tokens.shape, max_tokens, given is not None)
         if shape not in self._compiled:
-            self._compiled[shape] = self._compile(model, batch, key, forced, max_tokens)
+            self._compiled[shape] = self._compile(model, asked, max_tokens)
         prefill, decode = self._compiled[shape]
         # One program at a time, waited for: on CPU, two with collectives in flight can deadlock.
         begun = time.perf_counter()
         caches = jax.block_until_ready(prefill(model, batch))
         layers = jax.block_until_ready(self._unroll(model))
-        limit = self._threshold(threshold)
         filled = time.perf_counter()
-        decoded: Decoded = jax.block_until_ready(decode(layers, batch, caches, key, limit, forced))
+        decoded: Decoded = jax.block_until_ready(decode(layers, caches, asked))
         seconds = filled - begun, time.perf_counter() - filled
         return decoded, seconds, (decode.cost_analysis() or {}).get("flops")
 
@@ -153,16 +162,12 @@ class Generator:
         told = self.decoding.threshold if threshold is None and isinstance(self.decoding, EarlyExit) else threshold
         return jnp.float32(1.0 if told is None else told)
 
-    def _compile(
-        self, model: Model, batch: Prompts, key: PRNGKeyArray, forced: Optional[Array], max_tokens: int
-    ) -> tuple[Callable[..., Any], Compiled]:
-        prefill = jax.jit(functools.partial(self._prefill, max_tokens=max_tokens)).lower(model, batch).compile()
-        caches = jax.block_until_ready(prefill(model, batch))
+    def _compile(self, model: Model, asked: Asked, max_tokens: int) -> tuple[Callable[..., Any], Compiled]:
+        prefill = jax.jit(functools.partial(self._prefill, max_tokens=max_tokens)).lower(model, asked.prompts).compile()
+        caches = jax.block_until_ready(prefill(model, asked.prompts))
         decode = {type(None): self._decode, EarlyExit: self._decode_exits, SelfSpeculation: self._decode_drafts}
         run = functools.partial(decode[type(self.decoding)], max_tokens=max_tokens)
-        limit = self._threshold(None)
-        lowered = jax.jit(run, donate_argnums=2).lower(self._unroll(model), batch, caches, key, limit, forced)
-        return prefill, lowered.compile()
+        return prefill, jax.jit(run, donate_argnums=1).lower(self._unroll(model), caches, asked).compile()
 
     def _prefill(self, model: Model, prompts: Prompts, max_tokens: int) -> Caches:
         """Caches of the unrolled model that hold the prompts, with room for the samples.
@@ -179,17 +184,7 @@ class Generator:
         filled = nnx.merge(self._graph, *model)(batch, mode="generate", caches=caches).caches
         return unrolled_caches(self.config, filled)
 
-    def _decode(
-        self,
-        model: Model,
-        prompts: Prompts,
-        caches: Caches,
-        key: PRNGKeyArray,
-        limit: Array,
-        forced: Optional[Array],
-        *,
-        max_tokens: int,
-    ) -> Decoded:
+    def _decode(self, model: Model, caches: Caches, asked: Asked, *, max_tokens: int) -> Decoded:
         """Of the unrolled model."""
         lm = nnx.merge(self._layers, *model)
 
@@ -197,31 +192,19 @@ class Generator:
             out = lm(batch, mode="generate", caches=caches)
             return out.logits[:, 0], None, out.caches
 
-        return self._token_by_token(step, prompts, caches, key, forced, max_tokens)
+        return self._token_by_token(step, caches, asked, max_tokens)
 
-    def _decode_exits(
-        self,
-        model: Model,
-        prompts: Prompts,
-        caches: Caches,
-        key: PRNGKeyArray,
-        limit: Array,
-        forced: Optional[Array],
-        *,
-        max_tokens: int,
-    ) -> Decoded:
+    def _decode_exits(self, model: Model, caches: Caches, asked: Asked, *, max_tokens: int) -> Decoded:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, EarlyExit)
-        step = lambda batch, caches, number: exit_step(lm, how, batch, caches, limit, number, max_tokens)  # noqa: E731
-        held = begun(lm, how, caches, prompts.lengths)
-        return self._token_by_token(step, prompts, held, key, forced, max_tokens)
+        step = lambda batch, caches, number: exit_step(lm, how, batch, caches, asked.limit, number, max_tokens)  # noqa: E731
+        return self._token_by_token(step, begun(lm, how, caches, asked.prompts.lengths), asked, max_tokens)
 
-    def _token_by_token(
-        self, step, prompts: Prompts, held: Any, key: PRNGKeyArray, forced_BT: Optional[Array], max_tokens: int
-    ) -> Decoded:
+    def _token_by_token(self, step, held: Any, asked: Asked, max_tokens: int) -> Decoded:
         """`step`: (batch of one token a row, caches, its number) → (logits, layers run, caches). `held` are caches, or
         what holds them."""
-        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.salts)
+        prompts, forced_BT = asked.prompts, asked.forced_BT
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(asked.key, prompts.salts)
 
         def one(carry, of_token):
             number, given_B = of_token
@@ -239,20 +222,11 @@ class Generator:
         tokens_BT, depths_BT, nll_BT = jax.tree.map(lambda a: jax.sharding.reshard(a.T, P(None, None)), found_TB)
         return Decoded(tokens=tokens_BT, caches=caches, depths=depths_BT, nll=nll_BT)
 
-    def _decode_drafts(
-        self,
-        model: Model,
-        prompts: Prompts,
-        caches: Caches,
-        key: PRNGKeyArray,
-        limit: Array,
-        forced: None,
-        *,
-        max_tokens: int,
-    ) -> Decoded:
+    def _decode_drafts(self, model: Model, caches: Caches, asked: Asked, *, max_tokens: int) -> Decoded:
         lm, how = nnx.merge(self._layers, *model), self.decoding
         assert isinstance(how, SelfSpeculation)
-        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.salts)
+        prompts = asked.prompts
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(asked.key, prompts.salts)
         order = jnp.arange(how.length + 1)
 
         def one(carry):

@@ -1,9 +1,11 @@
 """Effective speed-up and the scaling law, on planted numbers."""
 
+import json
+
 import numpy as np
 import pytest
 
-from sparsejax.ablate.scaling import fit, laws, lines, main, saturated
+from sparsejax.ablate.scaling import Cells, cells_of, fit, fit_saturation, lines, main, saturated
 from sparsejax.ablate.speed_up import speed_up
 from sparsejax.base.errors import RequestError
 
@@ -23,36 +25,55 @@ def test_outside_of_the_budgets_only_a_bound_is_told():
         speed_up(FLOPS, [1.0, 1.1, 0.9], 1.0, 1.0)
 
 
-def planted(rng, noise, limits=None):
-    n, e = (each.ravel() for each in np.meshgrid([1e5, 1e6, 1e7], [1, 2, 4, 8, 16, 32]))
-    n, e = np.tile(n, 3), np.tile(e, 3)
+def planted(rng, noise, limits=None, *, of_cells=0.0, sizes=(1e5, 1e6, 1e7)):
+    """Three seeds of every cell, which share what the cell has beside the law."""
+    n, e = (each.ravel() for each in np.meshgrid(sizes, [1, 2, 4, 8, 16, 32]))
     log_e = np.log(saturated(e, limits))
-    mean = -0.08 * np.log(n) - 0.1 * log_e + 0.005 * np.log(n) * log_e + 2
-    return n, e, np.exp(mean + noise * rng.normal(size=n.size))
+    mean = -0.08 * np.log(n) - 0.1 * log_e + 0.005 * np.log(n) * log_e + 2 + of_cells * rng.normal(size=n.size)
+    n, e, mean = np.tile(n, 3), np.tile(e, 3), np.tile(mean, 3)
+    return Cells.of(n, e, np.exp(mean + noise * rng.normal(size=n.size)))
 
 
 @pytest.mark.parametrize("limits", [None, (1.9, 400.0)])
 def test_the_law_is_recovered(limits):
-    n, e, losses = planted(np.random.default_rng(0), 0.0, limits)
-    law = fit(n, e, losses, limits=limits)
+    cells = planted(np.random.default_rng(0), 0.0, limits)
+    law = fit(cells, limits)
     found = {name: value for name, (value, _, _) in law.coefficients.items()}
     assert found == pytest.approx({"a": -0.08, "b": -0.1, "c": 0.005, "d": 2.0})
-    assert law.loss(n[0], e[0], limits) == pytest.approx(losses[0])
+    assert law.loss(cells.parameters, cells.experts) == pytest.approx(np.exp(cells.losses)) and law.cells == 18
 
 
-def test_its_intervals_hold_as_often_as_they_say():
-    rng = np.random.default_rng(1)
-    found = [fit(*planted(rng, 0.01)).coefficients["b"] for _ in range(400)]
-    assert 0.92 <= np.mean([low <= -0.1 <= high for _, low, high in found]) <= 0.98
+@pytest.mark.parametrize("of_cells", [0.0, 0.01])
+@pytest.mark.parametrize("sizes", [(1e6,), (1e5, 1e6, 1e7)])
+def test_its_intervals_hold_as_often_as_they_say(of_cells, sizes):
+    """Whether the law is exact or not; taken run by run, they would hold four times in five where it is not."""
+    rng, true = np.random.default_rng(1), -0.1 + (0.005 * np.log(1e6) if len(sizes) == 1 else 0)
+    found = [fit(planted(rng, 0.01, of_cells=of_cells, sizes=sizes)).coefficients["b"] for _ in range(600)]
+    assert 0.925 <= np.mean([low <= true <= high for _, low, high in found]) <= 0.975
+
+
+def test_saturation_is_found_with_its_interval():
+    law = fit_saturation(planted(np.random.default_rng(3), 1e-5, (1.9, 100.0)))
+    assert law.limits == (pytest.approx(1.9, rel=0.08), pytest.approx(100, rel=0.16))  # of those that are tried
+    (low, high), (few, many) = law.reaches
+    assert 1.5 < low < 1.9 < high < 2.3 and 70 < few < 100 < many < 140
+    rng = np.random.default_rng(4)
+    laws = [fit_saturation(planted(rng, 0.002, (1.9, 100.0))) for _ in range(40)]
+    held = np.mean([[low <= at <= high for (low, high), at in zip(each.reaches, (1.9, 100))] for each in laws], 0)
+    assert (held >= 0.85).all()
+
+
+def test_what_the_cells_do_not_tell_of_saturation_is_open():
+    (low, _), (_, many) = fit_saturation(planted(np.random.default_rng(5), 0.02)).reaches
+    assert low == 1 and many == np.inf
 
 
 def test_one_size_tells_of_experts_alone():
-    n, e, losses = planted(np.random.default_rng(2), 0.0)
-    same = n == 1e6
-    law = fit(n[same], e[same], losses[same])
+    cells = planted(np.random.default_rng(2), 0.0, sizes=(1e6,))
+    law = fit(cells)
     assert law.coefficients["b"][0] == pytest.approx(-0.1 + 0.005 * np.log(1e6)) and "a" not in law.coefficients
     with pytest.raises(ValueError, match="do not tell"):
-        fit(n[:2], e[:2], losses[:2])
+        fit(Cells.of(np.ones(4), np.array([1, 1, 2, 2]), np.arange(1.0, 5.0)))
 
 
 def test_experts_saturate():
@@ -60,21 +81,50 @@ def test_experts_saturate():
     assert saturated(1e9, (2.0, 100.0)) == pytest.approx(100.0)
 
 
-def test_laws_are_fitted_by_router_from_results():
-    def study(parameters, level):
-        arms = {"dense": (1, level)} | {f"hash-e{e}": (e, level * e**-0.1) for e in (2, 4, 8)}
-        run = lambda loss: {"status": "done", "figures": {"bits_per_byte": loss}}  # noqa: E731
-        told = {
-            name: {"parameters": parameters * e, "runs": {"0": run(loss), "1": run(loss * 1.001)}}
-            for name, (e, loss) in arms.items()
-        }
-        told["hash-e8"]["runs"]["2"] = {"status": "failed", "cause": "it fell"}
-        return {"base": "dense", "metric": "bits_per_byte", "arms": told}
+def results(parameters, level):
+    """Of a study whose losses fall with the tenth power of experts."""
+    arms = {"dense": (1, level)} | {f"hash-e{e}": (e, level * e**-0.1) for e in (2, 4, 8)}
+    run = lambda loss: {"status": "done", "figures": {"bits_per_byte": loss}}  # noqa: E731
+    told = {
+        name: {"parameters": parameters * e, "runs": {"0": run(loss), "1": run(loss * 1.001)}}
+        for name, (e, loss) in arms.items()
+    }
+    told["hash-e8"]["runs"]["2"] = {"status": "failed", "cause": "it fell"}
+    return {"base": "dense", "metric": "bits_per_byte", "arms": told}
 
-    law = laws([study(1e5, 3.0), study(1e6, 2.5)])["hash"]
-    assert law.runs == 16 and law.coefficients["b"][0] == pytest.approx(-0.1, abs=1e-6)
+
+def test_laws_are_fitted_by_router_from_results():
+    law = fit(cells_of([results(1e5, 3.0), results(1e6, 2.5)])["hash"])
+    assert law.cells == 8 and law.coefficients["b"][0] == pytest.approx(-0.1, abs=1e-6)
     assert law.coefficients["a"][0] == pytest.approx(np.log(2.5 / 3) / np.log(10))
     assert lines({"hash": law})[-1].startswith("| `hash` | -0.0792 [")
+
+
+def test_the_command_prints_and_keeps_the_law(tmp_path, capsys):
+    files = [tmp_path / "small.json", tmp_path / "large.json"]
+    for file, parameters, level in zip(files, (1e5, 1e6), (3.0, 2.5), strict=True):
+        file.write_text(json.dumps(results(parameters, level)))
+    assert main([*map(str, files), f"--out={tmp_path / 'out'}", "--limits=1.5,500"]) == 0
+    table = capsys.readouterr().out
+    assert "| E_start | E_max |" in table and "| 1.5 | 500 |" in table
+    assert table in (tmp_path / "out" / "small_law.md").read_text()
+    assert (tmp_path / "out" / "small_law.svg").read_text().count("M parameters dense") >= 2
+    assert main([*map(str, files), "--saturation"]) == 0 and "∞]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--limits=3"], "--limits=3; allowed: E_START,E_MAX"),
+        (["--limits=3,2"], "allowed: 1 <= E_START < E_MAX"),
+        (["--limits=1,2", "--saturation"], "--limits: known limits are not fitted"),
+        (["--level=1"], "unrecognized arguments: --level=1"),
+    ],
+)
+def test_wrong_words_are_refused(tmp_path, words, message):
+    (tmp_path / "x.json").write_text(json.dumps(results(1e5, 3.0)))
+    with pytest.raises(RequestError, match=message):
+        main([str(tmp_path / "x.json"), *words])
 
 
 @pytest.mark.parametrize(
