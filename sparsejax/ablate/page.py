@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax.ablate.statistics import UNDECIDED
 from sparsejax.base.writers import write_atomically
 
 READING = "## Reading"
@@ -143,10 +144,17 @@ def _verdicts_explained(results: Results) -> Iterator[str]:
     yield "Verdicts are paired by seed and by batch of the evaluation, with variances lent between arms; intervals hold"
     yield "together at 95 %, p-values are Holm's. *Seeds needed* would show a difference of that size four times in"
     yield "five."
+    if any(_reaches_zero(verdict) for verdict in results["verdicts"].values()):
+        yield "Holm's correction is the milder one: it shows a difference here whose interval reaches zero."
     if any(verdict.get("speed_up") for verdict in results["verdicts"].values()):
         yield "*Effective speed-up* is the compute that the base needs for the arm's loss over the arm's own, by whole"
         yield f"trainings of the base: {_words([*results['budgets'], results['base']])}."
     yield from power_lines(results)
+
+
+def _reaches_zero(verdict: Mapping[str, Any]) -> bool:
+    """Whether the interval of a difference that is shown does."""
+    return verdict["verdict"] != UNDECIDED and verdict["low"] is not None and verdict["low"] <= 0 <= verdict["high"]
 
 
 def power_lines(results: Results) -> Iterator[str]:

@@ -18,6 +18,8 @@ POWER = 0.8
 MOST_SEEDS = 1000
 MOST_PRIOR = 4
 """Degrees of freedom that other arms may lend."""
+SIMULATED = 2000
+"""Studies, for the power of one."""
 QUANTILES = 200
 """Of the estimated deviation, over which power is integrated."""
 
@@ -132,28 +134,35 @@ def moderated(variances: np.ndarray, df: int) -> tuple[np.ndarray, float]:
         prior, scale = MOST_PRIOR, variances.mean()
     else:
         scale = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
-    drawn = (prior * scale + df * variances) / (prior + df)
-    return np.maximum(drawn, scale), float(min(prior + df, len(variances) * df))
+    return np.maximum(_drawn(variances, df, scale, prior), scale), float(min(prior + df, len(variances) * df))
+
+
+def _drawn(variances: np.ndarray, df: int, scale: float | np.ndarray, prior: float) -> np.ndarray:
+    """Towards the prior's scale, by the degrees of freedom of both."""
+    return (prior * scale + df * variances) / (prior + df)
 
 
 def power(difference: float, variance: float, seeds: int, arms: int, level: float = 0.05, text: float = 0.0) -> float:
     """How often a difference is shown. `variance`: of a paired difference between seeds; `text`: what evaluation text
-    adds to that of the mean. By the strictest of Holm's levels. That no variance is put below the common scale is left
-    out, which costs some hundredths."""
+    adds to that of the mean. By the strictest of Holm's levels, and as if arms varied alike."""
     df = seeds - 1 if arms == 1 else min(MOST_PRIOR + seeds - 1, arms * (seeds - 1))
     # SciPy's special functions, as its distributions take a hundred times as long to call.
     critical = special.stdtrit(df, 1 - level / arms / 2)
     shift = abs(difference) / np.sqrt(variance / seeds + text)
-    # The noncentral t, integrated over the estimated deviation: SciPy's own is no number far from zero.
-    estimated = _estimated(df)
+    # A noncentral t of moderated variances, which none has in closed form: integrated over the estimated deviation.
+    estimated = _estimated(seeds - 1, arms)
     shown = special.ndtr(shift - critical * estimated) + special.ndtr(-critical * estimated - shift)
     return float(shown.mean())
 
 
 @functools.cache
-def _estimated(df: float) -> np.ndarray:
-    """Quantiles of an estimated deviation over the true one."""
-    return np.sqrt(special.chdtri(df, (np.arange(QUANTILES) + 0.5) / QUANTILES) / df)
+def _estimated(df: int, arms: int) -> np.ndarray:
+    """Quantiles of the deviation that `moderated` estimates over the true one, where that is every arm's."""
+    variances = np.random.default_rng(0).chisquare(df, size=(SIMULATED, arms)) / df
+    if arms > 1:
+        scale = variances.mean(axis=1, keepdims=True)
+        variances = np.maximum(_drawn(variances, df, scale, MOST_PRIOR), scale)
+    return np.quantile(np.sqrt(variances), (np.arange(QUANTILES) + 0.5) / QUANTILES)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

@@ -56,6 +56,11 @@ def test_arms_come_best_first_with_their_verdicts(page):
     assert "- `cheap` seed 1: failed: status 1: it <fell>" in text and "- good: axes: k" in text
 
 
+def test_a_verdict_that_its_interval_does_not_show_is_explained(page):
+    assert "reaches zero" not in page(results())
+    assert "reaches zero" in page(results(verdicts={"good": VERDICT | {"verdict": "better", "high": 0.1}}))
+
+
 def test_where_higher_is_better_the_order_turns():
     assert by_metric(results(higher_is_better=True)) == ["cheap", "base <b>", "costly", "good"]
 

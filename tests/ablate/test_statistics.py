@@ -57,8 +57,7 @@ def test_a_known_effect_is_shown_as_often_as_stated():
         verdicts(study(rng, [deviation] * (ARMS + 1), effect=effect), np.ones(BATCHES), "0") for _ in range(STUDIES)
     ]
     shown = np.mean([each["1"].verdict == WORSE for each in found])
-    # 400 studies let the estimate vary by 0.06; drawing no variance below the common scale costs a little.
-    assert 0.72 <= shown <= 0.88
+    assert 0.74 <= shown <= 0.86  # 400 studies let the estimate vary by 0.06
 
 
 def test_what_seeds_make_of_batches_is_counted_once():
