@@ -6,7 +6,7 @@ layer), `table` (a partial expert of 256 rows by token id, in the others), `stre
 with the model). The study makes the FLOPs of the whole training equal.
 
 Run:     python -m sparsejax train --config=configs/mechanisms_arm.py:experts+table --workdir=runs/both
-Expect:  2.3 to 2.6 bits per byte after 600 steps, by arm as in experiments/mechanisms.md
+Expect:  2.1 to 2.2 bits per byte after 600 steps, by arm as in experiments/mechanisms.md
 """
 
 from sparsejax import choose, default_config
