@@ -57,4 +57,5 @@ def flops_at(config, d_ff: int) -> float:
     for name in set(config.model.pattern):
         config.model.blocks[name].d_ff = d_ff
     model = from_config_dict(ExperimentConfig, config).model
-    return total(model).flops(mean_keys(model, config.data.sequence_length))
+    length = config.data.sequence_length
+    return total(model).flops(mean_keys(model, length), length)
