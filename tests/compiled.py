@@ -6,6 +6,7 @@ from flax import nnx
 
 from sparsejax.base.sharding import MeshConfig, make_mesh, shard_batch
 from sparsejax.data.config import DataConfig
+from sparsejax.data.tasks import Masked, NextToken
 from sparsejax.train.config import ExperimentConfig, TrainConfig
 from sparsejax.train.state import abstract_model
 from sparsejax.train.step import make_grads_of_step
@@ -28,7 +29,8 @@ def parted(model):
 
 def results(model, params, length, mesh=(1, 1, 1), accumulation=1):
     """(loss, reports, gradients) of a step on eight rows."""
-    data = DataConfig(name="synthetic", batch_size=ROWS, sequence_length=length)
+    task = NextToken() if model.causal else Masked()
+    data = DataConfig(name="synthetic", batch_size=ROWS, sequence_length=length, task=task)
     along = MeshConfig(data=mesh[0], expert=mesh[1], tensor=mesh[2])
     config = ExperimentConfig(model=model, data=data, mesh=along, train=TrainConfig(accumulation=accumulation))
     mesh = make_mesh(along)

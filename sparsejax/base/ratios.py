@@ -9,6 +9,7 @@ import numpy as np
 
 from sparsejax.base.reports import (
     HaltingReport,
+    HeavyReport,
     MemoryReport,
     MoEReport,
     NeuronReport,
@@ -61,6 +62,16 @@ def selection_ratios(report: SelectionReport) -> dict[str, float]:
         "select/keep_fraction": float(report.chosen / tokens),
         "select/agreement": float(report.agreed / tokens),
         "select/gate": float(report.gate_sum / max(float(report.chosen), 1.0)),
+    }
+
+
+def heavy_ratios(report: HeavyReport) -> dict[str, float]:
+    """The `select/…` metrics of one layer, from its unstacked host report: means over its choices."""
+    tokens, rows = max(float(report.tokens), 1.0), max(float(report.rows), 1.0)
+    return {
+        "select/keep_fraction": float(np.mean(report.chosen) / tokens),
+        "select/gate": float(np.mean(report.weight_sum / np.maximum(report.chosen, 1))),
+        "select/residual": float(np.mean(report.residual_sum) / rows),
     }
 
 

@@ -154,6 +154,19 @@ class SelectionReport:
 
 
 @struct
+class HeavyReport:
+    """One layer with a light branch for all tokens and a heavy one for those of N choices, such as queries, keys and
+    tokens of the network (leading axes: repeats of the layer). Counts are int32, sums float32."""
+
+    tokens: Int[Array, "*R"]  # unmasked tokens
+    rows: Int[Array, "*R"]  # that have some
+    chosen: Int[Array, "*R N"]  # tokens
+    slots: Int[Array, "*R N"]  # room that the static shapes gave
+    weight_sum: Float[Array, "*R N"]  # Σ over chosen tokens
+    residual_sum: Float[Array, "*R N"]  # Σ over rows of |Σ weights − k|, k being what they should add up to
+
+
+@struct
 class SpendingReport:
     """What a layer whose tokens leave spends, where that has a budget (leading axes: repeats of the layer)."""
 
@@ -206,6 +219,7 @@ class Report:
     streams: Optional[StreamReport] = None
     sequence: Optional[SequenceReport] = None
     selection: Optional[SelectionReport] = None
+    heavy: Optional[HeavyReport] = None
     skim: Optional[SkimReport] = None
     halting: Optional[HaltingReport] = None
     kept: Optional[Bool[Array, "*R B T"]] = None  # recorded: which tokens a layer computed on that need not take all

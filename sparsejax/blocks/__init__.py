@@ -4,11 +4,13 @@ pattern, of the residuals that join them, of what they compute on along a row, a
 from sparsejax.base.registry import Registry
 from sparsejax.blocks.altup import AltUp, DynamicAltUp
 from sparsejax.blocks.attention import AttentionSpec
+from sparsejax.blocks.conditional_adapters import ConditionalAdapters
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.halting import NoHalting
 from sparsejax.blocks.halting_methods import AdaptiveComputationTime, AViT, PonderNet
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
 from sparsejax.blocks.layer_routing import LayerRouting
+from sparsejax.blocks.light_heavy import LightHeavySpec
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.blocks.selection import MixtureOfDepths, RandomTokens
@@ -21,7 +23,14 @@ from sparsejax.blocks.tokens import EveryToken
 
 BLOCKS = Registry(
     "block",
-    {"dense": DenseSpec, "moe": MoESpec, "soft": SoftSpec, "merged": MergedSpec, "attention": AttentionSpec},
+    {
+        "dense": DenseSpec,
+        "moe": MoESpec,
+        "soft": SoftSpec,
+        "merged": MergedSpec,
+        "attention": AttentionSpec,
+        "light_heavy": LightHeavySpec,
+    },
 )
 RESIDUALS = Registry(
     "residual",
@@ -38,7 +47,13 @@ SEQUENCES = Registry(
 )
 SELECTIONS = Registry(
     "selection",
-    {"none": EveryToken, "mixture_of_depths": MixtureOfDepths, "random": RandomTokens, "d_llm": LayerRouting},
+    {
+        "none": EveryToken,
+        "mixture_of_depths": MixtureOfDepths,
+        "random": RandomTokens,
+        "d_llm": LayerRouting,
+        "coda": ConditionalAdapters,
+    },
 )
 SKIMS = Registry(
     "skim",

@@ -46,9 +46,9 @@ class Router(Chooser):
 
     def __init__(self, key: PRNGKeyArray, width: int, gate: Gate, predicts: bool):
         keys = jax.random.split(key, 3)
-        score = lambda key, width: _to_numbers(key, width, 1)  # noqa: E731
+        score = lambda key, width: to_numbers(key, width, 1)  # noqa: E731
         self.weight = score(keys[0], width)
-        self.hidden = _to_numbers(keys[1], width, hidden_width(width)) if predicts else None
+        self.hidden = to_numbers(keys[1], width, hidden_width(width)) if predicts else None
         self.prediction = score(keys[2], hidden_width(width)) if predicts else None
         self.kind: Gate = gate
 
@@ -92,6 +92,7 @@ class Lot(Chooser):
         return self.capacity - scores_BT
 
 
-def _to_numbers(key: PRNGKeyArray, width: int, numbers: int) -> Linear:
+def to_numbers(key: PRNGKeyArray, width: int, numbers: int) -> Linear:
+    """A token's vector to a few numbers, float32."""
     layout = {"stddev": width**-0.5, "out_spec": P(BATCH_AXES, None, None), "dtype": "float32", "group": "router"}
     return Linear(key, "btd,dn->btn", (width, numbers), (None, None), **layout)

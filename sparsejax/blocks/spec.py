@@ -41,6 +41,11 @@ class BlockSpec(abc.ABC):
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         """Component → cost of what comes beside attention and norms."""
 
+    def padding_flops(self, backbone: Backbone, length: int) -> float:
+        """Forward FLOPs of one token of rows of `length` that static shapes, other than experts' slots, add to
+        these."""
+        return 0.0
+
     @property
     def checkpoint_names(self) -> tuple[str, ...]:
         """Values that `model.remat_names` may keep."""
@@ -59,6 +64,9 @@ class BlockSpec(abc.ABC):
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:
         """Config field → (size, logical axis) of what the mesh must split evenly."""
         return {}
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raises `ConfigError` when the model's dimensions do not allow such a block."""
 
     def check_causal(self) -> None:
         """Raises `ConfigError` when a causal model must not have such a block."""

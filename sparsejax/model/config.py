@@ -82,7 +82,7 @@ class ModelConfig(Backbone):
         object.__setattr__(self, "memory", NamedSpecs(self.memory))
         self._check_pattern()
         self._check_remat()
-        self._check_causality()
+        self._check_blocks()
         self._check_memory()
         self._check_streams()
         check_some_tokens(self)
@@ -118,10 +118,12 @@ class ModelConfig(Backbone):
                     f"{name!r} matches nothing in this model; known: {', '.join(known)}.{did_you_mean(name, known)}",
                 )
 
-    def _check_causality(self) -> None:
-        for name in dict.fromkeys(layer.block for layer in self.layers) if self.causal else ():
+    def _check_blocks(self) -> None:
+        for name in dict.fromkeys(layer.block for layer in self.layers):
             try:
-                self.blocks[name].check_causal()
+                self.blocks[name].check_backbone(self)
+                if self.causal:
+                    self.blocks[name].check_causal()
             except ConfigError as error:
                 raise error.below(f"blocks.{name}") from None
 
@@ -227,7 +229,11 @@ class ModelConfig(Backbone):
         if not self.pattern or self.repeats < 2:
             reasons["tied_repeats"] = "nothing is repeated"
         if not self.causal:
-            accepting = [*(f"blocks.{name}{part}" for name in self.blocks for part in ("", ".router")), "sequence"]
+            accepting = [
+                *(f"blocks.{name}{part}" for name in self.blocks for part in ("", ".router")),
+                "sequence",
+                "select",
+            ]
             reasons |= {f"{path}.allow_leak": "causal=false: tokens see those after them" for path in accepting}
         used = {layer.block for layer in self.layers}
         reasons |= {

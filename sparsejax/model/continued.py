@@ -17,6 +17,9 @@ from sparsejax.model.stack import place
 
 Named = dict[str, Array]
 
+OF_SELECTION = ("chooser/", "adapter/", "adapter_norm/")
+"""Arrays of a layer that chooses tokens, which a trained model that computes on all of them lacks."""
+
 
 def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, trained: nnx.State) -> nnx.State:
     """The parameters `fresh` of a model of `config`, with what the model of `before` has learned.
@@ -45,9 +48,9 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
     layers = []
     for layer, mine, learned in zip(config.layers, own_layers, old_layers, strict=True):
         try:
-            choosers = {name: mine[name] for name in mine if name.startswith("chooser/") and name not in learned}
-            rest = {name: array for name, array in _taken(mine, new).items() if name not in choosers}
-            layers.append(choosers | _kept(mine, new) | config.blocks[layer.block].continued(rest, learned))
+            own = {name: mine[name] for name in mine if name.startswith(OF_SELECTION) and name not in learned}
+            rest = {name: array for name, array in _taken(mine, new).items() if name not in own}
+            layers.append(own | _kept(mine, new) | config.blocks[layer.block].continued(rest, learned))
         except RequestError as error:
             raise RequestError(f"layer {layer.name}: {error}") from None
     for path, variable in flat.items():

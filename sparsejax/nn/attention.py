@@ -14,7 +14,14 @@ from sparsejax.base.structs import struct
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear, RMSNorm
 from sparsejax.nn.mlp import residual_scale
-from sparsejax.ops.attention import SPLASH_BLOCK, rope, splash_attention, xla_attention
+from sparsejax.ops.attention import (
+    SPLASH_BLOCK,
+    attention_to_some,
+    local_attention,
+    rope,
+    splash_attention,
+    xla_attention,
+)
 from sparsejax.ops.skim import attention_among
 
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)
@@ -150,6 +157,45 @@ class Attention(nnx.Module):
         heads, kv_heads = q.shape[2], k.shape[2]
         attended_BTD = self.out(checkpoint_name(attended, "attention"))
         return attended_BTD, received_BT / heads, own_BT / heads, keys_BTH / kv_heads
+
+    def nearby(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        radius: int,
+        blocked: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """To tokens at most `radius` places away: `ops.attention.local_attention`."""
+
+        def local(q, k, v, segments):
+            return (local_attention(q, k, v, segments, radius, self.causal, self.soft_cap, blocked),)
+
+        q, (k, v) = self._queries(x_BTD, positions_BT), self.keys(x_BTD, positions_BT)
+        run = on_each_device(local, (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, ROWS_SPEC), (HEADS_SPEC,))
+        return self.out(checkpoint_name(run(q, k, v, segments_BT)[0], "attention"))
+
+    def to_some(
+        self,
+        x_BKD: Float[Array, "B K D"],
+        positions_BK: Int[Array, "B K"],
+        segments_BK: Int[Array, "B K"],
+        keys_BSD: Float[Array, "B S D"],
+        key_positions_BS: Int[Array, "B S"],
+        key_segments_BS: Int[Array, "B S"],
+        order_BK: Int[Array, "B K"],
+    ) -> Float[Array, "B K D"]:
+        """Of some tokens to some others. A causal query sees the keys up to place `order` of theirs."""
+
+        def local(q, k, v, q_segments, k_segments, order):
+            order = order if self.causal else None
+            return (attention_to_some(q, k, v, q_segments, k_segments, order, self.soft_cap),)
+
+        q, (k, v) = self._queries(x_BKD, positions_BK), self.keys(keys_BSD, key_positions_BS)
+        specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, ROWS_SPEC, ROWS_SPEC, ROWS_SPEC)
+        run = on_each_device(local, specs, (HEADS_SPEC,))
+        attended = run(q, k, v, segments_BK, key_segments_BS, order_BK)[0]
+        return self.out(checkpoint_name(attended, "attention"))
 
     def _over_row(self, q_BTNH, k_BTMH, v_BTMH, segments_BT, seen_BT):
         """Attention inside the rows of a batch; a device holds whole rows and whole heads, so nothing is exchanged."""

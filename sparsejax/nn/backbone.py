@@ -1,7 +1,8 @@
 """The dimensions and choices that every block of one model shares."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from sparsejax.base.errors import ConfigError
 
@@ -60,6 +61,24 @@ class Backbone:
     def num_layers(self) -> int:
         """Blocks in the whole model; scales the initialisation of what is added to the residual stream."""
         raise TypeError("a bare Backbone has no layers; use a model config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch(Backbone):
+    """A model's dimensions with fewer heads, for a part of a layer."""
+
+    layers: int  # of the whole model
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers
+
+
+def branch(backbone: Backbone, heads: int, kv_heads: int) -> Branch:
+    """The same with so many heads, as wide as they are."""
+    same: dict[str, Any] = {field.name: getattr(backbone, field.name) for field in dataclasses.fields(Backbone)}
+    own: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": backbone.width_of_head}
+    return Branch(**(same | own), layers=backbone.num_layers)
 
 
 def _divisors(n: int) -> str:

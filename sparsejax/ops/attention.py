@@ -44,7 +44,17 @@ def xla_attention(
     soft_cap: Optional[float] = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention in XLA. Query head n reads key head n // (N / M); softmax in float32."""
-    mask = visible(q_segments, k_segments, q_order)
+    return masked_attention(q_BTNH, k_BSMH, v_BSMH, visible(q_segments, k_segments, q_order), soft_cap)
+
+
+def masked_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    mask: Bool[Array, "B 1 T S"],
+    soft_cap: Optional[float] = None,
+) -> Float[Array, "B T N H"]:
+    """The same among the pairs of a mask; of a query with no key the output is finite, and nothing else."""
     if soft_cap is None:
         return jax.nn.dot_product_attention(q_BTNH, k_BSMH, v_BSMH, mask=mask, implementation="xla")
     batch, length, heads, width = q_BTNH.shape
@@ -54,6 +64,69 @@ def xla_attention(
     logits = jnp.where(mask[:, :, None], soft_capped(logits, soft_cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSMH.dtype)
     return jnp.einsum("bmgts,bsmh->btmgh", weights, v_BSMH).reshape(q_BTNH.shape)
+
+
+def attention_to_some(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    q_segments: Int[Array, "B T"],
+    k_segments: Int[Array, "B S"],
+    q_order: Optional[Int[Array, "B T"]],
+    soft_cap: Optional[float] = None,
+) -> Float[Array, "B T N H"]:
+    """`xla_attention` to keys of which a query may see none: it then gets zeros."""
+    mask = visible(q_segments, k_segments, q_order)
+    attended = masked_attention(q_BTNH, k_BSMH, v_BSMH, mask, soft_cap)
+    return jnp.where(mask.any(-1)[:, 0, :, None, None], attended, 0)
+
+
+def local_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segments_BT: Int[Array, "B T"],
+    radius: int,
+    causal: bool,
+    soft_cap: Optional[float] = None,
+    blocked: bool = True,
+) -> Float[Array, "B T N H"]:
+    """Of every token to those of its document at most `radius` places away. In blocks of that many tokens, each with
+    the keys of the blocks beside it, where this is less work than all pairs of the row, or if not `blocked` among all
+    pairs."""
+    batch, length = segments_BT.shape
+    keys = keys_nearby(length, radius, causal)
+    if not blocked or keys == length:
+        order_T = jnp.arange(length)
+        mask = visible(segments_BT, segments_BT, None) & _near(order_T, order_T, radius, causal)
+        return masked_attention(q_BTNH, k_BTMH, v_BTMH, mask, soft_cap)
+    count = -(-length // radius)
+    rest = count * radius - length
+
+    def blocks(array: Array, before: int, after: int, fill: int = 0) -> Array:
+        """Each block with so many before and after it."""
+        ends = (before * radius, rest + after * radius)
+        padded = jnp.pad(array, ((0, 0), ends, *[(0, 0)] * (array.ndim - 2)), constant_values=fill)
+        parts = [padded[:, n * radius : (n + count) * radius] for n in range(before + 1 + after)]
+        parts = [part.reshape(batch * count, radius, *array.shape[2:]) for part in parts]
+        return jnp.concatenate(parts, axis=1)
+
+    own, beside = (0, 0), (1, 0 if causal else 1)
+    mask = visible(blocks(segments_BT, *own, -1), blocks(segments_BT, *beside, -1), None)
+    mask = mask & _near(jnp.arange(radius), jnp.arange(keys) - radius, radius, causal)
+    k, v = blocks(k_BTMH, *beside), blocks(v_BTMH, *beside)
+    attended = masked_attention(blocks(q_BTNH, *own), k, v, mask, soft_cap)
+    return attended.reshape(batch, count * radius, *q_BTNH.shape[2:])[:, :length]
+
+
+def keys_nearby(length: int, radius: int, causal: bool) -> int:
+    """Keys for which `local_attention` computes the logits of a token, seen or not."""
+    return min((2 if causal else 3) * radius, length)
+
+
+def _near(q_order: Int[Array, " T"], k_order: Int[Array, " S"], radius: int, causal: bool) -> Bool[Array, "T S"]:
+    ahead_TS = k_order[None, :] - q_order[:, None]
+    return (ahead_TS >= -radius) & (ahead_TS <= (0 if causal else radius))
 
 
 SPLASH_BLOCK = 128

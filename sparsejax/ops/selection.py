@@ -28,3 +28,10 @@ def put(
     """`x` with these tokens replaced."""
     of_row = lambda x, new, token: x.at[token].set(new, mode="drop", indices_are_sorted=True)  # noqa: E731
     return jax.vmap(of_row)(x_BTx, new_BKx.astype(x_BTx.dtype), token_BK)
+
+
+def last_until(token_BK: Int[Array, "B K"], among_BS: Int[Array, "B S"]) -> Int[Array, "B K"]:
+    """Of each token the last place in another list of tokens, sorted like this one, that holds none after it; −1: there
+    is none."""
+    of_row = lambda token_K, among_S: jnp.searchsorted(among_S, token_K, side="right") - 1  # noqa: E731
+    return jax.vmap(of_row)(token_BK, among_BS).astype(jnp.int32)

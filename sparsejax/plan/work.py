@@ -87,6 +87,7 @@ def work(config: ModelConfig, sequence_length: int) -> Work:
     forward = cost.flops(keys, sequence_length)
     fixed = forward - sum(len(row.layers) * row.ideal_flops for row in trained)
     padded = sum(len(row.layers) * row.padded_flops for row in trained)
+    padded += sum(config.blocks[layer.block].padding_flops(config, sequence_length) for layer in config.layers)
     movement = sum(len(row.layers) * row.movement_flops for row in trained)
     movement_training = sum(len(row.layers) * row.movement_training for row in trained)
     return Work(

@@ -9,6 +9,7 @@ import numpy as np
 
 from sparsejax.base.ratios import (
     halting_ratios,
+    heavy_ratios,
     over_layers,
     selection_ratios,
     sequence_ratios,
@@ -134,7 +135,9 @@ def _of_layer(config: ModelConfig, block: str, report: Report, mode: Mode) -> di
     of_skim = {} if report.skim is None else skim_ratios(report.skim)
     of_sequence = {} if report.sequence is None else sequence_ratios(report.sequence)
     of_selection = {} if report.selection is None else selection_ratios(report.selection)
-    return config.blocks[block].metrics(report, mode) | of_streams | of_sequence | of_selection | of_skim
+    of_heavy = {} if report.heavy is None else heavy_ratios(report.heavy)
+    of_tokens = of_sequence | of_selection | of_heavy | of_skim
+    return config.blocks[block].metrics(report, mode) | of_streams | of_tokens
 
 
 def routing_arrays(config: ModelConfig, reports: dict[str, Report]) -> Arrays:
