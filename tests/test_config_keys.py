@@ -153,6 +153,9 @@ def logits(name: str) -> dict[str, str]:
 
 
 SOFT = "model.blocks.soft"
+LIGHT_HEAVY = "model.blocks.light_heavy"
+OF_LIGHT_HEAVY = {LIGHT_HEAVY: "light_heavy", "model.pattern": "(light_heavy,)"}
+OF_LIGHT_HEAVY |= {"model.causal": "false", "data.task": "masked", "model.repeats": "1"}
 OF_SOFT = {SOFT: "soft", f"{SOFT}.allow_leak": "true", "model.pattern": "(soft,)"}
 MERGED = "model.blocks.merged"
 OF_MERGED = {MERGED: "merged", "model.pattern": "(merged,)"}
@@ -452,6 +455,12 @@ def of_selection() -> dict[str, Row]:
         where = {"bias": initial, "always": evaluation, "execution": evaluation}.get(key, gradients)
         given = {"model.pattern": "(dense, narrow)"} | narrow | {"model.select": "d_llm"}
         found[f"model.select.{key} (d_llm)"] = row(value, where, **given)
+    given = narrow | {"model.select": "coda"} | {"model.causal": "false", "data.task": "masked"}
+    chosen = {"capacity": 0.5, "blocks": "(narrow,)", "execution": "masked", "by": "place", "gate": "straight_through"}
+    for key, value in (chosen | {"epsilon": 0.5, "iterations": 20, "adapter": 8}).items():
+        found[f"model.select.{key} (coda)"] = row(value, gradients, **given)
+    leak = "tests/blocks/test_light_heavy.py::TestConfig"
+    found["model.select.allow_leak (coda)"] = row(True, leak)
     given = narrow | {"model.select": "mixture_of_depths"}
     found["model.select.gate (mixture_of_depths)"] = row("sigmoid", evaluation, **given)
     found["model.select.serving (mixture_of_depths)"] = row("router", parameters, **given)
@@ -515,6 +524,22 @@ TABLE: dict[str, Row] = {
     f"{MERGED}.segment_length": row(4, evaluation, **OF_MERGED),
     f"{MERGED}.first_segment": row("own", "tests/blocks/test_merged.py::test_what_a_token_sees"),
     f"{MERGED}.allow_leak": row(True, "tests/blocks/test_merged.py::test_a_language_model_has_to_allow_the_leak"),
+    f"{LIGHT_HEAVY}.name": row("light_heavy", parameters, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.capacity": row(0.5, evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.query_capacity": row(0.5, evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.key_capacity": row(0.5, evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.light_heads": row(3, parameters, **OF_LIGHT_HEAVY, model__num_heads=4),
+    f"{LIGHT_HEAVY}.radius": row(2, evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.light_d_ff": row(6, parameters, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.d_ff": row(24, parameters, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.gated": row(True, parameters, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.activation": row("relu", evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.execution": row("masked", evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.by": row("place", parameters, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.gate": row("straight_through", evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.epsilon": row(0.5, evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.iterations": row(20, evaluation, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.allow_leak": row(True, "tests/blocks/test_light_heavy.py::TestConfig"),
     f"{MOE}.buffer_factor": row(1.25, gradients, **{f"{MOE}.dispatch": "grouped", "mesh.expert": "2"}),
     f"{MOE}.exchange": row("ragged_all_to_all", gradients, **{f"{MOE}.dispatch": "grouped", "mesh.expert": "2"}),
     f"{MOE}.replicated": row(True, layout, **SPREAD),

@@ -41,7 +41,7 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectedTokens(Tokens, abc.ABC):
+class SelectedTokens(Tokens):
     """What all ways to choose k = capacity · T tokens of a row have in common."""
 
     capacity: float = 0.125  # part of a row's tokens that the block computes on
@@ -68,6 +68,11 @@ class SelectedTokens(Tokens, abc.ABC):
     looks_ahead = False
     """Whether evaluation, too, chooses among all tokens of a row."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTokens(SelectedTokens, abc.ABC):
+    """Ways with a `Chooser`, which has a causal form of its choice."""
+
     @abc.abstractmethod
     def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> Chooser:
         """What chooses the tokens of a layer."""
@@ -77,7 +82,7 @@ class SelectedTokens(Tokens, abc.ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureOfDepths(SelectedTokens):
+class MixtureOfDepths(ScoredTokens):
     """A linear router chooses, and learns through the gate. The block runs on the residual stream of the chosen tokens
     and its contribution, without its outer skip connection, is what the gate multiplies."""
 
@@ -123,7 +128,7 @@ class MixtureOfDepths(SelectedTokens):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTokens(SelectedTokens):
+class RandomTokens(ScoredTokens):
     """The control: as many tokens, drawn by lot; in evaluation and generation by a hash of layer and position."""
 
     def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> Lot:

@@ -48,9 +48,9 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
     layers = []
     for layer, mine, learned in zip(config.layers, own_layers, old_layers, strict=True):
         try:
-            own = {name: mine[name] for name in mine if name.startswith(OF_SELECTION) and name not in learned}
-            rest = {name: array for name, array in _taken(mine, new).items() if name not in own}
-            layers.append(own | _kept(mine, new) | config.blocks[layer.block].continued(rest, learned))
+            begun = {name: mine[name] for name in mine if name.startswith(OF_SELECTION) and name not in learned}
+            rest = {name: array for name, array in _taken(mine, new).items() if name not in begun}
+            layers.append(begun | _kept(mine, new) | config.blocks[layer.block].continued(rest, learned))
         except RequestError as error:
             raise RequestError(f"layer {layer.name}: {error}") from None
     for path, variable in flat.items():

@@ -14,8 +14,10 @@ from sparsejax.base.cost import Cost
 from sparsejax.base.reports import Report
 from sparsejax.blocks.altup import AltUp, DynamicAltUp
 from sparsejax.blocks.attention import AttentionSpec
+from sparsejax.blocks.conditional_adapters import ConditionalAdapters
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.hyper_connections import HyperConnections, ManifoldHyperConnections
+from sparsejax.blocks.light_heavy import LightHeavySpec
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.blocks.sequence import SequenceAltUp, StrideAndSkip
@@ -76,6 +78,15 @@ CONFIGS = {
     "hyper-connections": ModelConfig(**BASE, streams=HyperConnections(streams=3)),
     "static hyper-connections": ModelConfig(**BASE, streams=HyperConnections(streams=3, dynamic=False)),
     "hyper-connections on the manifold": ModelConfig(**BASE, streams=ManifoldHyperConnections(streams=3)),
+    "light and heavy": ModelConfig(
+        **BASE,
+        num_kv_heads=2,
+        qk_norm=True,
+        causal=False,
+        pattern=("dense", "deep"),
+        blocks={"dense": DenseSpec(), "deep": LightHeavySpec(gated=True)},
+        select=ConditionalAdapters(blocks=("dense",)),
+    ),
     "unrolled": ModelConfig(**BASE, scan=False, qk_norm=True, tied_head=False),
 }
 
@@ -103,6 +114,8 @@ def component(path: str) -> str:
         "phi": "router",
         "feed_forward']['scale": "router",
         "norm": "norm",
+        "chooser": "selection",
+        "adapter": "selection",
         "constants": "constant_experts",
         "pools": "experts",
         "shared": "shared_experts",
@@ -110,6 +123,7 @@ def component(path: str) -> str:
         "router": "router",
         "'mlp'": "mlp",
     }
+    marks |= {"'light'": "mlp", "'heavy'": "mlp", "_attention'": "attention_projections"}
     marks |= {"'attention'": "attention_projections", "embedding": "embedding", "head": "head"}
     return next(part for mark, part in marks.items() if mark in path)
 

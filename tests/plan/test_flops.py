@@ -13,10 +13,12 @@ from flax import nnx
 
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.dense import DenseSpec
+from sparsejax.blocks.light_heavy import LightHeavySpec
 from sparsejax.blocks.moe import MoESpec
 from sparsejax.data.config import DataConfig
+from sparsejax.data.tasks import Masked, NextToken
 from sparsejax.model.config import ModelConfig
-from sparsejax.model.cost import component_costs
+from sparsejax.model.cost import component_costs, mean_keys
 from sparsejax.plan.abstract import abstract_batch
 from sparsejax.plan.products import read_dots
 from sparsejax.plan.work import work
@@ -41,6 +43,11 @@ MODELS = {
         "qk_norm": True,
         "blocks": {"moe": MoESpec(num_experts=4, d_ff=128, shared_experts=1, **EINSUM)},
     },
+    "light and heavy": {  # shares of a row that are no whole numbers of tokens, blocks of nearby keys
+        "pattern": ("deep",),
+        "causal": False,
+        "blocks": {"deep": LightHeavySpec(capacity=0.11, query_capacity=0.11, key_capacity=0.22, radius=12)},
+    },
 }
 
 
@@ -56,7 +63,8 @@ def dots_of(one_device):
 
 @functools.cache
 def compiled_dots(name, training, mesh):
-    config = ExperimentConfig(model=model_of(name), data=DataConfig(batch_size=1, sequence_length=T))
+    task = NextToken() if model_of(name).causal else Masked()
+    config = ExperimentConfig(model=model_of(name), data=DataConfig(batch_size=1, sequence_length=T, task=task))
     state = abstract_state(config, make_optimizer(config), mesh)
     graph, _, _ = abstract_model(config.model)
 
@@ -75,7 +83,7 @@ def as_executed(name, step):
     """FLOPs of the row, every slot being computed and the whole T × T square of attention, as XLA does it."""
     model = model_of(name)
     scores = component_costs(model)["attention_scores"]
-    more = scores.flops(T, T) - scores.flops((T + 1) / 2, T)
+    more = scores.flops(T, T) - scores.flops(mean_keys(model, T), T)
     return T * (work(model, T).flops_per_token[f"{step}_padded"] + more * {"forward": 1, "training": 3}[step])
 
 
