@@ -1,5 +1,5 @@
-"""configs/encoder_classify.py with a light and a heavy branch in every layer (CoLT5, arXiv:2303.09752): an eighth of the
-tokens has the heavy network and heavy attention, to a quarter of them.
+"""configs/encoder_classify.py with light and heavy branches in every layer (CoLT5, arXiv:2303.09752): an eighth of the
+tokens have the heavy network and heavy attention, to a quarter of them.
 
 `:random` and `:place` choose as many by lot, and every eighth token; `:coda` has the plain layers, for an eighth of the
 tokens, beside an adapter for all (CoDA, arXiv:2304.04947).
