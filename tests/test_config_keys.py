@@ -524,7 +524,9 @@ TABLE: dict[str, Row] = {
     f"{MERGED}.segment_length": row(4, evaluation, **OF_MERGED),
     f"{MERGED}.first_segment": row("own", "tests/blocks/test_merged.py::test_what_a_token_sees"),
     f"{MERGED}.allow_leak": row(True, "tests/blocks/test_merged.py::test_a_language_model_has_to_allow_the_leak"),
-    f"{LIGHT_HEAVY}.name": row("light_heavy", parameters, **OF_LIGHT_HEAVY),
+    f"{LIGHT_HEAVY}.name": row(
+        "light_heavy", "tests/blocks/test_light_heavy.py::test_the_block_is_that_of_the_equation"
+    ),
     f"{LIGHT_HEAVY}.capacity": row(0.5, evaluation, **OF_LIGHT_HEAVY),
     f"{LIGHT_HEAVY}.query_capacity": row(0.5, evaluation, **OF_LIGHT_HEAVY),
     f"{LIGHT_HEAVY}.key_capacity": row(0.5, evaluation, **OF_LIGHT_HEAVY),

@@ -108,6 +108,7 @@ def test_make_quickstart(tmp_path):
         ("dispatch", ["--rounds=1"]),
         ("decision", ["--rounds=1"]),
         ("altup", ["--rounds=1"]),
+        ("light_heavy", ["--rounds=1", "--rows=1", "--length=64", "--layers=1", "--width=32"]),
         ("memory", ["--rounds=1", "--rows=1", "--length=64", "--small"]),
         ("train_step", ["--blocks=3"]),
         ("decode", ["--rounds=1", "--tokens=4"]),

@@ -240,10 +240,15 @@ ENCODER = ModelConfig(
     d_model=16,
     num_heads=4,
     vocab_size=32,
+    prefix=("first",),  # equal tokens would have equal scores, and rounding the choice
     pattern=("dense", "deep"),
     repeats=2,
     causal=False,
-    blocks={"dense": DenseSpec(d_ff=16), "deep": dataclasses.replace(SPEC, iterations=30, d_ff=16)},
+    blocks={
+        "first": DenseSpec(d_ff=16),
+        "dense": DenseSpec(d_ff=16),
+        "deep": dataclasses.replace(SPEC, iterations=30, d_ff=16),
+    },
     select=dataclasses.replace(CODA, iterations=30, blocks=("dense",)),
     streams=AltUp(streams=2),
 )
@@ -270,7 +275,7 @@ def test_on_meshes_and_in_parts(scanned, fields, mesh, accumulation):
     found = results(dataclasses.replace(ENCODER, **fields), params, LENGTH, mesh, accumulation)
     assert_close(found[0], expected[0], 2e-5)
     assert_close(found[2], expected[2], 5e-5)
-    counts = lambda reports: [(r.heavy.tokens, r.heavy.rows, r.heavy.chosen) for r in reports.values()]  # noqa: E731
+    counts = lambda reports: [(r.heavy.rows, r.heavy.chosen) for r in reports.values() if r.heavy]  # noqa: E731
     assert_close(counts(found[1]), counts(expected[1]))
 
 
@@ -285,7 +290,7 @@ def test_the_metrics_of_a_model(scanned):
 
 def test_flops_counted_by_hand():
     """D = 16, four heads of 4, of which two light; radius 2; F = 4 light, 16 heavy; shares 0.3, 0.3, 0.4."""
-    model = dataclasses.replace(BRANCHES, pattern=("deep",), repeats=1)
+    model = dataclasses.replace(BRANCHES, prefix=(), pattern=("deep",), repeats=1)
     costs = component_costs(model)
     assert costs["selection"].per_token == 2 * 3 * 16
     assert costs["mlp"].per_token == pytest.approx(2 * 2 * 16 * (4 + 0.3 * 16))
