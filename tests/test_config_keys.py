@@ -504,6 +504,7 @@ TABLE: dict[str, Row] = {
     f"{MOE}.eval_capacity_factor": row(1.0, evaluation),
     f"{MOE}.expert_dropout": row(0.3, gradients),
     f"{MOE}.gating_dropout": row(0.3, gradients),
+    f"{MOE}.gating_dropout_by": row("stay", gradients, **{f"{MOE}.gating_dropout": 0.3}),
     f"{MOE}.capacity_convention": row("per_token", evaluation),
     f"{MOE}.dispatch": row("einsum", evaluation),
     f"{SOFT}.name": row("soft", "tests/blocks/test_soft.py::test_a_language_model_has_to_allow_the_leak"),

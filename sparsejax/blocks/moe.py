@@ -33,6 +33,7 @@ from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import ExpertThreshold, Quantile
 from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.overflow import Drop
+from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.weights import Renormalized
 
 
@@ -56,7 +57,8 @@ class MoESpec(BlockSpec):
     capacity_factor: float = 1.25  # in training
     eval_capacity_factor: float = 2.0  # in evaluation; generation has a slot for every token
     expert_dropout: float = 0.0  # in training this share of the hidden layers of routed experts is 0
-    gating_dropout: float = 0.0  # in training this share of steps goes without the routed experts of all layers
+    gating_dropout: float = 0.0  # in training this share of steps goes without the routed experts of all layers, or
+    gating_dropout_by: Literal["skip", "stay"] = "skip"  # … (stay) with those that a token's own device has
     capacity_convention: CapacityConvention = "per_choice"
     dispatch: Literal["gather", "einsum", "grouped"] = "gather"  # grouped: dropless
     grouped_matmul: Literal["auto", "slots", "megablox", "ragged_dot"] = "auto"  # auto: megablox on TPU, else slots
@@ -90,6 +92,8 @@ class MoESpec(BlockSpec):
             raise error.below("router") from None
         if self.gating_dropout and self.router.selection.traits.reinforce:
             raise ConfigError("gating_dropout", "a policy learns from every step; allowed: 0")
+        if self.gating_dropout_by == "stay":
+            self._check_stay()
         for name in ("expert_dropout", "gating_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is outside [0, 1)")
@@ -107,6 +111,18 @@ class MoESpec(BlockSpec):
             raise ConfigError(
                 "router.balance.expert_groups", "an expert without a network is in no group; allowed: none"
             )
+
+    def _check_stay(self) -> None:
+        """Raises `ConfigError` unless tokens can choose among some of the experts, and these be on their device."""
+        traits = self.router.selection.traits
+        if traits.fixed or traits.fits or traits.train_only or traits.together or traits.thresholds or traits.parts > 1:
+            kind = SELECTORS.name_of(self.router.selection)
+            fit = "top_k, second_expert, top_p, positive"
+            raise ConfigError("gating_dropout_by", f"stay is for tokens that rank experts, not {kind}; allowed: {fit}")
+        if self.replicated:
+            raise ConfigError("gating_dropout_by", "stay, but every device has all replicated experts; allowed: skip")
+        if self.expert_dropout:
+            raise ConfigError("gating_dropout_by", "tokens that stay take no slots; with expert_dropout allowed: skip")
 
     def check_causal(self) -> None:
         try:
@@ -216,6 +232,8 @@ class MoESpec(BlockSpec):
             reasons["group_size"] = "dispatch=grouped drops nothing, and no choice is one of a whole group"
         if not self.free.total and isinstance(self.router.balance, LoadBalance):
             reasons["router.balance.free_weight"] = "there are no zero_experts, copy_experts or constant_experts"
+        if not self.gating_dropout:
+            reasons["gating_dropout_by"] = "gating_dropout=0 drops no step"
         if not self.shared_experts:
             reasons["mix_shared"] = "there are no shared_experts"
         return reasons

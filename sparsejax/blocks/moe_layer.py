@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 import jax
@@ -27,6 +26,7 @@ from sparsejax.base.structs import struct
 from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.expert_parallel import exchanged_experts, expert_parallel, gathered_experts
 from sparsejax.blocks.free_experts import free_output
+from sparsejax.blocks.gating_dropout import as_exchanged, now_and_then, on_own_experts, own_experts, unrouted
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.linear import Linear
 from sparsejax.nn.mlp import MLP, Experts, ffn_width
@@ -107,13 +107,13 @@ class MoELayer(nnx.Module):
 
         stored = {name: jax.tree.map(split_axes, getattr(routing, name)) for name in ("parameters", "constants")}
 
-        def local(x_BTD, routing, *weights):
+        def local(stay, x_BTD, routing, *weights):
             gathered = {
                 name: {key: whole(value, specs[key], x_BTD) for key, value in getattr(routing, name).items()}
                 for name, specs in stored.items()
             }
             routing = dataclasses.replace(routing, **gathered)
-            return _routed(x_BTD, routing, weights, weight_specs, spec, context, experts.activation)
+            return _routed(x_BTD, routing, weights, weight_specs, spec, context, experts.activation, stay)
 
         by_row: Any = P(BATCH_AXES)
         same: Any = P()
@@ -124,10 +124,16 @@ class MoELayer(nnx.Module):
         # Pallas calls and ragged exchanges carry no varying-axes types.
         platform = mesh_platform()
         untyped = spec.implementation(platform) != "slots" or spec.transport(platform) == "ragged_all_to_all"
-        typed = not (spec.grouped(context.mode) and untyped)
-        run = on_each_device(local, (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row), check_vma=typed)
-        compute = functools.partial(run, x_BTD.astype(experts.dtype), routing, *weights)
-        y_BTD, moe, (decisions, choices) = _now_and_then(compute, spec.gating_dropout, context)
+
+        def compute(stay: bool = False):
+            typed = not ((stay or spec.grouped(context.mode)) and untyped)
+            ends = (rows_spec, specs, *weight_specs), (rows_spec, P(), by_row)
+            run = on_each_device(functools.partial(local, stay), *ends, check_vma=typed)
+            return run(x_BTD.astype(experts.dtype), routing, *weights)
+
+        stays = spec.gating_dropout_by == "stay"
+        instead = functools.partial(compute, stay=True) if stays else functools.partial(unrouted, compute)
+        y_BTD, moe, (decisions, choices) = now_and_then(compute, instead, spec.gating_dropout, context)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
         moe = dataclasses.replace(moe, decisions=decisions, choices=choices)
@@ -146,25 +152,6 @@ def _mixing(key: PRNGKeyArray, d_model: int) -> Linear:
     return Linear(key, "btd,dc->btc", (d_model, 2), ("embed", None), stddev=d_model**-0.5, **sharing)
 
 
-def _now_and_then(compute: Callable[[], Any], dropout: float, context: Context) -> Any:
-    """`compute()`, or with probability `dropout` zeros of its shape, without computing or communicating anything
-    (Gate-Expert-Drop, arXiv:2205.14336). One coin a step for all layers, microbatches and devices; none is tossed
-    outside training."""
-    key = context.key if context.step_key is None else context.step_key
-    if key is None or dropout == 0:
-        return compute()
-    like = jax.eval_shape(compute)
-
-    def nothing():
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), like)
-        y_BTD, moe, (decisions, choices) = zeros
-        if decisions is not None:
-            decisions = dataclasses.replace(decisions, experts=decisions.experts - 1)  # none
-        return y_BTD, moe, (decisions, choices)
-
-    return jax.lax.cond(jax.random.bernoulli(key, dropout), nothing, compute)
-
-
 def _row_keys(context: Context) -> Optional[Array]:
     """A key for each row of the batch, from its number in the step's global batch."""
     if context.key is None:
@@ -178,8 +165,18 @@ def _lots(context: Context) -> Lots:
     return draw_lots(context.batch, jnp.asarray(number))
 
 
-def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", context: Context, activation: Activation):
-    """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots."""
+def _routed(
+    x_BTD,
+    routing: Routing,
+    weights,
+    weight_specs,
+    spec: "MoESpec",
+    context: Context,
+    activation: Activation,
+    stay: bool,
+):
+    """What one device does for its rows: all experts' slots for its tokens, its experts for everyone's slots. If they
+    `stay`, its own experts alone for its tokens."""
     rows, length, _ = x_BTD.shape
     mode = context.mode
     groups, size = _groups(rows, length, spec, mode)
@@ -197,14 +194,23 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", con
             num_slots=int(capacities[-1]),
             training=mode == "train",
             generating=mode == "generate",
-            dropless=spec.grouped(mode),
+            dropless=stay or spec.grouped(mode),
+            within=own_experts(weights, weight_specs, spec.num_experts, spec.free.total) if stay else None,
             free=spec.free.total,
             noise=noise,
             experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
             lots=jax.tree.map(lambda lots_BT: lots_BT.reshape(groups, size), routing.lots),
         )
         decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.scored_experts, routing.state)
-    if spec.grouped(mode):
+    if stay:
+        kind = spec.num_experts, activation, spec.implementation(mesh_platform())
+        y, rows, in_blocks = on_own_experts(x_GSD, decision, weights, weight_specs, *kind)
+        moe = dataclasses.replace(report(decision, mask_GS), slots=rows)
+        if spec.grouped(mode):  # in other steps
+            travels = "expert" in weight_specs[0]
+            exchange = as_exchanged(decision, spec.scored_experts) if travels else None
+            moe = dataclasses.replace(moe, block_rows=in_blocks, exchange=exchange)
+    elif spec.grouped(mode):
         y, decision, more = _dropless(x_GSD, decision, weights, weight_specs, spec, activation, mode)
         moe = dataclasses.replace(report(decision, mask_GS), **more)
     else:
@@ -220,7 +226,8 @@ def _routed(x_BTD, routing: Routing, weights, weight_specs, spec: "MoESpec", con
     k, p_GSE = spec.experts_per_token, decision.probabilities_GSE
     chosen = dataclasses.replace(decision.pairs, expert=decision.chosen_GP)
     measured, balance = decision.measured_GSNE, spec.router.balance
-    moe = with_local_balance(moe, chosen, p_GSE, routing.mask, balance, k, measured)
+    if not (stay and balance.scope in ("sequence", "device")):  # whose loads are the place of their rows
+        moe = with_local_balance(moe, chosen, p_GSE, routing.mask, balance, k, measured)
     decisions = record(decision, x_BTD.shape[0]) if context.record else None
     choices = jax.tree.map(lambda values_GS: values_GS.reshape(routing.mask.shape), decision.choices)
     return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), (decisions, choices)

@@ -52,6 +52,7 @@ class Inputs:
     training: bool
     generating: bool = False
     dropless: bool = False  # every pair is computed; slots are those of a selection that `fits`
+    within: Optional[Bool[Array, " E"]] = None  # experts that there are for these tokens; None: all
     free: int = 0  # so many of the experts, the last ones, have no slots and process every pair
     noise: Optional[Noise] = None  # None outside training
     experts: Optional[Int[Array, "G S K"]] = None  # to be chosen, −1 for none; None: the selector chooses

@@ -102,11 +102,14 @@ def decide(
     ranking_GSE = jax.lax.stop_gradient(scores_GSE)
     if state is not None:
         ranking_GSE = ranking_GSE + state[0]
+    explored_GSE = explore(ranking_GSE, inputs.noise, config.exploration)
+    if inputs.within is not None:
+        explored_GSE = jnp.where(inputs.within, explored_GSE, -jnp.inf)
     dual = config.controller.measure(ranking_GSE, inputs.mask, k)
     pressed_E = None if state is None else config.controller.pressure(state, scores_GSE, inputs.mask)
     candidates = Candidates(
         scores=scores_GSE,
-        ranking=config.limit(explore(ranking_GSE, inputs.noise, config.exploration)),
+        ranking=config.limit(explored_GSE),
         logits=jax.lax.stop_gradient(noisy_GSE),
         inputs=inputs,
     )
@@ -119,6 +122,9 @@ def decide(
         pairs = TopK(k=k)(by_score)
     else:
         pairs = selection(candidates)
+    if inputs.within is not None:  # who wants more experts than there are gets those that there are
+        there_GP = pairs.valid & inputs.within[pairs.expert]
+        pairs = dataclasses.replace(pairs, valid=there_GP, weight=jnp.where(there_GP, pairs.weight, 0))
     observed = Observed(
         clean=clean_GSE,
         noisy=noisy_GSE,

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +15,9 @@ from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.model.config import ModelConfig
 from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.controllers import LossFree
+from sparsejax.routers.tables import Hash
+from sparsejax.routers.top_k import TopK
+from sparsejax.routers.weights import Constant
 
 from support import (
     ONE_DEVICE,
@@ -119,3 +123,110 @@ def test_gradients_are_those_of_one_device(seed):
     found = grads((2, 2, 2))
     assert_close(found, grads(ONE_DEVICE))
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(found)) == (seed == WITH)
+
+
+STAYING = moe_layer_params(dataclasses.replace(SPEC, router=RouterConfig()), BACKBONE)
+
+
+class TestStay:
+    """Gate-Drop: a token's experts are those of its own device."""
+
+    MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2)]
+
+    @staticmethod
+    def spec(**changed):
+        router = RouterConfig(selection=TopK(k=2), **changed.pop("router", {}))
+        given = {"num_experts": 8, "d_ff": 6, "router": router, "gating_dropout": 0.3, "gating_dropout_by": "stay"}
+        return MoESpec(**given | changed)
+
+    @staticmethod
+    def expected(spec, params, shape):
+        """Row by row, from the equations: (y, processed pairs by expert)."""
+        data, expert, _ = shape
+        layer = nnx.to_pure_dict(params)
+        logits = X @ np.asarray(layer["router"]["weight"])
+        scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        y, counts, each = np.zeros_like(X), np.zeros(8, int), 8 // expert
+        for row in range(len(X)):
+            device = row // (len(X) // (data * expert)) % expert
+            own = np.arange(device * each, (device + 1) * each)
+            for token in np.flatnonzero(BATCH["segments"][row]):
+                chosen = own[np.argsort(-scores[row, token, own], kind="stable")[:2]]
+                weight = scores[row, token, chosen] / scores[row, token, chosen].sum()
+                for e, w in zip(chosen, weight, strict=True):
+                    h = np.asarray(jax.nn.gelu(X[row, token] @ np.asarray(layer["experts"]["w_in"][e])))
+                    y[row, token] += w * (h @ np.asarray(layer["experts"]["w_out"][e]))
+                    counts[e] += 1
+        return y, counts
+
+    @pytest.mark.parametrize("dispatch", ["gather", "grouped"])
+    @pytest.mark.parametrize("shape", MESHES)
+    def test_equals_the_equations(self, shape, dispatch):
+        spec = self.spec(dispatch=dispatch)
+        run = moe_layer_runner(spec, BACKBONE, shape)
+        y, moe = run(STAYING, X, BATCH, key=jax.random.key(WITHOUT))
+        expected, counts = self.expected(spec, STAYING, shape)
+        assert_close(y, expected.astype(np.float32))
+        np.testing.assert_array_equal(moe.assigned, counts)
+        np.testing.assert_array_equal(moe.processed, counts)
+        assert moe.unserved == 0 and moe.dropped.sum() == 0
+
+    def test_other_steps_and_evaluation_are_as_ever(self):
+        for mode, seed in (("train", WITH), ("eval", None)):
+            key = None if seed is None else jax.random.key(seed)
+            plain, stays = (
+                moe_layer_runner(self.spec(**changed), BACKBONE, (2, 2, 2))(STAYING, X, BATCH, key=key, mode=mode)
+                for changed in ({"gating_dropout": 0.0, "gating_dropout_by": "skip"}, {})
+            )
+            assert_close(stays, plain)
+
+    def test_one_device_has_all_experts(self):
+        plain = self.spec(gating_dropout=0.0, gating_dropout_by="skip", dispatch="grouped")
+        expected, _ = moe_layer_runner(plain, BACKBONE, ONE_DEVICE)(STAYING, X, BATCH, key=jax.random.key(WITHOUT))
+        y, _ = moe_layer_runner(self.spec(), BACKBONE, ONE_DEVICE)(STAYING, X, BATCH, key=jax.random.key(WITHOUT))
+        assert_close(y, expected)
+
+    @pytest.mark.parametrize("dispatch", ["gather", "grouped"])
+    def test_nothing_is_exchanged(self, dispatch):
+        """The branch of a step whose tokens stay has no collective over the experts' axis but sums of counts."""
+        with on_mesh((2, 4, 1)) as mesh:
+            spec = self.spec(dispatch=dispatch)
+            graph = graph_of(lambda key: MoELayer(key, BACKBONE, spec))
+            layer = lambda params, x, batch: jax.tree.leaves(  # noqa: E731
+                nnx.merge(graph, params)(x, Context(batch=batch, mode="train", key=jax.random.key(0)))
+            )
+            program = jax.make_jaxpr(layer)(put_params(STAYING, mesh), put_rows(X, mesh), put_batch(BATCH, mesh)).jaxpr
+        (cond,) = [equation for equation in program.eqns if equation.primitive.name == "cond"]
+        moved = ["all_to_all" in str(branch) for branch in cond.params["branches"]]
+        assert sorted(moved) == [False, True]
+
+    def test_gradients_reach_own_experts_alone(self):
+        spec = self.spec()
+        with on_mesh((1, 8, 1)) as mesh:
+            graph = graph_of(lambda key: MoELayer(key, BACKBONE, spec))
+
+            @jax.jit
+            def of(params, x, batch):
+                context = Context(batch=batch, mode="train", key=jax.random.key(WITHOUT))
+                counts = (jnp.arange(8) < 3)[:, None, None]
+                loss = lambda params: (counts * nnx.merge(graph, params)(x, context)[0] ** 2).sum()  # noqa: E731
+                return jax.grad(loss)(params)
+
+            grads = to_numpy(of(put_params(STAYING, mesh), put_rows(X, mesh), put_batch(BATCH, mesh)))
+        touched = [(np.asarray(each) != 0).any() for each in nnx.to_pure_dict(grads)["experts"]["w_in"]]
+        assert touched == [True] * 3 + [False] * 5
+
+    @pytest.mark.parametrize(
+        "changed, words",
+        [
+            ({"router": {}, "replicated": True}, "every device has all"),
+            ({"dispatch": "gather", "expert_dropout": 0.1}, "take no slots"),
+        ],
+    )
+    def test_what_does_not_go_with_it(self, changed, words):
+        with pytest.raises(ConfigError, match=words):
+            self.spec(**changed)
+
+    def test_a_table_ranks_nobody(self):
+        with pytest.raises(ConfigError, match="not hash"):
+            MoESpec(router=RouterConfig(selection=Hash(), weight=Constant()), gating_dropout_by="stay")
