@@ -645,6 +645,7 @@ TABLE: dict[str, Row] = {
     f"{ROUTER}.jitter": row(0.01, gradients),
     f"{ROUTER}.input_dropout": row(0.1, gradients),
     f"{ROUTER}.exploration": row(0.1, gradients),
+    f"{ROUTER}.residual": row(True, parameters, **{"model.repeats": "2"}),
     f"{ROUTER}.output_masking": row(0.1, gradients),
     **of_streams(),
     **of_sequence(),

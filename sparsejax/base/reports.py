@@ -61,7 +61,7 @@ def demand_of(wanted: Int[Array, ""], even: int) -> Int[Array, " 65"]:
 @struct
 class MoEReport:
     """One mixture-of-experts layer over some tokens (leading axes: repeats of the layer). Counts are int32, sums
-    float32. `decisions` alone is no sum: `split_recorded` takes it out before reports are added."""
+    float32. `decisions` and `logits` alone are no sums, and are taken out before reports are added."""
 
     assigned: Int[Array, "*R E"]  # pairs the router chose, before capacity
     processed: Int[Array, "*R E"]  # of them, those that sit in a slot
@@ -82,6 +82,7 @@ class MoEReport:
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
     pressed_sum: Optional[Float[Array, "*R E"]] = None  # coefficient · Σ over tokens of scores, of a controller's loss
     decisions: Optional[Decisions] = None  # when the model is asked to record them
+    logits: Optional[Float[Array, "B T E"]] = None  # when the next router adds to them; `handed_on` takes them out
     choices: Optional[Choices] = None  # of a policy, until the rewards are known
     policy_sum: Optional[Float[Array, "*R"]] = None  # Σ over rewarded tokens of −(reward − baseline) · log π
     baseline_sum: Optional[Float[Array, "*R"]] = None  # Σ over rewarded tokens of (reward − baseline)²
@@ -223,6 +224,15 @@ class Report:
     skim: Optional[SkimReport] = None
     halting: Optional[HaltingReport] = None
     kept: Optional[Bool[Array, "*R B T"]] = None  # recorded: which tokens a layer computed on that need not take all
+
+
+def handed_on(
+    report: Report, before: Optional[Float[Array, "B T E"]]
+) -> tuple[Report, Optional[Float[Array, "B T E"]]]:
+    """A layer's report without the logits that the next router adds to, and those: its own, or the ones `before` it."""
+    if report.moe is None or report.moe.logits is None:
+        return report, before
+    return dataclasses.replace(report, moe=dataclasses.replace(report.moe, logits=None)), report.moe.logits
 
 
 Reports = Mapping[str, Report]

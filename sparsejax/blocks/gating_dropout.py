@@ -33,10 +33,11 @@ def unrouted(compute: Callable[[], Any]) -> Any:
         lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec),
         jax.eval_shape(compute),
     )
-    y_BTD, moe, (decisions, choices) = zeros
+    y_BTD, moe, by_token = zeros
+    decisions = by_token["decisions"]
     if decisions is not None:
-        decisions = dataclasses.replace(decisions, experts=decisions.experts - 1)  # none
-    return y_BTD, moe, (decisions, choices)
+        by_token = by_token | {"decisions": dataclasses.replace(decisions, experts=decisions.experts - 1)}  # none
+    return y_BTD, moe, by_token
 
 
 def own_experts(weights: Weights, weight_specs: Specs, num_experts: int, free: int) -> Bool[Array, " E"]:

@@ -179,6 +179,10 @@ class MoESpec(BlockSpec):
         return True
 
     @property
+    def hands_on(self) -> int:
+        return self.scored_experts if self.router.residual else 0
+
+    @property
     def counts_first(self) -> bool:
         return self.router.balance.scope == "global"
 

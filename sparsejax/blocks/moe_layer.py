@@ -66,6 +66,7 @@ class Routing:
     constants: Parameters
     state: Optional[Float[Array, "N E"]]
     experts: Optional[Int[Array, "B T K"]]  # decisions to be taken again
+    logits: Optional[Float[Array, "B T E"]]  # of the router below
 
 
 class MoELayer(nnx.Module):
@@ -103,6 +104,7 @@ class MoELayer(nnx.Module):
             constants={name: parameter[...] for name, parameter in self.constants.items()},
             state=None if self.controller is None else self.controller[...],
             experts=context.experts,
+            logits=context.logits if spec.hands_on else None,
         )
 
         stored = {name: jax.tree.map(split_axes, getattr(routing, name)) for name in ("parameters", "constants")}
@@ -117,7 +119,7 @@ class MoELayer(nnx.Module):
 
         by_row: Any = P(BATCH_AXES)
         same: Any = P()
-        names = ("mask", "tokens", "previous", "domains", "positions", "keys", "lots", "experts")
+        names = ("mask", "tokens", "previous", "domains", "positions", "keys", "lots", "experts", "logits")
         rows: Any = dict.fromkeys(names, by_row)
         specs = Routing(**rows, **stored, state=same)
         rows_spec = P(BATCH_AXES, None, None)
@@ -133,10 +135,10 @@ class MoELayer(nnx.Module):
 
         stays = spec.gating_dropout_by == "stay"
         instead = functools.partial(compute, stay=True) if stays else functools.partial(unrouted, compute)
-        y_BTD, moe, (decisions, choices) = now_and_then(compute, instead, spec.gating_dropout, context)
+        y_BTD, moe, by_token = now_and_then(compute, instead, spec.gating_dropout, context)
         if spec.router.balance.scope in ("microbatch", "global"):
             moe = with_whole_balance(moe, spec.router.balance, spec.experts_per_token)
-        moe = dataclasses.replace(moe, decisions=decisions, choices=choices)
+        moe = dataclasses.replace(moe, **by_token)
         if self.shared is None:
             return y_BTD, moe
         shared_BTD = checkpoint_name(self.shared(x_BTD), "mlp")
@@ -200,6 +202,7 @@ def _routed(
             noise=noise,
             experts=None if routing.experts is None else routing.experts.reshape(groups, size, -1),
             lots=jax.tree.map(lambda lots_BT: lots_BT.reshape(groups, size), routing.lots),
+            logits=None if routing.logits is None else routing.logits.reshape(groups, size, -1),
         )
         decision = route(x_GSD, routing.parameters, inputs, spec.router, spec.scored_experts, routing.state)
     if stay:
@@ -230,7 +233,9 @@ def _routed(
         moe = with_local_balance(moe, chosen, p_GSE, routing.mask, balance, k, measured)
     decisions = record(decision, x_BTD.shape[0]) if context.record else None
     choices = jax.tree.map(lambda values_GS: values_GS.reshape(routing.mask.shape), decision.choices)
-    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), (decisions, choices)
+    logits = decision.logits_GSE.reshape(*routing.mask.shape, -1) if spec.hands_on else None
+    by_token = {"decisions": decisions, "choices": choices, "logits": logits}
+    return y.reshape(x_BTD.shape), sum_over(moe, BATCH_AXES), by_token
 
 
 def _through_slots(

@@ -57,6 +57,11 @@ class BlockSpec(abc.ABC):
         return False
 
     @property
+    def hands_on(self) -> int:
+        """How many logits its layers hand to the next one like them (`Context.logits`); 0: none."""
+        return 0
+
+    @property
     def counts_first(self) -> bool:
         """Whether `losses` wants the loads of the whole step (`counted`) when the step has several microbatches."""
         return False

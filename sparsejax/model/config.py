@@ -87,6 +87,7 @@ class ModelConfig(Backbone):
         self._check_streams()
         check_some_tokens(self)
         self._check_tied_repeats()
+        self._check_hands_on()
         if self.vocab_size < 2:
             raise ConfigError("vocab_size", f"{self.vocab_size} is less than 2")
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
@@ -183,6 +184,26 @@ class ModelConfig(Backbone):
                 message = f"true, but {block!r} has a router or a memory, whose state is that of one layer"
                 raise ConfigError("tied_repeats", f"{message}; allowed in the pattern: dense blocks")
 
+    def _check_hands_on(self) -> None:
+        adding = {name: self.blocks[name].hands_on for name in self.positions.values() if self.blocks[name].hands_on}
+        for name, count in adding.items():
+            key = f"blocks.{name}.router.residual"
+            if count != self.hands_on:
+                first = next(iter(adding))
+                told = (
+                    f"true, with {count} logits, and {first} has {self.hands_on}; allowed: as many in all such layers"
+                )
+                raise ConfigError(key, told)
+            if self.layer_dropout or self.tokens_of(name) != EveryToken():
+                raise ConfigError(key, "true: a token's layers hand it on; it goes with all tokens in all layers")
+
+    @property
+    def hands_on(self) -> int:
+        """How many logits a router hands to the one above it; 0: none."""
+        return next(
+            (self.blocks[layer.block].hands_on for layer in self.layers if self.blocks[layer.block].hands_on), 0
+        )
+
     def tokens_of(self, block: str) -> Tokens:
         """On which tokens the layers with this block spec compute."""
         return next((tokens for tokens in (self.sequence, self.select) if names(tokens, block)), EveryToken())
@@ -235,6 +256,9 @@ class ModelConfig(Backbone):
                 "select",
             ]
             reasons |= {f"{path}.allow_leak": "causal=false: tokens see those after them" for path in accepting}
+        adding = [layer.block for layer in self.layers if self.blocks[layer.block].hands_on]
+        if len(adding) == 1:
+            reasons[f"blocks.{adding[0]}.router.residual"] = "there is no such layer below"
         used = {layer.block for layer in self.layers}
         reasons |= {
             f"blocks.{name}": "no layer of prefix, pattern or suffix uses it"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsejax.base.errors import RequestError
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context, Hidden, Mode
 from sparsejax.model.config import EMBEDDING
@@ -41,6 +42,8 @@ def run_layers(
     """These layers one after the other. Rows that are not `active_B` keep their residual; a layer that no row is active
     in costs its keys and values, or with `skipped_keys=False`, which are then not remembered, nothing."""
     config, found = model.config, dict(caches or {})
+    if config.hands_on:
+        raise RequestError("routers that add to the logits of the one below (router.residual) need all layers in a row")
     for layer in layers:
         position = f"prefix_{layer}"
         here = dataclasses.replace(

@@ -8,10 +8,12 @@ from typing import Any, Optional
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int, PRNGKeyArray
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sparsejax.base.reports import Report
-from sparsejax.base.structs import struct
+from sparsejax.base.reports import Report, handed_on
+from sparsejax.base.sharding import BATCH_AXES
+from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden, Mode
 from sparsejax.blocks.lookups import build_lookups
 from sparsejax.model.config import EMBEDDING, Layer, ModelConfig
@@ -109,6 +111,7 @@ class _Pass:
         self.stack, self.config, self.context, self.tables = stack, stack.config, context, tables
         self.given_caches, self.prefetched, self.into = caches, prefetched, into
         self.reports, self.caches, self.reads, self.states = {}, {}, {}, {}
+        self.logits = _no_logits(self.config, context.batch)
         self.depths = _depths(self.config, context.mode)
         self.exit_positions = {layer.position for layer in self.config.layers if layer.index + 1 in self.depths}
 
@@ -127,8 +130,9 @@ class _Pass:
             )
             cache = None if self.given_caches is None else self.given_caches[position]
             given = (context.batch, context.key, cache, here, context.mode, context.record, pool)
-            out = call(block, x, *given, reading, context.embedded)
-            x, self.reports[position], self.caches[position] = out.x, out.report, out.cache
+            out = call(block, x, *given, reading, context.embedded, self.logits)
+            x, self.caches[position] = out.x, out.cache
+            self.reports[position], self.logits = handed_on(out.report, self.logits)
             self.reads[position] = out.reads
             if position in self.exit_positions:
                 x, self.states[position] = _parted(self.config, x, here)
@@ -150,25 +154,29 @@ class _Pass:
         first_of = lambda repeat: first_layer + len(config.pattern) * repeat  # noqa: E731
         stacked = lambda given: {p: v for p, v in given.items() if p.startswith("pattern")} if given else None  # noqa: E731
 
-        def step(x, of_unit, first):
+        def step(carried, of_unit, first):
+            x, logits = carried
             unit, caches, into, own = of_unit
             unit = jax.tree.map(lambda leaf: leaf[0], units) if config.tied_repeats else unit
             prefetched = dataclasses.replace(self.prefetched, own=own)
             run = _Pass(self.stack, self.context, caches, self.tables, prefetched, into)
+            run.logits = logits
             x = run.blocks(unit.blocks, "pattern", x, first)
-            return x, (run.reports, run.caches, run.reads, run.states)
+            return (x, run.logits), (run.reports, run.caches, run.reads, run.states)
 
         of_repeats = None if config.tied_repeats else units
         per_unit = of_repeats, stacked(self.given_caches), stacked(self.into), self.prefetched.stacked()
         if config.scan:
             number_R = jnp.arange(config.repeats)
-            x, found = jax.lax.scan(lambda x, of: step(x, of[0], first_of(of[1])), x, (per_unit, number_R))
+            repeat = lambda carried, of: step(carried, of[0], first_of(of[1]))  # noqa: E731
+            carried, found = jax.lax.scan(repeat, (x, self.logits), (per_unit, number_R))
         else:
-            outputs = []
+            carried, outputs = (x, self.logits), []
             for r in range(config.repeats):
-                x, output = step(x, jax.tree.map(lambda leaf: leaf[r], per_unit), first_of(r))
+                carried, output = step(carried, jax.tree.map(lambda leaf: leaf[r], per_unit), first_of(r))
                 outputs.append(output)
             found = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        x, self.logits = carried
         reports, caches, reads, states = found
         self.reports |= reports
         self.caches |= caches
@@ -236,9 +244,18 @@ def _parted(config: ModelConfig, x: Hidden, layer: int | Int[Array, ""]) -> tupl
     return each(onwards), each(of_head)
 
 
-def _call_block(config, block, x, batch, key, cache, layer, mode, record, pool, reading, embedded) -> BlockOutput:
+def _no_logits(config: ModelConfig, batch: Batch) -> Optional[Float[Array, "B T E"]]:
+    """What routers add to where there is none below, if routers of this model add anything."""
+    if not config.hands_on:
+        return None
+    return jnp.zeros((*batch.tokens.shape, config.hands_on), jnp.float32, out_sharding=P(BATCH_AXES, None, None))
+
+
+def _call_block(
+    config, block, x, batch, key, cache, layer, mode, record, pool, reading, embedded, logits
+) -> BlockOutput:
     seen = Context(batch=batch, mode=mode, key=key, record=record, pool=pool, readers=reading, embedded=embedded)
-    seen = seen.at_layer(layer)
+    seen = dataclasses.replace(seen, logits=logits).at_layer(layer)
     if not config.layer_dropout or seen.key is None:
         return block(x, seen, cache)
     rate = config.layer_dropout * (2.0 ** (layer / max(config.num_layers - 1, 1)) - 1)  # LayerSkip, arXiv:2404.16710

@@ -57,6 +57,7 @@ class Inputs:
     noise: Optional[Noise] = None  # None outside training
     experts: Optional[Int[Array, "G S K"]] = None  # to be chosen, −1 for none; None: the selector chooses
     lots: Optional[Lots] = None  # `[G, S]`, for a selector that needs them
+    logits: Optional[Float[Array, "G S E"]] = None  # of the router below; None: there is none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from sparsejax.routers.noise import NOISES, LogitNoise
 from sparsejax.routers.orders import ORDERS, Order
 from sparsejax.routers.overflow import OVERFLOWS, Overflow
 from sparsejax.routers.plans import BalancedAssignment, Sinkhorn
+from sparsejax.routers.projections import router_param
 from sparsejax.routers.scores import SCORES, Score
 from sparsejax.routers.selectors import SELECTORS
 from sparsejax.routers.smooth_step import DSelectK
@@ -47,6 +48,7 @@ class RouterConfig:
     exploration: float = 0.0  # in training this share of tokens ranks the experts at random; weights are as ever
     output_masking: float = 0.0  # in training this share of tokens gets nothing from the experts
     logit_cap: Optional[float] = None  # c · tanh(logits / c)
+    residual: bool = False  # to the logits those of the router below are added, times a matrix from 0 (MoE++)
     allow_leak: bool = False  # accept a choice of experts (by any axis) that depends on later tokens
 
     def __post_init__(self):
@@ -89,6 +91,8 @@ class RouterConfig:
             raise ConfigError("balance", "experts that take tokens are nobody's first choice; allowed: count=all")
         if "selectors" in self.balance.needs and not isinstance(self.logits, DSelectK):
             raise ConfigError("balance", "selector_entropy is of the selectors of logits=dselect_k; it goes with them")
+        if self.residual and not self.learned:
+            raise ConfigError("residual", "a fixed selection with constant weights has no logits; allowed: false")
         if self.z_loss < 0:
             raise ConfigError("z_loss", f"{self.z_loss} is negative; allowed: 0 (off) or more")
         for name in ("jitter", "input_dropout", "output_masking"):
@@ -157,7 +161,9 @@ class RouterConfig:
             return {}
         reinforce = self.selection.traits.reinforce
         noise = self.noise.init(jax.random.fold_in(key, 1), d_model, num_experts)
-        return self.logits.init(key, d_model, num_experts) | noise | (reinforce.init(d_model) if reinforce else {})
+        own = self.logits.init(key, d_model, num_experts) | noise | (reinforce.init(d_model) if reinforce else {})
+        square = num_experts, num_experts
+        return own | ({"residual": router_param(key, square, 0.0, None)} if self.residual else {})
 
     def size(self, d_model: int, num_experts: int) -> tuple[int, int]:
         """(number of parameters, multiply-adds of one token's matrix products)."""
@@ -166,6 +172,8 @@ class RouterConfig:
         parts = [entry.size(d_model, num_experts) for entry in (self.logits, self.noise)]
         if self.selection.traits.reinforce:
             parts.append(self.selection.traits.reinforce.size(d_model))
+        if self.residual:
+            parts.append((num_experts**2, num_experts**2))
         return sum(size for size, _ in parts), sum(products for _, products in parts)
 
     def check(self, num_experts: int) -> None:

@@ -219,10 +219,9 @@ def trinity() -> RouterConfig:
 
 def moe_plus_plus() -> RouterConfig:
     """Top-2 over experts of which some are free (arXiv:2410.07348). Goes with the block's `zero_experts`,
-    `copy_experts` and `constant_experts`, which count less than the others in the balance loss. The paper's gating
-    residual from the layer below is not in it."""
+    `copy_experts` and `constant_experts`, which count less than the others in the balance loss."""
     balance = LoadBalance(coefficient=0.01, free_weight=0.75)
-    return RouterConfig(selection=TopK(k=2), weight=Raw(), balance=balance, z_loss=0.0)
+    return RouterConfig(selection=TopK(k=2), weight=Raw(), balance=balance, residual=True, z_loss=0.0)
 
 
 def longcat() -> RouterConfig:

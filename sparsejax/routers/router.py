@@ -19,6 +19,7 @@ from sparsejax.routers.config import RouterConfig
 from sparsejax.routers.exploration import drop_inputs, explore, jitter
 from sparsejax.routers.logits import Parameters
 from sparsejax.routers.observed import Observed
+from sparsejax.routers.projections import project
 from sparsejax.routers.replay import replay
 from sparsejax.routers.scores import as_probabilities
 from sparsejax.routers.smooth_step import DSelectK
@@ -62,7 +63,10 @@ def route(
     if config.learned:
         seen_GSD = jitter(x_GSD.astype(jnp.float32), inputs.noise, config.jitter)
         seen_GSD = drop_inputs(seen_GSD, inputs.noise, config.input_dropout)
-        logits_GSE = soft_capped(config.logits(seen_GSD, parameters, inputs, num_experts), config.logit_cap)
+        logits_GSE = config.logits(seen_GSD, parameters, inputs, num_experts)
+        if config.residual and inputs.logits is not None:
+            logits_GSE = logits_GSE + project(inputs.logits, parameters["residual"])
+        logits_GSE = soft_capped(logits_GSE, config.logit_cap)
         if inputs.noise is not None and not config.noise.silent:
             spread_GSE = config.noise.spread(seen_GSD, parameters, num_experts)
         if "selectors" in config.balance.needs and isinstance(config.logits, DSelectK):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from sparsejax.base.reports import handed_on
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Context, Hidden
 from sparsejax.model.config import Layer
@@ -60,7 +61,7 @@ def _outputs(config: ExperimentConfig, state: TrainState, context: Context) -> I
         begun = model.look_up(embedded_BTD, seen, prefetch(config.model, model.tables, batch))
         return embedded_BTD, model.spread(begun.x, batch)
 
-    def block(position, model, x, embedded_BTD, index, repeat, batch, key):
+    def block(position, model, x, logits, embedded_BTD, index, repeat, batch, key):
         layer = Layer(index=index, block="", position=position, repeat=repeat)
         pool = model.stack.pool(config.model.positions[position])
         prefetched = prefetch(config.model, model.tables, batch)
@@ -69,14 +70,16 @@ def _outputs(config: ExperimentConfig, state: TrainState, context: Context) -> I
             prefetched = dataclasses.replace(prefetched, own=own)
         reading = readers(config.model, model.tables, prefetched, position, index, None)
         seen = Context(batch=batch, mode=context.mode, key=key, pool=pool, readers=reading, embedded=embedded_BTD)
-        return model.stack.block(layer)(x, seen.at_layer(index)).x
+        out = model.stack.block(layer)(x, dataclasses.replace(seen, logits=logits).at_layer(index))
+        return out.x, handed_on(out.report, logits)[1]
 
     blocks = {position: functools.partial(block, position) for position in config.model.positions}
     embedded_BTD, x = run(embed, state, context.batch, context.key)
+    logits = None
     yield "embedding", x
     for layer in config.model.layers:
-        given = (x, embedded_BTD, layer.index, layer.repeat, context.batch, context.key)
-        x = run(blocks[layer.position], state, *given)
+        given = (x, logits, embedded_BTD, layer.index, layer.repeat, context.batch, context.key)
+        x, logits = run(blocks[layer.position], state, *given)
         yield f"layer {layer.name}", x
     read_BTW = run(_norm, state, x, context.batch)
     yield "final_norm", read_BTW

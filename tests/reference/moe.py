@@ -27,6 +27,7 @@ class Layer:
     mix: Optional[np.ndarray] = None
     value: Optional[np.ndarray] = None
     shared_mixing: Optional[np.ndarray] = None  # [D, 2], for the routed and the shared (PR-MoE, arXiv:2201.05596)
+    below: Optional[tuple[np.ndarray, np.ndarray]] = None  # [B, T, E] logits and [E, E] (MoE++, arXiv:2410.07348)
     k: int
     score: str = "softmax"
     weight: str = "before"
@@ -40,6 +41,7 @@ class Layer:
 class Output:
     y: np.ndarray  # [B, T, D]
     groups: list[Routing] = field(default_factory=list)
+    logits: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [B, T, E]
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -63,11 +65,15 @@ def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
     x, mask = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(np.float64), mask_BT.reshape(-1)
     y, output = np.zeros_like(x), Output(np.zeros(0))
     num_experts, size = layer.router.shape[1], layer.group_size
+    logits = x @ layer.router.astype(np.float64)
+    if layer.below is not None:
+        logits = logits + layer.below[0].reshape(logits.shape) @ layer.below[1].astype(np.float64)
+    output.logits = logits.reshape(*mask_BT.shape, -1)
     slots = lambda tokens: capacity(tokens, num_experts, layer.k, *layer.factor, layer.per_choice)  # noqa: E731
     for first in range(0, len(x), size):
         group = slice(first, first + size)
         routing = route(
-            x[group] @ layer.router.astype(np.float64),
+            logits[group],
             mask[group],
             k=layer.k,
             kind=layer.score,

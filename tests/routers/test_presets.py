@@ -100,7 +100,7 @@ GOLDEN = {
         k=4,
         **{"controller.rule": "soft_clamped"},
     ),
-    "moe_plus_plus": row(k=2, **{"balance.free_weight": 0.75}),
+    "moe_plus_plus": row(k=2, residual=True, **{"balance.free_weight": 0.75}),
     "longcat": row(controller="loss_free", k=12, **{"controller.rule": "proportional", "weight.scale": 6.0}),
     "remoe": row("relu", "positive", balance="none", controller="sparsity"),
     "xmoe": row(logits="cosine", k=1, jitter=0.0),
