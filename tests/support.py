@@ -32,7 +32,7 @@ from sparsejax.routers.weights import Raw
 from sparsejax.train.state import variable_specs
 
 FREE = ("zero_experts", "copy_experts", "constant_experts")
-SHAPES = ("num_experts", "d_ff", "gated", "shared_experts", "mix_shared", "replicated", *FREE)
+SHAPES = ("num_experts", "d_ff", "gated", "shared_experts", "mix_shared", "shared_gate", "replicated", *FREE)
 """Fields of `MoESpec` that the shapes of its parameters, or their places on a mesh, depend on."""
 ONE_DEVICE = (1, 1, 1)
 MESHES = (ONE_DEVICE, (2, 4, 1), (4, 2, 1), (2, 2, 2), (8, 1, 1))

@@ -285,6 +285,7 @@ EXIT_KEYS: dict[str, Row] = {
 }
 ADAFACTOR = {"optimizer": "adafactor"}
 WSD = {"optimizer__schedule": "wsd"}
+GATED = {f"{MOE}.shared_experts": 1, f"{MOE}.shared_gate": 0.25}
 SPREAD = {"mesh__data": 2, "mesh__expert": 2, "mesh__tensor": 2}
 UNTIED = {"model.tied_head": "false"}
 KINDS = ("altup", "dynamic_altup", "hyper_connections", "mhc")
@@ -487,6 +488,7 @@ TABLE: dict[str, Row] = {
     "model.blocks.dense.d_ff": row(24, parameters),
     "model.blocks.dense.gated": row(True, parameters),
     "model.blocks.dense.activation": row("relu", evaluation),
+    "model.blocks.dense.of_domain": row(1, "tests/blocks/test_one_domain.py::test_a_run_of_one_domain"),
     "model.blocks.dense.active": row(0.25, evaluation),
     "model.blocks.moe.name": row("dense", parameters),
     f"{MOE}.num_experts": row(4, parameters),
@@ -496,6 +498,9 @@ TABLE: dict[str, Row] = {
     f"{MOE}.pooled": row(True, parameters),
     f"{MOE}.shared_experts": row(1, parameters),
     f"{MOE}.mix_shared": row(True, parameters, **{f"{MOE}.shared_experts": 1}),
+    f"{MOE}.shared_gate": row(0.5, parameters, **{f"{MOE}.shared_experts": 1}),
+    f"{MOE}.shared_gate_coefficient": row(0.5, gradients, **GATED),
+    f"{MOE}.shared_gate_dropout": row(0.5, gradients, **GATED),
     f"{MOE}.zero_experts": row(1, parameters),
     f"{MOE}.copy_experts": row(1, evaluation),
     f"{MOE}.constant_experts": row(1, parameters),

@@ -78,6 +78,8 @@ class MoEReport:
     exchange: Optional[ExchangeReport] = None  # of a dropless layer whose experts are split over devices
     block_rows: Optional[Int[Array, "*R"]] = None  # slots of a dropless layer that were blocks of uneven loads
     balance_measured: Optional[Float[Array, "*R N E"]] = None  # Σ over tokens of what the balance measured
+    gate_sum: Optional[Float[Array, "*R"]] = None  # Σ over tokens of the routed experts' part, beside shared ones
+    gated: Optional[Int[Array, "*R"]] = None  # the number of those tokens
     dual_sum: Optional[Float[Array, "*R E"]] = None  # Σ over groups of what the balance controller measured
     dual_units: Optional[Float[Array, "*R"]] = None  # the number of those groups
     pressed_sum: Optional[Float[Array, "*R E"]] = None  # coefficient · Σ over tokens of scores, of a controller's loss

@@ -19,6 +19,7 @@ from sparsejax.blocks.context import Mode, Totals
 from sparsejax.blocks.free_experts import FreeExperts
 from sparsejax.blocks.moe_layer import MoELayer
 from sparsejax.blocks.residual import TransformerBlock
+from sparsejax.blocks.shared_experts import gate_loss
 from sparsejax.blocks.spec import BlockSpec
 from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_copies
 from sparsejax.nn.backbone import Backbone
@@ -48,6 +49,9 @@ class MoESpec(BlockSpec):
     pooled: bool = False  # one pool of experts for all layers of this block, each with its own router
     shared_experts: int = 0  # experts of the same width that every token also goes through, fused into one network
     mix_shared: bool = False  # c₁ · routed + c₂ · shared with (c₁, c₂) = softmax(x W), learned (PR-MoE); else their sum
+    shared_gate: Optional[float] = None  # g · routed + (1 − g) · shared, g = sigmoid(x W), of about this mean (CMR)
+    shared_gate_coefficient: float = 0.1  # of |mean of g − shared_gate| in the loss
+    shared_gate_dropout: float = 0.0  # in training this share of tokens has g = 0
     zero_experts: int = 0  # scored like the others, their output is 0
     copy_experts: int = 0  # … is x
     constant_experts: int = 0  # … is a₁ x + a₂ v with a learned v and (a₁, a₂) = softmax(x W)
@@ -94,7 +98,13 @@ class MoESpec(BlockSpec):
             raise ConfigError("gating_dropout", "a policy learns from every step; allowed: 0")
         if self.gating_dropout_by == "stay":
             self._check_stay()
-        for name in ("expert_dropout", "gating_dropout"):
+        if self.shared_gate is not None and not 0 <= self.shared_gate <= 1:
+            raise ConfigError("shared_gate", f"{self.shared_gate} is outside [0, 1]; none: no such gate")
+        if self.shared_gate is not None and self.mix_shared:
+            raise ConfigError("shared_gate", "mix_shared weighs routed and shared experts already; allowed: none")
+        if self.shared_gate_coefficient < 0:
+            raise ConfigError("shared_gate_coefficient", f"{self.shared_gate_coefficient} is negative")
+        for name in ("expert_dropout", "gating_dropout", "shared_gate_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is outside [0, 1)")
         if self.expert_dropout and self.grouped("train"):
@@ -143,6 +153,10 @@ class MoESpec(BlockSpec):
         return self.mix_shared and self.shared_experts > 0
 
     @property
+    def gates_shared(self) -> bool:
+        return self.shared_gate is not None and self.shared_experts > 0
+
+    @property
     def scored_experts(self) -> int:
         """Columns of the router."""
         return self.num_experts + self.free.total
@@ -184,7 +198,7 @@ class MoESpec(BlockSpec):
 
     @property
     def counts_first(self) -> bool:
-        return self.router.balance.scope == "global"
+        return self.router.balance.scope == "global" or self.gates_shared
 
     def factor(self, mode: Mode) -> float:
         """The capacity factor asked for; where whole groups go to the same experts, without a capacity and in
@@ -239,7 +253,10 @@ class MoESpec(BlockSpec):
         if not self.gating_dropout:
             reasons["gating_dropout_by"] = "gating_dropout=0 drops no step"
         if not self.shared_experts:
-            reasons["mix_shared"] = "there are no shared_experts"
+            reasons |= dict.fromkeys(("mix_shared", "shared_gate"), "there are no shared_experts")
+        if not self.gates_shared:
+            names = ("shared_gate_coefficient", "shared_gate_dropout")
+            reasons |= dict.fromkeys(names, "there is no shared_gate, or no shared_experts")
         return reasons
 
     def capacities(self, group_size: int, mode: Mode) -> np.ndarray:
@@ -276,7 +293,7 @@ class MoESpec(BlockSpec):
         pairs = Fraction(self.experts_per_token * self.num_experts, self.scored_experts)
         parameters, products = self.router.size(backbone.d_model, self.scored_experts)
         constants, of_constants = self.free.size(backbone.d_model)
-        mixing = 2 * backbone.d_model if self.mixes else 0
+        mixing = (2 if self.mixes else 1 if self.gates_shared else 0) * backbone.d_model
         own = 0 if self.pooled else 1  # a pool's parameters are counted once, by `pool_costs`
         costs = {
             "router": Cost(parameters=parameters, active=parameters, per_token=2 * products),
@@ -367,16 +384,22 @@ class MoESpec(BlockSpec):
         terms = {"balance": balance, "router_z": z_loss * z.sum()}
         pressure, reinforce = self.router.controller.loss(moe, totals.tokens, k), self.router.selection.traits.reinforce
         terms |= {} if pressure is None else {"sparsity": pressure}
+        if self.gates_shared and self.shared_gate is not None:
+            whole = moe if all_pairs is None else all_pairs
+            terms["shared_gate"] = self.shared_gate_coefficient * gate_loss(moe, whole, self.shared_gate)
         return terms | (reinforce.losses(moe, totals.targets, totals.tokens) if reinforce else {})
 
     def metrics(self, report: Report, mode: Mode) -> dict[str, float]:
-        ratios = moe_ratios(_moe(report), self.experts_per_token, self.free.total)
+        moe = _moe(report)
+        ratios = moe_ratios(moe, self.experts_per_token, self.free.total)
+        if moe.gate_sum is not None and moe.gated is not None:
+            ratios["moe/shared_gate"] = float(moe.gate_sum) / max(int(moe.gated), 1)
         return ratios | {"moe/capacity_factor": self.factor(mode)}
 
     def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
         return self.router.controller.update(state, _moe(report), self.experts_per_token, self.free.total)
 
-    def continued(self, fresh: Arrays, trained: Arrays) -> dict[str, Array]:
+    def continued(self, fresh: Arrays, trained: Arrays, before: BlockSpec) -> dict[str, Array]:
         """From a dense block, a mixture of copies."""
         alike = any(name.startswith("feed_forward/experts/") for name in trained)
         return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router, self.scored_experts)

@@ -27,8 +27,8 @@ from sparsejax.blocks.context import Context, Mode
 from sparsejax.blocks.expert_parallel import exchanged_experts, expert_parallel, gathered_experts
 from sparsejax.blocks.free_experts import free_output
 from sparsejax.blocks.gating_dropout import as_exchanged, now_and_then, on_own_experts, own_experts, unrouted
+from sparsejax.blocks.shared_experts import gated_mix, mixing, softmax_mix
 from sparsejax.nn.backbone import Backbone
-from sparsejax.nn.linear import Linear
 from sparsejax.nn.mlp import MLP, Experts, ffn_width
 from sparsejax.ops.dispatch import MOVEMENTS, slot_weights
 from sparsejax.ops.dropout import slot_seeds
@@ -83,7 +83,8 @@ class MoELayer(nnx.Module):
         self.constants = nnx.Dict(spec.free.init(constant_key, backbone))
         shared = spec.shared_experts
         self.shared = MLP(shared_key, backbone, shared * d_ff, **kind) if shared else None
-        self.shared_mixing = _mixing(mixing_key, backbone.d_model) if spec.mixes else None
+        width = 2 if spec.mixes else 1 if spec.gates_shared else 0
+        self.shared_mixing = mixing(mixing_key, backbone.d_model, width) if width else None
         self.spec = spec
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], MoEReport]:
@@ -144,14 +145,12 @@ class MoELayer(nnx.Module):
         shared_BTD = checkpoint_name(self.shared(x_BTD), "mlp")
         if self.shared_mixing is None:
             return y_BTD + shared_BTD, moe
-        c_BT2 = jax.nn.softmax(self.shared_mixing(x_BTD), axis=-1).astype(y_BTD.dtype)
-        return c_BT2[..., :1] * y_BTD + c_BT2[..., 1:] * shared_BTD, moe
-
-
-def _mixing(key: PRNGKeyArray, d_model: int) -> Linear:
-    """A token's logits of the routed and of the shared experts (PR-MoE, arXiv:2201.05596, as in DeepSpeed)."""
-    sharing = {"out_spec": P(BATCH_AXES, None, None), "dtype": "float32"}
-    return Linear(key, "btd,dc->btc", (d_model, 2), ("embed", None), stddev=d_model**-0.5, **sharing)
+        logits_BTC = self.shared_mixing(x_BTD)
+        if spec.mixes:
+            return softmax_mix(logits_BTC, y_BTD, shared_BTD), moe
+        keys_B = _row_keys(context) if spec.shared_gate_dropout else None
+        y_BTD, gate_sum = gated_mix(logits_BTC, y_BTD, shared_BTD, batch, keys_B, spec.shared_gate_dropout)
+        return y_BTD, dataclasses.replace(moe, gate_sum=gate_sum, gated=routing.mask.sum(dtype=jnp.int32))
 
 
 def _row_keys(context: Context) -> Optional[Array]:

@@ -115,8 +115,9 @@ class BlockSpec(abc.ABC):
         """The balancing state of its layers for the next step, from the settled report of this one."""
         return state
 
-    def continued(self, fresh: Arrays, trained: Arrays) -> dict[str, Array]:
-        """The block's parameters, `fresh` by path, when it begins with what another run's block has learned.
+    def continued(self, fresh: Arrays, trained: Arrays, before: "BlockSpec") -> dict[str, Array]:
+        """The block's parameters, `fresh` by path, when it begins with what another run's block, of the spec `before`,
+        has learned.
 
         Raises `RequestError`, which names the arrays, when that block does not fit."""
         return copied(fresh, trained)

@@ -46,11 +46,12 @@ def continued(config: ModelConfig, fresh: nnx.State, before: ModelConfig, traine
     outside = copied(without(_taken(own, new), exits), without(old, left))
     outside = _kept(own, new) | {path: own[path] for path in exits} | outside
     layers = []
-    for layer, mine, learned in zip(config.layers, own_layers, old_layers, strict=True):
+    for layer, mine, learned, was in zip(config.layers, own_layers, old_layers, before.layers, strict=True):
         try:
-            begun = {name: mine[name] for name in mine if name.startswith(OF_SELECTION) and name not in learned}
-            rest = {name: array for name, array in _taken(mine, new).items() if name not in begun}
-            layers.append(begun | _kept(mine, new) | config.blocks[layer.block].continued(rest, learned))
+            new_here = {name: mine[name] for name in mine if name.startswith(OF_SELECTION) and name not in learned}
+            rest = {name: array for name, array in _taken(mine, new).items() if name not in new_here}
+            begun = config.blocks[layer.block].continued(rest, learned, before.blocks[was.block])
+            layers.append(new_here | _kept(mine, new) | begun)
         except RequestError as error:
             raise RequestError(f"layer {layer.name}: {error}") from None
     for path, variable in flat.items():

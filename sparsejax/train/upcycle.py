@@ -19,6 +19,7 @@ from sparsejax.base.sharding import host_rows, shard_batch
 from sparsejax.base.structs import Batch
 from sparsejax.base.writers import json_values, write_atomically
 from sparsejax.blocks.context import Mode
+from sparsejax.blocks.dense import DenseSpec
 from sparsejax.data.corpus import Corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.memory.address import Fixed, Running
@@ -52,7 +53,7 @@ class Begun:
         return [
             f"begun from checkpoint {receipt['step']} of {receipt['run']}",
             f"largest difference of a logit from that run's: {', '.join(differences)} "
-            f"(largest logit: {receipt['largest_logit']:.3g})",
+            f"(largest logit: {receipt['largest_logit']:.3g}; {receipt['tokens_compared']} tokens)",
         ]
 
     def write(self, workdir: Path) -> None:
@@ -143,10 +144,15 @@ def _compared(
 ) -> dict[str, Any]:
     """The largest difference between the two models' logits on a batch, for each way to give slots, without noise."""
     graphs = abstract_model(config)[0], abstract_model(before)[0]
+    domains = [block.of_domain for block in config.blocks.values() if isinstance(block, DenseSpec)]
+    domain = next((domain for domain in domains if domain is not None), None)
+
+    def compared(batch: Batch) -> Array:
+        return (batch.segments > 0) if domain is None else (batch.segments > 0) & (batch.domains == domain)
 
     @jax.jit
     def compare(now: Variables, then: Variables, batch: Batch) -> tuple[dict[str, Array], Array]:
-        real_BT1 = (batch.segments > 0)[..., None]
+        real_BT1 = compared(batch)[..., None]
         logits = lambda graph, of, mode: jnp.where(  # noqa: E731
             real_BT1, nnx.merge(graph, of.params, of.model_state)(batch, mode=mode).logits, 0
         )
@@ -157,6 +163,7 @@ def _compared(
 
     differences, largest = jax.block_until_ready(compare(variables, trained, batch))
     return {
+        "tokens_compared": int(compared(batch).sum()),
         "logit_difference": {mode: float(each) for mode, each in differences.items()},
         "largest_logit": float(largest),
     }

@@ -28,6 +28,7 @@ class Layer:
     value: Optional[np.ndarray] = None
     shared_mixing: Optional[np.ndarray] = None  # [D, 2], for the routed and the shared (PR-MoE, arXiv:2201.05596)
     below: Optional[tuple[np.ndarray, np.ndarray]] = None  # [B, T, E] logits and [E, E] (MoE++, arXiv:2410.07348)
+    shared_gate: Optional[np.ndarray] = None  # [D, 1], of the routed (NLLB, arXiv:2207.04672); the shared have 1 − gate
     k: int
     score: str = "softmax"
     weight: str = "before"
@@ -96,6 +97,9 @@ def forward(layer: Layer, x_BTD: np.ndarray, mask_BT: np.ndarray) -> Output:
             if layer.shared_mixing is not None:
                 c = np.exp(x[t] @ layer.shared_mixing.astype(np.float64))
                 c /= c.sum()
+            if layer.shared_gate is not None:
+                gate = 1 / (1 + np.exp(-(x[t] @ layer.shared_gate.astype(np.float64))[0]))
+                c = np.array([gate, 1 - gate])
             y[t] = c[0] * y[t] + c[1] * shared
     output.y = y.reshape(x_BTD.shape)
     return output
