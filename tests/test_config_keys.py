@@ -498,6 +498,7 @@ TABLE: dict[str, Row] = {
     f"{MOE}.pooled": row(True, parameters),
     f"{MOE}.shared_experts": row(1, parameters),
     f"{MOE}.mix_shared": row(True, parameters, **{f"{MOE}.shared_experts": 1}),
+    f"{MOE}.from_dense": row("clusters", "tests/model/test_clustered.py::test_all_experts_are_the_dense_network"),
     f"{MOE}.shared_gate": row(0.5, parameters, **{f"{MOE}.shared_experts": 1}),
     f"{MOE}.shared_gate_coefficient": row(0.5, gradients, **GATED),
     f"{MOE}.shared_gate_dropout": row(0.5, gradients, **GATED),

@@ -21,7 +21,7 @@ from sparsejax.blocks.moe_layer import MoELayer
 from sparsejax.blocks.residual import TransformerBlock
 from sparsejax.blocks.shared_experts import gate_loss
 from sparsejax.blocks.spec import BlockSpec
-from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_copies
+from sparsejax.blocks.upcycling import Arrays, copied, mixture_of_clusters, mixture_of_copies
 from sparsejax.nn.backbone import Backbone
 from sparsejax.nn.mlp import Experts, ffn_weights, ffn_width
 from sparsejax.ops.capacity import CONVENTIONS, CapacityConvention, Convention, capacity_table
@@ -35,7 +35,7 @@ from sparsejax.routers.controllers import ExpertThreshold, Quantile
 from sparsejax.routers.logits import LOGITS
 from sparsejax.routers.overflow import Drop
 from sparsejax.routers.selectors import SELECTORS
-from sparsejax.routers.weights import Renormalized
+from sparsejax.routers.weights import Renormalized, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class MoESpec(BlockSpec):
     pooled: bool = False  # one pool of experts for all layers of this block, each with its own router
     shared_experts: int = 0  # experts of the same width that every token also goes through, fused into one network
     mix_shared: bool = False  # c₁ · routed + c₂ · shared with (c₁, c₂) = softmax(x W), learned (PR-MoE); else their sum
+    from_dense: Literal["copies", "clusters"] = "copies"  # what --init-from makes of a dense network: also MoEfication
     shared_gate: Optional[float] = None  # g · routed + (1 − g) · shared, g = sigmoid(x W), of about this mean (CMR)
     shared_gate_coefficient: float = 0.1  # of |mean of g − shared_gate| in the loss
     shared_gate_dropout: float = 0.0  # in training this share of tokens has g = 0
@@ -114,6 +115,8 @@ class MoESpec(BlockSpec):
                 "with experts that tokens choose",
             )
 
+        if self.from_dense == "clusters" and not (isinstance(self.router.weight, Unit) and self.router.learned):
+            raise ConfigError("from_dense", "clusters add up to one network; it goes with router.weight=unit")
         if self.free.total and not isinstance(self.router.overflow, Drop):
             raise ConfigError("router.overflow", "experts without a network are not sent on to; allowed: overflow=drop")
         balance = self.router.balance
@@ -402,7 +405,11 @@ class MoESpec(BlockSpec):
     def continued(self, fresh: Arrays, trained: Arrays, before: BlockSpec) -> dict[str, Array]:
         """From a dense block, a mixture of copies."""
         alike = any(name.startswith("feed_forward/experts/") for name in trained)
-        return copied(fresh, trained) if alike else mixture_of_copies(fresh, trained, self.router, self.scored_experts)
+        if alike:
+            return copied(fresh, trained)
+        if self.from_dense == "clusters":
+            return mixture_of_clusters(fresh, trained)
+        return mixture_of_copies(fresh, trained, self.router, self.scored_experts)
 
     def check_replay(self, expert: int) -> None:
         if expert >= self.scored_experts:

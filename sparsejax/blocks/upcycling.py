@@ -62,6 +62,29 @@ def mixture_of_copies(fresh: Arrays, trained: Arrays, router: RouterConfig, scor
     return {**fresh, **copied(outside(fresh), outside(trained)), **experts, **grouped}
 
 
+def mixture_of_clusters(fresh: Arrays, trained: Arrays) -> dict[str, Array]:
+    """The parameters of a mixture-of-experts block whose experts are the hidden units of a dense network, each of them
+    in one expert, in their order (MoEfication, arXiv:2110.01786). A linear router's column is the mean of what its
+    expert's units are the scalar products with, so that it tells how strong they are together."""
+    router = "feed_forward/router/weight"
+    if [name for name in fresh if name.startswith("feed_forward/router/")] != [router]:
+        raise RequestError("clusters need the router of logits=linear, without learned noise or a residual")
+    shards = {}
+    for name in HIDDEN_AXIS:
+        if f"feed_forward/experts/{name}" in fresh:
+            expert = fresh[f"feed_forward/experts/{name}"]
+            shards[name] = _shards(name, expert, f"feed_forward/mlp/{name}/weight", trained)
+            if len(shards[name]) != len(expert):
+                raise RequestError(f"clusters are experts of a part of the width, and {name} has {form(expert)}")
+    outside = lambda arrays: {n: a for n, a in arrays.items() if not n.startswith("feed_forward/")}  # noqa: E731
+    seen_EDF = shards.get("w_gate", shards["w_in"])
+    columns_DE = seen_EDF.mean(-1).T
+    if columns_DE.shape != fresh[router].shape:
+        raise RequestError("experts without a network are no clusters of one")
+    experts = {f"feed_forward/experts/{name}": each for name, each in shards.items()}
+    return {**fresh, **copied(outside(fresh), outside(trained)), **experts, router: columns_DE}
+
+
 def rescale(router: RouterConfig, num_experts: int, shards: int) -> float:
     """What the output of `shards` shards is multiplied with to be that of the whole: shards / (the sum of a token's
     weights under a router of equal logits). 1 for whole copies with renormalised weights."""

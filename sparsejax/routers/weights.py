@@ -6,6 +6,7 @@ matters only to those that share its part out among the survivors."""
 from dataclasses import dataclass
 from typing import Literal, Optional, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -89,4 +90,17 @@ class Constant:
         return jnp.full_like(pairs.weight, value)
 
 
-WEIGHTS = Registry("weight", {"raw": Raw, "renormalized": Renormalized, "constant": Constant})
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """1 for every pair, with the gradient of the score (straight-through). All experts of a network that was cut into
+    experts add up to it (MoEfication, arXiv:2110.01786), and the router learns all the same."""
+
+    @property
+    def constant_for_one(self) -> bool:
+        return False
+
+    def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
+        return 1 + (pairs.weight - jax.lax.stop_gradient(pairs.weight))
+
+
+WEIGHTS = Registry("weight", {"raw": Raw, "renormalized": Renormalized, "constant": Constant, "unit": Unit})

@@ -23,6 +23,7 @@ from sparsejax.blocks.dense import DenseSpec
 from sparsejax.data.corpus import Corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.memory.address import Fixed, Running
+from sparsejax.model.clustered import with_clusters
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.continued import continued, new_memories, of_memory
 from sparsejax.model.lm import LanguageModel
@@ -93,6 +94,7 @@ def begin_from(run: Path, config: ExperimentConfig, corpus: Corpus, mesh: jax.sh
         check_tokenizer(run, corpus.tokenizer.fingerprint)
         before = _of_run(run, config)
         trained, progress, step = restore_variables(before, run, mesh)
+        sources = dataclasses.replace(trained, params=with_clusters(config.model, before.model, trained.params))
         tx = make_optimizer(config)
 
         def begin(trained: Variables) -> TrainState:
@@ -102,7 +104,7 @@ def begin_from(run: Path, config: ExperimentConfig, corpus: Corpus, mesh: jax.sh
             model_state = with_addresses(model_state, trained.model_state, new)
             return first_state(config, tx, continued(config.model, fresh, before.model, trained.params), model_state)
 
-        state = jax.block_until_ready(run_once(begin, trained))
+        state = jax.block_until_ready(run_once(begin, sources))
     receipt = {"run": str(run.absolute()), "step": step, "tokens": progress["tokens"]}
     batch = _some_batch(config, corpus, mesh)
     return Begun(state=state, receipt=receipt | _compared(config.model, state.variables, before.model, trained, batch))

@@ -27,10 +27,11 @@ from support import ONE_DEVICE, assert_close, host_batch, host_params, on_mesh, 
 
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
 X = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
+SHORT = {"train__steps": 1, "optimizer__schedule__warmup_steps": 0}
 MOE = MoESpec(num_experts=4, d_ff=6)
 ROUTERS = {
     "top-2, raw": (RouterConfig(logits=DomainLogits(domains=3), selection=TopK(k=2), weight=Raw()), {}),
-    "top-1, gated": (presets.task_moe(), {"gated": True}),
+    "TaskMoE, gated": (presets.task_moe(), {"gated": True}),
     "by number": (RouterConfig(selection=ByDomain(k=2), weight=Constant()), {}),
     "with shared experts": (RouterConfig(logits=DomainLogits(domains=3), selection=TopK(k=2)), {"shared_experts": 1}),
 }
@@ -93,11 +94,11 @@ def test_a_domain_is_a_number_from_0():
 def test_a_run_of_one_domain(tmp_path):
     """From a whole run, with the receipt: on the domain's tokens rounding is all that differs."""
     whole, alone = tmp_path / "whole", tmp_path / "alone"
-    by_domain = {"model__blocks__moe__router__logits": "by_domain", "model__blocks__moe__d_ff": 12, "train__steps": 2}
-    done = here(*arguments("train", f"--workdir={whole}", **by_domain))
+    by_domain = {"model__blocks__moe__router__logits": "by_domain", "model__blocks__moe__d_ff": 12}
+    done = here(*arguments("train", f"--workdir={whole}", **by_domain, **SHORT))
     assert done.status == 0, done.err
     dense = {"model__blocks__moe": "dense", "model__blocks__moe__d_ff": 24, "model__blocks__moe__of_domain": 1}
-    done = here(*arguments("train", f"--workdir={alone}", f"--init-from={whole}", **dense, train__steps=1))
+    done = here(*arguments("train", f"--workdir={alone}", f"--init-from={whole}", **dense, **SHORT))
     assert done.status == 0, done.err
     said = json.loads((alone / "upcycling.json").read_text())
     assert said["tokens_compared"] > 0
