@@ -22,11 +22,10 @@ ROUNDS = 10
 def with_clusters(config: ModelConfig, before: ModelConfig, trained: nnx.State) -> nnx.State:
     """The parameters `trained` of a model of `before`, the same function, with the units of every dense network in the
     order of their clusters, where the block in its place has `from_dense = clusters`: one cluster for each expert."""
-    specs = {layer.index: config.blocks[layer.block] for layer in config.layers}
     flat = dict(nnx.to_flat_state(trained))
     paths = {path: place(path) for path in flat if path[0] == "stack" and path[1] != "pools"}
-    for layer in before.layers:
-        spec, stored = specs.get(layer.index), before.stored(layer)
+    for layer, new in zip(before.layers, config.layers, strict=False):  # another depth is refused later
+        spec, stored = config.blocks[new.block], before.stored(layer)
         if not isinstance(spec, MoESpec) or spec.from_dense != "clusters":
             continue
         own = {name: path for path, (position, name) in paths.items() if position == layer.position}

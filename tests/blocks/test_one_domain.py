@@ -97,7 +97,7 @@ def test_a_run_of_one_domain(tmp_path):
     by_domain = {"model__blocks__moe__router__logits": "by_domain", "model__blocks__moe__d_ff": 12}
     done = here(*arguments("train", f"--workdir={whole}", **by_domain, **SHORT))
     assert done.status == 0, done.err
-    dense = {"model__blocks__moe": "dense", "model__blocks__moe__d_ff": 24, "model__blocks__moe__of_domain": 1}
+    dense = {"model__blocks__moe": "dense", "model__blocks__moe__d_ff": 24, "model__blocks__moe__of_domain": 0}
     done = here(*arguments("train", f"--workdir={alone}", f"--init-from={whole}", **dense, **SHORT))
     assert done.status == 0, done.err
     said = json.loads((alone / "upcycling.json").read_text())
