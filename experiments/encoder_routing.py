@@ -15,6 +15,7 @@ STUDY = Study(
     | {name: Arm(argument=f"encoder_{name}", size=WIDTH) for name in ROUTED}
     | {"few_slots": Arm(argument="encoder_soft_moe", edits={"model.blocks.moe.slots_per_expert": 2}, size=WIDTH)},
     base="dense",
+    metric="cross_entropy",
     varies=("model.pattern", "model.blocks"),
     deviation=0.02,
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "moe/dead_experts"),

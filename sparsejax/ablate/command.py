@@ -18,7 +18,7 @@ from sparsejax.ablate.fairness import Unfair, refuse, unfair
 from sparsejax.ablate.figures import draw
 from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
 from sparsejax.ablate.page import standing, values_of, without_result, write_page
-from sparsejax.ablate.results import collected, stated_power, text_of
+from sparsejax.ablate.results import collected, measured, stated_power, text_of
 from sparsejax.ablate.runner import Job, run_all
 from sparsejax.ablate.sections import write_report
 from sparsejax.ablate.study import Study, chosen, load_study
@@ -55,7 +55,7 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         failed: Mapping[tuple[str, int], str] = {}
         if args.launch is None:
             slots = args.jobs or _slots(max(total(arm.config.model).parameters for arm in arms.values()))
-            failed = run_all(jobs, slots, say)
+            failed = run_all(jobs, slots, say, check=lambda job: measured(study, job.workdir))
         else:
             _launch(jobs, shlex.split(args.launch))
         command = "python -m sparsejax " + shlex.join(args.words)

@@ -27,9 +27,15 @@ TRAIN = "train/"
 
 
 def figures(study: Study, run: Path) -> Figures:
-    """Of a finished run: the metric, what the study shows beside it, `seconds` of the run.
+    """Of a finished run: the metric, what the study shows beside it, `seconds` of the run, and the study's own.
 
     Raises `RequestError` when the metric is none of the run's."""
+    found = measured(study, run)
+    return found if study.figures is None else found | _kept(study, run)
+
+
+def measured(study: Study, run: Path) -> Figures:
+    """Those that the run's metrics have. Raises as `figures` does."""
     rows = read_jsonl(run / "metrics.jsonl")[0]
     last: dict[str, Mapping[str, Any]] = {row["split"]: row for row in rows}
     evaluation = last["eval"]
@@ -42,7 +48,7 @@ def figures(study: Study, run: Path) -> Figures:
         value = row.get(name.removeprefix(TRAIN))
         if isinstance(value, (int, float)):
             found[name] = float(value)
-    return found if study.figures is None else found | _kept(study, run)
+    return found
 
 
 def _kept(study: Study, run: Path) -> Figures:
@@ -58,7 +64,7 @@ def by_batch(study: Study, run: Path, step: int) -> tuple[np.ndarray, np.ndarray
     """(metric, weight) of each batch of the last evaluation; as one batch where only the whole is known."""
     path = run / "evaluations" / f"{step}.npz"
     if study.metric not in BY_BATCH or not path.is_file():
-        return np.array([figures(study, run)[study.metric]]), np.ones(1)
+        return np.array([measured(study, run)[study.metric]]), np.ones(1)
     with np.load(path) as arrays:
         nats, targets = arrays["nats"].astype(np.float64), arrays["targets"].astype(np.float64)
     filled = targets > 0

@@ -66,9 +66,14 @@ class _Running:
     step: int  # that it began at
 
 
-def run_all(jobs: Sequence[Job], slots: int, say: Callable[[str], None]) -> dict[tuple[str, int], str]:
-    """Runs what is not done yet. Returns the causes of those that failed, by (arm, seed)."""
+def run_all(
+    jobs: Sequence[Job], slots: int, say: Callable[[str], None], check: Callable[[Job], object]
+) -> dict[tuple[str, int], str]:
+    """Runs what is not done yet. Returns the causes of those that failed, by (arm, seed). `check` is given each
+    finished run: what it raises ends the study, before other runs take their time."""
     ended = {job for job in jobs if job.done}
+    for job in ended:
+        check(job)
     waiting = [job for job in jobs if job not in ended]
     todo, running = list(waiting), []
     failed: dict[tuple[str, int], str] = {}
@@ -91,6 +96,7 @@ def run_all(jobs: Sequence[Job], slots: int, say: Callable[[str], None]) -> dict
                 job, went = each.job, each.job.step() > each.step
                 if status == 0 and job.done:
                     ended.add(job)
+                    check(job)
                     say(f"{progress.finished(job, time.monotonic() - each.begun)} {job.name}")
                     continue
                 kills[job] = (0 if went else kills.get(job, 0)) + 1

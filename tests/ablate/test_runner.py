@@ -138,6 +138,16 @@ def test_a_cluster_is_given_every_run_once(folder, capsys, monkeypatch):
     assert "--launch: b seed 0: error: unknown flag" in capsys.readouterr().err
 
 
+def test_a_metric_that_runs_lack_ends_the_study_after_the_first(folder, capsys):
+    words = write_study(folder, seeds="(0,)")
+    study = folder / "experiments" / "rates.py"
+    study.write_text(study.read_text().replace('base="a"', 'base="a", metric="accuracy_of_mine"'))
+    for _ in range(2):  # again, with the run that is done
+        assert main([*words, "--jobs=1"]) == 2
+        assert "metric='accuracy_of_mine' is no figure of" in capsys.readouterr().err
+        assert (folder / "runs" / "a" / "0").exists() and not (folder / "runs" / "b" / "0").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no SLURM here (sbatch)")
 def test_a_real_cluster_runs_what_this_machine_would(folder, capsys):
