@@ -143,7 +143,8 @@ def candidates(scores: Any, mask: np.ndarray | None = None, **more: Any) -> Cand
 @functools.cache
 def moe_layer_params(spec: MoESpec, backbone: Backbone, seed: int = 0) -> nnx.State:
     """Host parameters of one MoE layer; settings without parameters do not change them."""
-    keeps = {axis: getattr(spec.router, axis) for axis in ("logits", "noise", "controller", "residual")}  # have variables
+    with_variables = ("logits", "noise", "controller", "residual")
+    keeps = {axis: getattr(spec.router, axis) for axis in with_variables}
     traits = spec.router.selection.traits
     asked = traits.sparse or traits.thresholds or traits.reinforce  # a controller may ask for it, or it learns itself
     one = RouterConfig(selection=spec.router.selection if asked else TopK(k=1), weight=Raw(), allow_leak=True, **keeps)
