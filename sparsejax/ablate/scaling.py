@@ -131,19 +131,28 @@ def _rest(cells: Cells, limits: Limits) -> float:
 
 
 def cells_of(studies: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
-    """Router → its cells and those of the dense models, from what `ablate` wrote of studies at several sizes."""
+    """Router → its cells and those of the dense models, from what `ablate` wrote of studies at several sizes.
+
+    Raises `ValueError` for a router without a finished run."""
     points: dict[str, list[tuple[float, float, float]]] = {}
     shared = []
     for study in studies:
         dense = study["arms"][study["base"]]["parameters"]
         for name, arm in study["arms"].items():
-            found = re.fullmatch(r"(.+)-e(\d+)", name)
-            runs = [run["figures"][study["metric"]] for run in arm["runs"].values() if run["status"] == "done"]
+            found = re.fullmatch(r"(.+)-e([1-9]\d*)", name)
+            runs = _losses(study, arm)
             if found:
                 points.setdefault(found[1], []).extend((dense, float(found[2]), loss) for loss in runs)
             elif name == study["base"]:
                 shared += [(dense, 1.0, loss) for loss in runs]
+    empty = [name for name, each in points.items() if not each]
+    if empty:
+        raise ValueError(f"{empty[0]}: none of its runs is done")
     return {name: Cells.of(*np.array([*shared, *each]).T) for name, each in points.items()}
+
+
+def _losses(study: Mapping[str, Any], arm: Mapping[str, Any]) -> list[float]:
+    return [run["figures"][study["metric"]] for run in arm["runs"].values() if run["status"] == "done"]
 
 
 def lines(found: Mapping[str, Law]) -> list[str]:
@@ -181,6 +190,26 @@ def _draw(path: Path, cells: Mapping[str, Cells], found: Mapping[str, Law], metr
         panel.legend(fontsize=7)
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """Results whose every finished run has a loss that the law can be fitted to."""
+    try:
+        study = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file}: not the results of a study: {error}") from None
+    if not isinstance(study, dict) or not {"arms", "base", "metric"} <= study.keys():
+        raise RequestError(f"{file}: not the results of a study: it has no arms")
+    try:
+        sizes = [study["arms"][study["base"]]["parameters"]]
+        losses = {name: _losses(study, arm) for name, arm in study["arms"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RequestError(f"{file}: not the results of a study: {type(error).__name__} {error}") from None
+    for name, values in {f"parameters of {study['base']}": sizes, **losses}.items():
+        for value in values:
+            if not isinstance(value, int | float) or not 0 < value < np.inf:
+                raise RequestError(f"{file}: {name}: {value} has no logarithm, which the law is of")
+    return study
+
+
 def _limits(text: str) -> Limits:
     try:
         start, most = map(float, text.split(","))
@@ -203,18 +232,15 @@ def main(words: Sequence[str]) -> int:
         raise RequestError("which results? python -m sparsejax.ablate.scaling RESULTS.json [RESULTS.json …]")
     if args.saturation and args.limits is not None:
         raise RequestError("--limits: known limits are not fitted; leave out --saturation")
-    limits, studies = None if args.limits is None else _limits(args.limits), []
-    for file in args.results:
-        try:
-            studies.append(json.loads(file.read_text()))
-        except (OSError, ValueError) as error:
-            raise RequestError(f"{file}: not the results of a study: {error}") from None
-        if not isinstance(studies[-1], dict) or not {"arms", "base", "metric"} <= studies[-1].keys():
-            raise RequestError(f"{file}: not the results of a study: it has no arms")
-    cells = cells_of(studies)
-    if not cells:
-        raise RequestError(f"{args.results[0]}: no arm is named ROUTER-eE, which says how many experts it has")
+    limits = None if args.limits is None else _limits(args.limits)
+    studies = [_read(file) for file in args.results]
+    for file, study in zip(args.results, studies, strict=True):
+        if study["metric"] != studies[0]["metric"]:
+            raise RequestError(f"{file}: its metric is {study['metric']}, that of {args.results[0]} is another")
     try:
+        cells = cells_of(studies)
+        if not cells:
+            raise RequestError(f"{args.results[0]}: no arm is named ROUTER-eE, which says how many experts it has")
         found = {name: fit_saturation(each) if args.saturation else fit(each, limits) for name, each in cells.items()}
     except ValueError as error:
         raise RequestError(str(error)) from None
@@ -226,7 +252,10 @@ def main(words: Sequence[str]) -> int:
 
 def _keep(folder: Path, study: str, cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str) -> None:
     name = f"{study}_law"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out={folder}: {error.strerror}") from None
     _draw(folder / f"{name}.svg", cells, found, metric)
     text = [
         f"# The law of Clark et al. (arXiv:2202.01169), fitted to {study}",

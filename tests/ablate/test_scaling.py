@@ -127,6 +127,45 @@ def test_wrong_words_are_refused(tmp_path, words, message):
         main([str(tmp_path / "x.json"), *words])
 
 
+def done_with(**figures):
+    return {"status": "done", "figures": figures}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"base": "other"}, "x.json: not the results of a study: KeyError 'other'"),
+        ({"metric": "nats"}, "x.json: not the results of a study: KeyError 'nats'"),
+        ({"arms": [1]}, "x.json: not the results of a study: TypeError"),
+        ({"arms": {"dense": {"parameters": 0, "runs": {}}}}, "parameters of dense: 0 has no logarithm"),
+        ({"hash-e8": done_with(bits_per_byte=-1.0)}, "hash-e8: -1.0 has no logarithm"),
+        ({"hash-e8": done_with(bits_per_byte=float("nan"))}, "hash-e8: nan has no logarithm"),
+        ({"hash-e8": done_with(bits_per_byte=None)}, "hash-e8: None has no logarithm"),
+        ({"rl_r-e2": {"status": "failed", "cause": "it fell"}}, "rl_r: none of its runs is done"),
+    ],
+)
+def test_results_that_the_law_cannot_be_fitted_to_are_refused(tmp_path, changed, message):
+    study = results(1e5, 3.0)
+    for key, value in changed.items():
+        if key in study:
+            study[key] = value
+        else:
+            study["arms"].setdefault(key, {"parameters": 1, "runs": {}})["runs"]["0"] = value
+    (tmp_path / "x.json").write_text(json.dumps(study))
+    with pytest.raises(RequestError, match=message):
+        main([str(tmp_path / "x.json")])
+
+
+def test_files_of_two_metrics_and_a_file_for_a_folder_are_refused(tmp_path):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    one.write_text(json.dumps(results(1e5, 3.0)))
+    other.write_text(one.read_text().replace("bits_per_byte", "nats"))
+    with pytest.raises(RequestError, match=r"other\.json: its metric is nats"):
+        main([str(one), str(other)])
+    with pytest.raises(RequestError, match=r"--out=.*: File exists"):
+        main([str(one), f"--out={other}"])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
