@@ -9,6 +9,7 @@ N: parameters of the dense model of the same compute; E: experts. Without satura
 fits it for each router of studies whose arms are named ROUTER-eE beside a dense base; each file is one size N. `--out`
 keeps the table and a figure as NAME_law.md and NAME_law.svg."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -97,24 +98,36 @@ def fit(cells: Cells, limits: Optional[Limits] = None, *, fitted: int = 0, level
 
 
 def fit_saturation(cells: Cells, *, level: float = 0.05) -> Law:
-    """The law with the E_start and E_max that fit best, each with the interval of its profile (an F test); an end that
-    the cells do not tell is infinite, or 1 for E_start. Coefficients' intervals are given these limits.
+    """The law with the E_start and E_max that fit best among those tried. All intervals are those of profiles (an F
+    test): what some limits and coefficients that fit nearly as well have. An end of limits that the cells do not tell
+    is infinite, or 1 for E_start. Were the limits taken as known, the coefficients' intervals would be far too narrow.
 
     Raises `ValueError` as `fit` does."""
     most_seen = cells.experts.max()
     starts = np.geomspace(1.0, most_seen, TRIED)
     mosts = np.geomspace(1.01 * most_seen, 1000 * most_seen, TRIED)
-    rest = np.array([[_rest(cells, (start, most)) for most in mosts] for start in starts])
-    at = np.unravel_index(np.argmin(rest), rest.shape)
-    law = fit(cells, (float(starts[at[0]]), float(mosts[at[1]])), fitted=2, level=level)
+    every = [(float(start), float(most)) for start in starts for most in mosts]
+    matrices = np.stack([np.stack(list(_design(cells, limits).values()), 1) for limits in every])
+    q, r = np.linalg.qr(matrices)  # [tried, cells, coefficients], [tried, coefficients, coefficients]
+    along, inverse = np.einsum("tnc,n->tc", q, cells.losses), np.linalg.pinv(r)
+    rest = np.sum((cells.losses - np.einsum("tnc,tc->tn", q, along)) ** 2, 1)
+    law = fit(cells, every[np.argmin(rest)], fitted=2, level=level)
     left = law.cells - len(law.coefficients) - 2
-    allowed = rest[at] * (1 + stats.f.isf(level, 1, left) / left)
+    allowed = rest.min() * (1 + stats.f.isf(level, 1, left) / left)
+    inside = rest <= allowed
+    # With limits given, the sum of squares rises from its least with the square of a coefficient's distance.
+    values = np.einsum("tij,tj->ti", inverse, along)[inside]
+    reach = np.sqrt((allowed - rest[inside])[:, None] * np.sum(inverse[inside] ** 2, 2))
+    lows, highs = (values - reach).min(0), (values + reach).max(0)
+    told = zip(law.coefficients.items(), lows, highs, strict=True)
     reaches = []
-    for values, profile, ends in ((starts, rest.min(1), (1.0, np.inf)), (mosts, rest.min(0), (most_seen, np.inf))):
-        inside = np.flatnonzero(profile <= allowed)
-        low = ends[0] if inside[0] == 0 else float(values[inside[0] - 1])
-        reaches.append((float(low), ends[1] if inside[-1] == TRIED - 1 else float(values[inside[-1] + 1])))
-    return Law(**{**vars(law), "reaches": tuple(reaches)})
+    square = inside.reshape(TRIED, TRIED)
+    for tried, found, least in ((starts, square.any(1), 1.0), (mosts, square.any(0), most_seen)):
+        at = np.flatnonzero(found)
+        low = least if at[0] == 0 else tried[at[0] - 1]
+        reaches.append((float(low), np.inf if at[-1] == TRIED - 1 else float(tried[at[-1] + 1])))
+    coefficients = {name: (value, float(low), float(high)) for (name, (value, _, _)), low, high in told}
+    return dataclasses.replace(law, coefficients=coefficients, reaches=(reaches[0], reaches[1]))
 
 
 def _design(cells: Cells, limits: Optional[Limits]) -> dict[str, np.ndarray]:
@@ -122,12 +135,6 @@ def _design(cells: Cells, limits: Optional[Limits]) -> dict[str, np.ndarray]:
     if np.ptp(n) == 0:
         return {"b": e, "d": np.ones_like(n)}
     return {"a": n, "b": e, "c": n * e, "d": np.ones_like(n)}
-
-
-def _rest(cells: Cells, limits: Limits) -> float:
-    """The sum of squares that the law with these limits leaves."""
-    matrix = np.stack(list(_design(cells, limits).values()), 1)
-    return float(np.sum((cells.losses - matrix @ np.linalg.lstsq(matrix, cells.losses, rcond=None)[0]) ** 2))
 
 
 def cells_of(studies: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:

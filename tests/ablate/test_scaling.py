@@ -61,6 +61,12 @@ def test_saturation_is_found_with_its_interval():
     laws = [fit_saturation(planted(rng, 0.002, (1.9, 100.0))) for _ in range(40)]
     held = np.mean([[low <= at <= high for (low, high), at in zip(each.reaches, (1.9, 100))] for each in laws], 0)
     assert (held >= 0.85).all()
+    # Coefficients', too, which limits taken as known would make far too narrow.
+    true = {"a": -0.08, "b": -0.1, "c": 0.005, "d": 2.0}
+    held = {
+        k: np.mean([low <= true[k] <= high for _, low, high in (law.coefficients[k] for law in laws)]) for k in true
+    }
+    assert min(held.values()) >= 0.85, held
 
 
 def test_what_the_cells_do_not_tell_of_saturation_is_open():
