@@ -56,6 +56,5 @@ def flops_at(config, d_ff: int) -> float:
     """Of a token's forward pass, after setting the width of the feed-forward networks."""
     for name in set(config.model.pattern):
         config.model.blocks[name].d_ff = d_ff
-    model = from_config_dict(ExperimentConfig, config).model
-    length = config.data.sequence_length
+    model, length = from_config_dict(ExperimentConfig, config).model, config.data.sequence_length
     return total(model).flops(mean_keys(model, length), length)

@@ -22,8 +22,7 @@ PRESETS = dict(noisy_top_k="shazeer17", fine_grained="deepseek_moe", loss_free="
 def get_config(arm: str = "switch"):
     config = default_config()
     model, experts = config.model, EXPERTS.get(arm.removeprefix("encoder_"), 16)
-    model.d_model, model.num_heads = 64, 4
-    width = model.get_ref("d_model")
+    model.d_model, model.num_heads, width = 64, 4, model.get_ref("d_model")
     model.pattern, model.repeats, model.scan = ("dense", "moe"), 1, False
     model.blocks.dense.d_ff = 4 * width
     if arm.startswith("encoder_"):
