@@ -1,6 +1,7 @@
 """What tests of layers, models and steps share: meshes, batches, parameters on a mesh, comparison."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -36,6 +37,13 @@ SHAPES = ("num_experts", "d_ff", "gated", "shared_experts", "mix_shared", "share
 """Fields of `MoESpec` that the shapes of its parameters, or their places on a mesh, depend on."""
 ONE_DEVICE = (1, 1, 1)
 MESHES = (ONE_DEVICE, (2, 4, 1), (4, 2, 1), (2, 2, 2), (8, 1, 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneLayer(Backbone):
+    """The dimensions of a layer that is tested alone."""
+
+    num_layers: int = 1
 
 
 def mesh_name(shape: tuple[int, int, int]) -> str:

@@ -39,10 +39,6 @@ class Cost:
         less = {name: getattr(self, name) / k for name in ("per_token", "routed", "gathered")}
         return dataclasses.replace(self, **less, per_key=self.per_key / k**2)
 
-    def on(self, share: float) -> "Cost":
-        """Of the same matrices when a share of the tokens is multiplied with them."""
-        return dataclasses.replace(self, per_token=self.per_token * share)
-
     def flops(self, keys: float, row_length: float) -> float:
         """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped; with its
         part of what is done for a row of `row_length` tokens."""

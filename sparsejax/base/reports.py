@@ -21,6 +21,11 @@ from sparsejax.base.sharding import to_numpy
 from sparsejax.base.structs import struct
 
 
+def count(true: Bool[Array, "..."]) -> Int[Array, ""]:
+    """How many are, int32."""
+    return true.sum(dtype=jnp.int32)
+
+
 @struct
 class Decisions:
     """What one mixture-of-experts layer decided token by token (leading axes: repeats of the layer). Padding has no

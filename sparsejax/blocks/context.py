@@ -44,9 +44,7 @@ class Context:
     pool: Optional[nnx.Module] = None  # what the block shares with all layers of its spec (`BlockSpec.build_pool`)
     readers: Mapping[str, Reader | Given] = field(default_factory=dict)  # of the lookup tables of the layer's memories
     embedded: Optional[Float[Array, "B T D"]] = None  # the output of the model's embedding
-    logits: Optional[Float[Array, "B T E"]] = (
-        None  # of the router below, for one that adds to them; None: there is none
-    )
+    logits: Optional[Float[Array, "B T E"]] = None  # of the router below, for one that adds to them
     seen: Optional[Int[Array, "B T"]] = None  # segments of tokens as keys, 0 for those that others do not see
     active: Optional[Bool[Array, " B"]] = None  # rows that have left no exit; None: all
     skipped_keys: bool = True  # whether rows that have left remember keys and values of layers that they skip

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
-from sparsejax.base.reports import HaltingReport, Report
+from sparsejax.base.reports import HaltingReport, Report, count
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Mode, Totals
@@ -152,9 +152,9 @@ class HaltingBlock(nnx.Module):
         prior_BT = self.settings.prior_part(weight_BT, jnp.asarray(context.layer), self.num_layers, context.mode)
         total = lambda values_BT, where_BT: jnp.sum(values_BT, where=where_BT, dtype=jnp.float32)  # noqa: E731
         report = HaltingReport(
-            tokens=_count(batch.segments > 0),
-            running=_count(running_BT),
-            halting=_count(halts_BT),
+            tokens=count(batch.segments > 0),
+            running=count(running_BT),
+            halting=count(halts_BT),
             weight_sum=total(weight_BT, running_BT),
             remainder_sum=total(after.remainder, halts_BT),
             probability_sum=total(jnp.where(last, 1.0, probability_BT), running_BT),
@@ -214,7 +214,3 @@ def _seeing(context: Context, seen_BT: Int[Array, "B T"]) -> Context:
     """The context in which only some tokens are seen: to the block the others are padding."""
     batch = dataclasses.replace(context.batch, segments=seen_BT, previous=context.batch.preceding())
     return dataclasses.replace(context, batch=batch)
-
-
-def _count(true: Bool[Array, "..."]) -> Int[Array, ""]:
-    return true.sum(dtype=jnp.int32)

@@ -100,22 +100,26 @@ class LightHeavySpec(SoftChoice, BlockSpec):
         light = max(backbone.d_model // 2, 1) if self.light_d_ff is None else self.light_d_ff
         return light, ffn_width(backbone, self.d_ff)
 
+    def seen(self, backbone: Backbone) -> int:
+        """Tokens that light attention sees, itself among them."""
+        return (1 if backbone.causal else 2) * self.radius + 1
+
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         (light, heavy), h = self.branches(backbone), backbone.width_of_head
-        nearby = (1 if backbone.causal else 2) * self.radius + 1
         queries, keys = (2 * backbone.d_model * h * n for n in (heavy.num_heads, heavy.kv_heads))
         of_light = Cost.of_matrices(2 * backbone.d_model * h * (light.num_heads + light.kv_heads))
-        of_heavy = Cost.of_matrices(queries).on(self.query_capacity) + Cost.of_matrices(keys).on(self.key_capacity)
-        networks = [Cost.of_matrices(ffn_weights(backbone, d_ff, self.gated)) for d_ff in self.widths(backbone)]
+        some = lambda weights, share: Cost.of_matrices(weights).every_kth(1 / share)  # noqa: E731
+        of_heavy = some(queries, self.query_capacity) + some(keys, self.key_capacity)
+        light_mlp, heavy_mlp = (ffn_weights(backbone, d_ff, self.gated) for d_ff in self.widths(backbone))
         more = {"norm": Cost(parameters=2 * h, active=2 * h)} if backbone.qk_norm else {}  # of the second attention
         more |= {"selection": Cost.of_matrices(3 * backbone.d_model)} if self.by == "learned" else {}
         return more | {
             "attention_projections": of_light + of_heavy,
             "attention_scores": Cost(
-                per_token=4 * h * light.num_heads * nearby,
+                per_token=4 * h * light.num_heads * self.seen(backbone),
                 per_key=4 * h * heavy.num_heads * self.query_capacity * self.key_capacity,
             ),
-            "mlp": networks[0] + networks[1].on(self.capacity),
+            "mlp": Cost.of_matrices(light_mlp) + some(heavy_mlp, self.capacity),
         }
 
     def padding_flops(self, backbone: Backbone, length: int) -> float:
@@ -127,8 +131,7 @@ class LightHeavySpec(SoftChoice, BlockSpec):
         computed = keys_nearby(length, self.radius, backbone.causal)
         if computed < length:
             computed *= -(-length // self.radius) * self.radius / length
-        nearby = (1 if backbone.causal else 2) * self.radius + 1
-        more = 4 * backbone.width_of_head * self.heads(backbone)[0] * (computed - nearby)
+        more = 4 * backbone.width_of_head * self.heads(backbone)[0] * (computed - self.seen(backbone))
         return of(rounded) - of(self) + more
 
     def splits(self, backbone: Backbone) -> dict[str, tuple[int, str]]:

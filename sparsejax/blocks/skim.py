@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
-from sparsejax.base.reports import SkimReport, SpendingReport
+from sparsejax.base.reports import SkimReport, SpendingReport, count
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.budgets import Price, Work
@@ -172,7 +172,7 @@ class SkimmedBlock(nnx.Module):
     def __call__(self, row: Survivors, context: Context, cache: None = None) -> BlockOutput:
         soft = context.mode == "train" and self.settings.stage == "soft"
         compact = self.settings.execution == "compact" and not soft
-        tokens, lost = _count(context.batch.segments > 0), jnp.int32(0)
+        tokens, lost = count(context.batch.segments > 0), jnp.int32(0)
         with jax.named_scope("skim"):
             decision = self._decide(self.chooser.before, row, context, soft, row.x)
             row, more = self._go(row, decision, context, soft, compact)
@@ -194,12 +194,12 @@ class SkimmedBlock(nnx.Module):
             row = dataclasses.replace(row, x=row.x + y_BTD)
         report = SkimReport(
             tokens=tokens,
-            kept=_count(row.keep > 0.5),
+            kept=count(row.keep > 0.5),
             keep_sum=row.keep.sum(),
             unplaced=lost,
-            attended=_count(begins.keep > 0),
+            attended=count(begins.keep > 0),
             keys=_pairs((begins.keep > 0).astype(jnp.float32), begins, context.batch),
-            left=_count(row.keep > 0),
+            left=count(row.keep > 0),
             spending=self._spent(begins, row, context.batch),
         )
         kept_BT = _places(row, context.batch) if context.record else None
@@ -214,10 +214,10 @@ class SkimmedBlock(nnx.Module):
             attended_sum=begins.keep.sum(),
             keys_sum=_pairs(begins.keep, begins, batch),
             all_keys=all_BT.sum(dtype=jnp.float32),
-            would_attend=_count(begins.decided > 0),
+            would_attend=count(begins.decided > 0),
             would_pair=_pairs(begins.decided, begins, batch),
-            would_stay=_count(ends.decided > 0),
-            price_sum=None if self.price is None else self.price[...] * _count(batch.segments > 0),
+            would_stay=count(ends.decided > 0),
+            price_sum=None if self.price is None else self.price[...] * count(batch.segments > 0),
         )
 
     def _decide(self, decide, row: Survivors, context: Context, soft: bool, *given, **attention) -> Optional[Decision]:
@@ -264,7 +264,7 @@ class SkimmedBlock(nnx.Module):
 
         room = room[layer] if cut else room[0]
         row, lost_BT = on_each_device(local, (BY_ROW, BY_ROW, P()), (BY_ROW, BY_ROW))(row, decision, room)
-        return row, _count(lost_BT)
+        return row, count(lost_BT)
 
 
 def _places(row: Survivors, batch: Batch) -> Bool[Array, "B T"]:
@@ -284,7 +284,3 @@ def _pairs(weight_BT: Float[Array, "B T"], row: Survivors, batch: Batch) -> Floa
         return (weight_BT * over_document(weight_BT, segments_BT, batch.segments.shape[1]),)
 
     return on_each_device(local, (BY_ROW, BY_ROW), (BY_ROW,))(weight_BT, row.segments)[0].sum()
-
-
-def _count(true: Bool[Array, "..."]) -> Int[Array, ""]:
-    return true.sum(dtype=jnp.int32)

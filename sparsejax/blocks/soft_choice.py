@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparsejax.base.errors import ConfigError, leaks
-from sparsejax.base.reports import HeavyReport
+from sparsejax.base.reports import HeavyReport, count
 from sparsejax.base.sharding import on_each_device
 from sparsejax.base.structs import struct
 from sparsejax.blocks.choosers import Lot, to_numbers
@@ -127,7 +127,6 @@ class SoftChooser(nnx.Module):
 def heavy_report(choices: Sequence[Chosen], valid_BT: Bool[Array, "B T"]) -> HeavyReport:
     """Of one layer's choices."""
     each = lambda of: jnp.stack([of(choice) for choice in choices])  # noqa: E731
-    count = lambda true: true.sum(dtype=jnp.int32)  # noqa: E731
     return HeavyReport(
         tokens=count(valid_BT),
         rows=count(valid_BT.any(axis=1)),

@@ -6,13 +6,13 @@ matters only to those that share its part out among the survivors."""
 from dataclasses import dataclass
 from typing import Literal, Optional, Protocol
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsejax.base.errors import ConfigError
 from sparsejax.base.registry import Registry
 from sparsejax.ops.assignment import Pairs, at_pairs, sum_over_pairs
+from sparsejax.ops.estimators import straight_through
 
 
 class Weight(Protocol):
@@ -100,7 +100,7 @@ class Unit:
         return False
 
     def __call__(self, pairs: Pairs, keep_GP: Bool[Array, "G P"], k: int) -> Float[Array, "G P"]:
-        return 1 + (pairs.weight - jax.lax.stop_gradient(pairs.weight))
+        return straight_through(jnp.ones_like(pairs.weight), pairs.weight)
 
 
 WEIGHTS = Registry("weight", {"raw": Raw, "renormalized": Renormalized, "constant": Constant, "unit": Unit})

@@ -20,12 +20,12 @@ from sparsejax.blocks.tokens import EveryToken
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import component_costs
 from sparsejax.model.lm import init_caches
-from sparsejax.nn.backbone import Backbone
 from sparsejax.train.metrics import layer_metrics
 
 from reference import light_heavy as slow
 from support import (
     ONE_DEVICE,
+    OneLayer,
     assert_close,
     graph_of,
     host_batch,
@@ -41,11 +41,6 @@ WIDTH, LENGTH, ROWS = 8, 14, 2
 ARRAYS = host_batch(ROWS, LENGTH, padded=2)
 VALID = ARRAYS["segments"] > 0
 X = np.random.default_rng(1).normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OneLayer(Backbone):
-    num_layers: int = 1
 
 
 BACKBONE = OneLayer(d_model=WIDTH, num_heads=4, num_kv_heads=2, causal=False)

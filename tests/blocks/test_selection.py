@@ -20,7 +20,6 @@ from sparsejax.blocks.selection import MixtureOfDepths, RandomTokens
 from sparsejax.blocks.sequence import StrideAndSkip
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import init_caches
-from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.selection import best_tokens, put
 from sparsejax.routers import presets
 from sparsejax.routers.balance import LoadBalance
@@ -29,6 +28,7 @@ from sparsejax.train.metrics import layer_metrics
 from reference.depths import best, mixture_of_depths
 from support import (
     ONE_DEVICE,
+    OneLayer,
     assert_close,
     graph_of,
     host_batch,
@@ -43,11 +43,6 @@ from support import (
 WIDTH, LENGTH, ROWS = 8, 12, 2
 ARRAYS = host_batch(ROWS, LENGTH, padded=2)
 GATES = ("none", "raw", "sigmoid", "softmax", "straight_through")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OneLayer(Backbone):
-    num_layers: int = 1
 
 
 BACKBONE = OneLayer(d_model=WIDTH, num_heads=2)

@@ -1,6 +1,5 @@
 """Layers that compute on every k-th token: the paper's equations, document by document, and their limits."""
 
-import dataclasses
 import functools
 
 import jax
@@ -19,18 +18,23 @@ from sparsejax.blocks.sequence import AveragePooling, SequenceAltUp, StrideAndSk
 from sparsejax.blocks.soft import SoftSpec
 from sparsejax.memory.config import MemorySpec
 from sparsejax.model.config import ModelConfig
-from sparsejax.nn.backbone import Backbone
 
 from reference.sequence import average_pooling, sequence_altup, stride_and_skip
-from support import ONE_DEVICE, graph_of, host_batch, host_params, on_mesh, put_batch, put_params, put_rows, to_numpy
+from support import (
+    ONE_DEVICE,
+    OneLayer,
+    graph_of,
+    host_batch,
+    host_params,
+    on_mesh,
+    put_batch,
+    put_params,
+    put_rows,
+    to_numpy,
+)
 
 WIDTH, LENGTH, ROWS = 8, 13, 2  # documents of 7 and 6 tokens: the second's anchors are no third tokens of the row
 ARRAYS = host_batch(ROWS, LENGTH, padded=2)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OneLayer(Backbone):
-    num_layers: int = 1
 
 
 BACKBONE = OneLayer(d_model=WIDTH, num_heads=2)
