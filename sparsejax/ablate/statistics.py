@@ -18,8 +18,8 @@ POWER = 0.8
 MOST_SEEDS = 1000
 MOST_PRIOR = 4
 """Degrees of freedom that other arms may lend."""
-SIMULATED = 2000
-"""Studies, for the power of one."""
+SIMULATED = 400_000
+"""Runs, for the power of a study: the fewer seeds it has, the more studies have to be simulated."""
 QUANTILES = 200
 """Of the estimated deviation, over which power is integrated."""
 
@@ -116,53 +116,60 @@ def _text_variance(apart: np.ndarray, share: np.ndarray) -> float:
     return max(0.0, float(count / (count - 1) * np.sum(share**2 * squares)))
 
 
-def moderated(variances: np.ndarray, df: int) -> tuple[np.ndarray, float]:
-    """Variances of `df` degrees of freedom each, drawn towards their common prior, and the degrees of freedom then.
+def moderated(variances: np.ndarray, df: int) -> tuple[np.ndarray, np.ndarray]:
+    """Variances `[..., arms]` of `df` degrees of freedom each, drawn towards the common prior of the arms, and the
+    degrees of freedom `[...]` then.
 
     The prior's scale and degrees of freedom are estimated from all (Smyth 2004, §6.2), with two precautions that keep
-    wrong verdicts rare in studies of half a dozen arms, one of which is far noisier than the others, as simulations
-    show: the prior counts for no more than `MOST_PRIOR` degrees of freedom, and no variance is put below its scale.
-    A single variance stays as it is."""
+    wrong verdicts rare in studies of half a dozen arms that do not vary alike: the prior counts for no more than
+    `MOST_PRIOR` degrees of freedom, and no variance is put below its scale. They do not go all the way: with three
+    seeds and six arms, one of which deviates four (eight) times as much as the others and the base, 6 % (9 %) of
+    studies without a difference have a wrong verdict. A single variance stays as it is."""
     variances = np.maximum(variances, 1e-300)
-    if len(variances) < 2:
-        return variances, float(df)
+    arms = variances.shape[-1]
+    if arms < 2:
+        return variances, np.full(variances.shape[:-1], float(df))
     logs = np.log(variances) - special.digamma(df / 2) + np.log(df / 2)
-    excess = logs.var(ddof=1) - special.polygamma(1, df / 2)
-    # No excess: they are no more different than draws of one variance, whose estimate is their mean.
-    prior = np.inf if excess <= 0 else 2 * _root(lambda half: special.polygamma(1, half) - excess, 1e-6, 1e9)
-    if prior > MOST_PRIOR:
-        prior, scale = MOST_PRIOR, variances.mean()
-    else:
-        scale = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
-    return np.maximum(_drawn(variances, df, scale, prior), scale), float(min(prior + df, len(variances) * df))
+    excess = logs.var(axis=-1, ddof=1) - special.polygamma(1, df / 2)
+    least = special.polygamma(1, MOST_PRIOR / 2)
+    half = _trigamma_inverse(np.maximum(excess, least))
+    # Less excess: they are hardly more different than draws of one variance, whose estimate is their mean.
+    few = np.exp(logs.mean(axis=-1) + special.digamma(half) - np.log(half))
+    scale = np.where(excess > least, few, variances.mean(axis=-1))[..., None]
+    drawn = (2 * half[..., None] * scale + df * variances) / (2 * half[..., None] + df)
+    return np.maximum(drawn, scale), np.minimum(2 * half + df, arms * df)
 
 
-def _drawn(variances: np.ndarray, df: int, scale: float | np.ndarray, prior: float) -> np.ndarray:
-    """Towards the prior's scale, by the degrees of freedom of both."""
-    return (prior * scale + df * variances) / (prior + df)
+def _trigamma_inverse(values: np.ndarray) -> np.ndarray:
+    """By Newton's steps on 1 / trigamma, which is convex: they come from one side (Smyth 2004, appendix)."""
+    at = 0.5 + 1 / values
+    for _ in range(8):
+        trigamma = special.polygamma(1, at)
+        at = at + trigamma * (1 - trigamma / values) / special.polygamma(2, at)
+    return at
 
 
 def power(difference: float, variance: float, seeds: int, arms: int, level: float = 0.05, text: float = 0.0) -> float:
     """How often a difference is shown. `variance`: of a paired difference between seeds; `text`: what evaluation text
     adds to that of the mean. By the strictest of Holm's levels, and as if arms varied alike."""
-    df = seeds - 1 if arms == 1 else min(MOST_PRIOR + seeds - 1, arms * (seeds - 1))
-    # SciPy's special functions, as its distributions take a hundred times as long to call.
-    critical = special.stdtrit(df, 1 - level / arms / 2)
     shift = abs(difference) / np.sqrt(variance / seeds + text)
-    # A noncentral t of moderated variances, which none has in closed form: integrated over the estimated deviation.
-    estimated = _estimated(seeds - 1, arms)
-    shown = special.ndtr(shift - critical * estimated) + special.ndtr(-critical * estimated - shift)
+    # A noncentral t of moderated variances has no closed form: integrated over what a difference must reach.
+    least = _least_shown(seeds - 1, arms, level)
+    shown = special.ndtr(shift - least) + special.ndtr(-least - shift)
     return float(shown.mean())
 
 
 @functools.cache
-def _estimated(df: int, arms: int) -> np.ndarray:
-    """Quantiles of the deviation that `moderated` estimates over the true one, where that is every arm's."""
-    variances = np.random.default_rng(0).chisquare(df, size=(SIMULATED, arms)) / df
-    if arms > 1:
-        scale = variances.mean(axis=1, keepdims=True)
-        variances = np.maximum(_drawn(variances, df, scale, MOST_PRIOR), scale)
-    return np.quantile(np.sqrt(variances), (np.arange(QUANTILES) + 0.5) / QUANTILES)
+def _least_shown(df: int, arms: int, level: float) -> np.ndarray:
+    """Quantiles, over simulated studies whose arms vary alike, of the least difference that is shown, in its true
+    deviations."""
+    # The arms' variances have the base's runs in common, which are half of each.
+    studies = max(100, SIMULATED // ((arms + 1) * (df + 1)))
+    runs = np.random.default_rng(0).normal(size=(studies, arms + 1, df + 1))
+    variances, moderated_df = moderated((runs[:, 1:] - runs[:, :1]).var(axis=2, ddof=1) / 2, df)
+    # SciPy's special functions, as its distributions take a hundred times as long to call.
+    critical = special.stdtrit(moderated_df, 1 - level / arms / 2)
+    return np.quantile(critical[:, None] * np.sqrt(variances), (np.arange(QUANTILES) + 0.5) / QUANTILES)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

@@ -60,6 +60,17 @@ def test_a_known_effect_is_shown_as_often_as_stated():
     assert 0.74 <= shown <= 0.86  # 400 studies let the estimate vary by 0.06
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("arms", [1, 2, 6, 10])
+def test_power_is_that_of_many_studies(arms, seeds):
+    runs = 0.02 * np.random.default_rng(5).normal(size=(20_000, arms + 1, seeds))
+    apart = runs[:, 1:] - runs[:, :1]
+    variances, df = moderated(apart.var(axis=2, ddof=1), seeds - 1)
+    seen = (apart[:, 0].mean(axis=1) + detectable(0.02, seeds, arms)) / np.sqrt(variances[:, 0] / seeds)
+    shown = 2 * stats.t.sf(np.abs(seen), df) < 0.05 / arms
+    assert shown.mean() == pytest.approx(0.8, abs=0.015)
+
+
 def test_what_seeds_make_of_batches_is_counted_once():
     """The estimated variance of a mean over seeds and batches is the true one, whatever it comes from."""
     rng, of_seed, of_batch, rest = np.random.default_rng(7), 0.01, 0.03, 0.1
