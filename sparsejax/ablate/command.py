@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import jax
 from sparsejax.ablate.arms import Overrides, Resolved, flops_per_token, resolve
 from sparsejax.ablate.fairness import Unfair, refuse, unfair
 from sparsejax.ablate.figures import draw
+from sparsejax.ablate.known import check_names
 from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
-from sparsejax.ablate.page import standing, values_of, without_result, write_page
+from sparsejax.ablate.page import interval, standing, values_of, without_result, write_page
 from sparsejax.ablate.results import collected, measured, stated_power, text_of
 from sparsejax.ablate.runner import Job, run_all
 from sparsejax.ablate.sections import write_report
@@ -30,6 +32,7 @@ from sparsejax.model.cost import total
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.workdir import open_workdir
 
+SEED = "train.seed"
 BYTES_PER_PARAMETER = 16
 """Of a run on the processor: parameters, gradients and two moments in float32."""
 BYTES_PER_RUN = 2 * 2**30
@@ -40,12 +43,18 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
     """Runs what is not run yet and writes `NAME.json`, `NAME.md`, its figures and `report.html`. 1 if a run failed."""
     jax.config.update("jax_platforms", "cpu")  # the runs' own processes take the accelerators
     study = chosen(load_study(args.study), args.arms, args.seeds)
+    if SEED in dict(overrides):
+        given = f"--config.{SEED}={dict(overrides)[SEED]}"
+        raise RequestError(f"{given} has no effect: seeds are the study's; --seeds=N,N,… sets them")
     root, edits = args.study.absolute().parents[1], (*study.edits_of(args.scale), *overrides)
     with open_workdir(args.workdir) as workdir:
         arms = _sized(study, root, edits, workdir)
         flags = refuse(unfair(study, arms), study.allow)
+        check_names(study, arms)
         budgets = {budget_name(study, each): at_budget(study, root, edits, each) for each in study.budgets}
         jobs = _jobs({**arms, **budgets}, study, workdir)
+        if args.launch is not None:
+            _check_launch(shlex.split(args.launch), arms[jobs[0].arm], jobs[0])
         say = functools.partial(print, flush=True)
         for line in _plan(study, arms, flags, jobs):
             say(line)
@@ -134,6 +143,18 @@ def _slots(parameters: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), fits))
 
 
+def _check_launch(words: Sequence[str], arm: Resolved, job: Job) -> None:
+    """Raises `RequestError` where no such job can be made of this one, a run of this arm."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(arm.text)
+        flags = [f"--config={file}", f"--workdir={job.workdir}"]
+        command = [sys.executable, "-m", "sparsejax", "launch", *words, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RequestError(f"--launch={shlex.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+
+
 def _launch(jobs: Sequence[Job], words: Sequence[str]) -> None:
     """Hands the runs that are not done to a cluster, once each: a file beside a run's folder says that it has been."""
     for job in jobs:
@@ -196,6 +217,6 @@ def told(results: Mapping[str, Any]) -> list[str]:
         if verdict is None:
             why = standing(results, name)
         else:
-            why = f"{verdict['verdict']} ({verdict['difference']:+.4f} [{verdict['low']:+.4f}, {verdict['high']:+.4f}])"
+            why = f"{verdict['verdict']} ({interval(verdict, '+.4f')})"
         lines.append(f"{name}: {mean}: {why}")
     return lines + [f"  {name} seed {seed}: {why}" for name, seed, why in without_result(results)]

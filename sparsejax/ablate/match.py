@@ -1,13 +1,13 @@
 """Arms made equal to the base in one respect, by solving for one whole number of their config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsejax.ablate.arms import Overrides, Resolved, resolve, tokens, training_flops
 from sparsejax.ablate.study import Arm, Study
 from sparsejax.base.config import leaves
-from sparsejax.base.errors import RequestError
+from sparsejax.base.errors import RequestError, did_you_mean
 from sparsejax.model.cost import total
 from sparsejax.train.config import ExperimentConfig
 
@@ -35,6 +35,7 @@ def matched(study: Study, root: Path, overrides: Overrides, measure: Measure) ->
       RequestError: an arm cannot be matched; the line names the pair and the nearest that there is.
     """
     as_they_are = {name: resolve(study, root, name, overrides) for name in study.arms}
+    _check_keys(study, as_they_are)
 
     def before(arm: Arm) -> float:
         return 0.0 if arm.begin is None or study.equal not in SPENT else measure(as_they_are[arm.begin].config)
@@ -58,6 +59,21 @@ def matched(study: Study, root: Path, overrides: Overrides, measure: Measure) ->
         else:
             found[name] = _solved(study, root, name, overrides, measure, rest, key, as_it_is)
     return found
+
+
+def _check_keys(study: Study, arms: Mapping[str, Resolved]) -> None:
+    """Raises `RequestError` for a key of the study that is none of any arm's."""
+    known = {key for arm in arms.values() for key in leaves(arm.config)}
+    groups = {key[:place] for key in known for place, letter in enumerate(key) if letter == "."}
+    for name, arm in study.arms.items():
+        its = leaves(arms[name].config)
+        if arm.size is not None and arm.size not in its:
+            raise RequestError(f"arm {name}: size={arm.size!r} is no key of its config.{did_you_mean(arm.size, its)}")
+    if study.size is not None and study.size not in known:
+        raise RequestError(f"size={study.size!r} is no key of any arm's config.{did_you_mean(study.size, known)}")
+    for key in study.varies:
+        if key.rstrip(".") not in known | groups:
+            raise RequestError(f"varies={key!r} is no key of any arm's config.{did_you_mean(key, known | groups)}")
 
 
 def _close(value: float, goal: float) -> bool:

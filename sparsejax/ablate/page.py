@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.ablate.statistics import UNDECIDED
+from sparsejax.ablate.statistics import UNDECIDED, detectable
 from sparsejax.base.writers import write_atomically
 
 READING = "## Reading"
@@ -96,7 +96,7 @@ def _lines(results: Results, name: str) -> Iterator[str]:
     yield from (f"# {results['study']}", "")
     minutes = results["seconds"] / 60
     yield f"`{results['command']}` made this page"
-    yield f"from runs that took {minutes:.0f} minutes; `{results['config']}` is the experiment. Equal between arms,"
+    yield f"from runs of {minutes:.0f} minutes together; `{results['config']}` is the experiment. Equal between arms,"
     yield f"within 1 %: {EQUAL[results['equal']]}. Seeds: {_words(results['seeds'])}, which arms share, as they"
     yield "share the order of the data. Means over seeds, ± the deviation of one run."
     for note in results["notes"]:
@@ -123,7 +123,7 @@ def _arms(results: Results) -> list[str]:
             judged = ["", standing(results, name), "", ""]
         else:
             p = "" if verdict["adjusted_p"] is None else f" (p = {verdict['adjusted_p']:.2g})"
-            judged = [_interval(verdict), verdict["verdict"] + p, _or_none(verdict["effect_size"], "+.1f")]
+            judged = [interval(verdict), verdict["verdict"] + p, _or_none(verdict["effect_size"], "+.1f")]
             judged.append(seeds_cell(verdict))
         row = [f"`{name}`", spread(values_of(arm, metric)), *judged]
         if faster:
@@ -205,23 +205,32 @@ def _troubles(results: Results) -> Iterator[str]:
 
 
 def _came(results: Results) -> str:
-    """The deviation of one run, pooled over arms, as a sentence."""
+    """The deviation of one run, pooled over arms, and what that lets the study show, as sentences."""
     found = [values_of(arm, results["metric"]) for arm in results["arms"].values()]
     variances = [values.var(ddof=1) for values in found if values.size > 1]
-    return f"They did by {np.sqrt(np.mean(variances)):.3f}." if variances else "No arm has two runs yet."
+    if not variances:
+        return "No arm has two runs yet."
+    deviation, judged = float(np.sqrt(np.mean(variances))), len(results["verdicts"])
+    if not judged or deviation == 0:
+        return f"They did by {deviation:.3f}."
+    shown = detectable(deviation, len(results["seeds"]), judged)
+    return f"They did by {deviation:.3f}, with which a difference of {shown:.3f} is shown four times in five."
 
 
 def seeds_cell(verdict: Mapping[str, Any]) -> str:
     """How many seeds would show such a difference, and whether the text of the evaluation has to be more, too."""
+    if verdict["p"] is None:  # one seed says nothing of others
+        return ""
     if verdict["seeds_needed"] is not None:
         return str(verdict["seeds_needed"])
     return "> 1000" if verdict["with_more_text"] is None else f"{verdict['with_more_text']} and more text"
 
 
-def _interval(verdict: Mapping[str, Any]) -> str:
-    if verdict["low"] is None:
-        return f"{verdict['difference']:+.3f}"
-    return f"{verdict['difference']:+.3f} [{verdict['low']:+.3f}, {verdict['high']:+.3f}]"
+def interval(verdict: Mapping[str, Any], form: str = "+.3f") -> str:
+    """The difference, and its ends where they are known: with one seed they are not."""
+    low, high = verdict["low"], verdict["high"]
+    told = "" if low is None else f" [{low:{form}}, {high:{form}}]"
+    return f"{verdict['difference']:{form}}{told}"
 
 
 def _or_none(value: float | None, form: str) -> str:

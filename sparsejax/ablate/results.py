@@ -15,15 +15,13 @@ from sparsejax.ablate.page import values_of
 from sparsejax.ablate.runner import Job
 from sparsejax.ablate.speed_up import speed_up
 from sparsejax.ablate.statistics import Verdict, detectable, verdicts
-from sparsejax.ablate.study import Figures, Study
+from sparsejax.ablate.study import TRAIN, Figures, Study
 from sparsejax.base.config import diff
 from sparsejax.base.errors import RequestError
 from sparsejax.base.writers import json_values, read_jsonl, write_atomically
 
 BY_BATCH = {"cross_entropy": 1.0, "bits_per_byte": 1 / math.log(2)}
 """Metrics that an evaluation leaves by batch, and what they are in nats per target."""
-TRAIN = "train/"
-"""Before the name of a figure: that of the last row of training, not of evaluation."""
 
 
 def figures(study: Study, run: Path) -> Figures:
@@ -164,7 +162,7 @@ def _speed_up(
     cannot tell."""
     found = [(arm["training_flops"], values_of(arm, study.metric)) for arm in (arms[study.base], *longer.values())]
     known = [(flops, float(values.mean())) for flops, values in found if values.size]
-    if len(known) < 2 or study.higher_is_better or not math.isfinite(verdict.low):
+    if len(known) < 2 or study.higher_is_better or verdict.low is None or verdict.high is None:
         return None
     flops, losses = zip(*known, strict=True)  # the base's own first: there is no verdict without it
     told = []

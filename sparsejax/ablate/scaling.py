@@ -41,13 +41,26 @@ class Cells:
     parameters: np.ndarray
     experts: np.ndarray
     losses: np.ndarray
+    of_seeds: float  # variance of such a mean, by how runs of a cell differ; 0 where each has one
+    left: int  # degrees of freedom of that
 
     @staticmethod
     def of(parameters: np.ndarray, experts: np.ndarray, losses: np.ndarray) -> "Cells":
         """Arguments `[runs]`."""
         places, inverse = np.unique(np.stack([parameters, experts], 1).astype(float), axis=0, return_inverse=True)
-        means = np.bincount(inverse, np.log(losses)) / np.bincount(inverse)
-        return Cells(parameters=places[:, 0], experts=places[:, 1], losses=means)
+        logs, runs = np.log(losses), np.bincount(inverse)
+        means = np.bincount(inverse, logs) / runs
+        left = len(logs) - len(means)
+        within = np.sum((logs - means[inverse]) ** 2) / left if left else 0.0
+        of_seeds = float(within * np.mean(1 / runs))
+        return Cells(parameters=places[:, 0], experts=places[:, 1], losses=means, of_seeds=of_seeds, left=left)
+
+    def reach(self, variance: float, left: int, level: float) -> float:
+        """Deviations of a mean within which a coefficient is told, times their size: by `variance`, with which the law
+        was missed at so many degrees of freedom, or by the seeds', whichever is wider."""
+        by_law = stats.t.isf(level / 2, left) * np.sqrt(variance)
+        by_seeds = stats.t.isf(level / 2, self.left) * np.sqrt(self.of_seeds) if self.left else 0.0
+        return float(max(by_law, by_seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +69,7 @@ class Law:
 
     coefficients: Mapping[str, tuple[float, float, float]]
     deviation: float  # of a cell's mean log loss from the law
+    of_seeds: float  # of such a mean, by seeds alone
     cells: int
     limits: Optional[Limits] = None
     reaches: Optional[tuple[Limits, Limits]] = None  # intervals of limits that were fitted; infinite where not told
@@ -80,8 +94,9 @@ def fit(cells: Cells, limits: Optional[Limits] = None, *, fitted: int = 0, level
     """Least squares in log space; intervals are those of Student's t.
 
     A cell is one observation, however many seeds it has: what a number of experts does beside the law, all seeds of the
-    cell share, and intervals that took them as independent would be too narrow. `fitted`: how many of the limits were
-    fitted to the same cells. With one value of N only `b` and `d` can be told, with several all four.
+    cell share, and intervals that took them as independent would be too narrow. Where a few cells happen to lie nearer
+    to the law than seeds lie to each other, the intervals are those of the seeds. `fitted`: how many of the limits
+    were fitted to the same cells. With one value of N only `b` and `d` can be told, with several all four.
 
     Raises `ValueError` when there are no more cells than what is fitted."""
     design = _design(cells, limits)
@@ -91,10 +106,11 @@ def fit(cells: Cells, limits: Optional[Limits] = None, *, fitted: int = 0, level
         raise ValueError(f"{count} cells (a size, a number of experts) do not tell {free} coefficients")
     solution = np.linalg.lstsq(matrix, cells.losses, rcond=None)[0]
     variance = np.sum((cells.losses - matrix @ solution) ** 2) / (count - free)
-    reach = stats.t.isf(level / 2, count - free) * np.sqrt(variance * np.diag(np.linalg.inv(matrix.T @ matrix)))
+    reach = cells.reach(variance, count - free, level) * np.sqrt(np.diag(np.linalg.inv(matrix.T @ matrix)))
     each = zip(design, solution, reach, strict=True)
     coefficients = {name: (float(v), float(v - r), float(v + r)) for name, v, r in each}
-    return Law(coefficients=coefficients, deviation=float(np.sqrt(variance)), cells=count, limits=limits)
+    apart, of_seeds = np.sqrt([variance, cells.of_seeds]).tolist()
+    return Law(coefficients=coefficients, deviation=apart, of_seeds=of_seeds, cells=count, limits=limits)
 
 
 def fit_saturation(cells: Cells, *, level: float = 0.05) -> Law:
@@ -113,7 +129,7 @@ def fit_saturation(cells: Cells, *, level: float = 0.05) -> Law:
     rest = np.sum((cells.losses - np.einsum("tnc,tc->tn", q, along)) ** 2, 1)
     law = fit(cells, every[np.argmin(rest)], fitted=2, level=level)
     left = law.cells - len(law.coefficients) - 2
-    allowed = rest.min() * (1 + stats.f.isf(level, 1, left) / left)
+    allowed = rest.min() + cells.reach(rest.min() / left, left, level) ** 2
     inside = rest <= allowed
     # With limits given, the sum of squares rises from its least with the square of a coefficient's distance.
     values = np.einsum("tij,tj->ti", inverse, along)[inside]
@@ -163,7 +179,7 @@ def _losses(study: Mapping[str, Any], arm: Mapping[str, Any]) -> list[float]:
 
 
 def lines(found: Mapping[str, Law]) -> list[str]:
-    """The laws as Markdown."""
+    """The laws as Markdown. Deviations are of a cell's mean log loss."""
     limited = any(law.limits for law in found.values())
     rows = []
     for name, law in found.items():
@@ -173,8 +189,9 @@ def lines(found: Mapping[str, Law]) -> list[str]:
             ends = [f"[{low:.3g}, {'∞' if np.isinf(high) else format(high, '.3g')}]" for low, high in law.reaches]
             limits = [f"{value} {each}" for value, each in zip(limits, ends, strict=True)]
         rows.append([f"`{name}`", *(told.get(key, "") for key in NAMES), *limits, f"{law.deviation:.4f}"])
-        rows[-1].append(str(law.cells))
-    head = ["router", *NAMES, *(("E_start", "E_max") if limited else ()), "deviation of log loss", "cells"]
+        rows[-1] += [f"{law.of_seeds:.4f}", str(law.cells)]
+    ends = ("E_start", "E_max") if limited else ()
+    head = ["router", *NAMES, *ends, "deviation from the law", "of seeds", "cells"]
     return table(head, rows)
 
 
@@ -212,8 +229,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise RequestError(f"{file}: not the results of a study: {type(error).__name__} {error}") from None
     for name, values in {f"parameters of {study['base']}": sizes, **losses}.items():
         for value in values:
-            if not isinstance(value, int | float) or not 0 < value < np.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
                 raise RequestError(f"{file}: {name}: {value} has no logarithm, which the law is of")
+    if not losses[study["base"]]:
+        raise RequestError(f"{file}: no run of {study['base']}, the base, is done")
+    if study.get("higher_is_better"):
+        raise RequestError(f"{file}: {study['metric']} is no loss: higher is better")
     return study
 
 
@@ -241,7 +262,9 @@ def main(words: Sequence[str]) -> int:
         raise RequestError("--limits: known limits are not fitted; leave out --saturation")
     limits = None if args.limits is None else _limits(args.limits)
     studies = [_read(file) for file in args.results]
-    for file, study in zip(args.results, studies, strict=True):
+    for place, (file, study) in enumerate(zip(args.results, studies, strict=True)):
+        if any(file.samefile(other) for other in args.results[:place]):
+            raise RequestError(f"{file} is given twice; allowed: each size once")
         if study["metric"] != studies[0]["metric"]:
             raise RequestError(f"{file}: its metric is {study['metric']}, that of {args.results[0]} is another")
     try:

@@ -11,6 +11,7 @@ from sparsejax.ablate.page import (
     EQUAL,
     Results,
     by_metric,
+    interval,
     pareto,
     power_lines,
     seeds_cell,
@@ -58,9 +59,8 @@ def _verdict_section(results: Results) -> Section:
         if verdict is None:
             cells += [standing(results, name), "", "", "", ""]
         else:
-            interval = "" if verdict["low"] is None else f" [{verdict['low']:+.3f}, {verdict['high']:+.3f}]"
             p = "" if verdict["adjusted_p"] is None else f"{verdict['adjusted_p']:.2g}"
-            cells += [_marked(verdict["verdict"]), f"{verdict['difference']:+.3f}{interval}", p]
+            cells += [_marked(verdict["verdict"]), interval(verdict), p]
             cells += [seeds_cell(verdict), verdict.get("speed_up") or ""]
         for each in shown_figures(results):
             found = values_of(arm, each)

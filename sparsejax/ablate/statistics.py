@@ -29,9 +29,9 @@ class Verdict:
     """What is known of one arm against the base."""
 
     difference: float  # of the means, arm − base, in the metric's unit
-    low: float  # its interval, at the level divided by the number of arms: all intervals hold together
-    high: float
-    p: Optional[float]  # of no difference; None with one seed
+    low: Optional[float]  # its interval, at the level divided by the number of arms: all intervals hold together
+    high: Optional[float]  # None with one seed, as the next three
+    p: Optional[float]  # of no difference
     adjusted_p: Optional[float]  # Holm's, over the study's arms
     effect_size: Optional[float]  # the difference in deviations of a paired difference between seeds
     verdict: str
@@ -82,18 +82,24 @@ def verdicts(
             adjusted_p=float(both),
             effect_size=float(d / max(np.sqrt(v), 1e-300)),
             verdict=(BETTER if (d > 0) == higher_is_better else WORSE) if shown else UNDECIDED,
-            seeds_needed=seeds if shown else seeds_needed(float(d), float(v), len(arms), level, float(text)),
-            with_more_text=seeds if shown else seeds_needed(float(d), float(v), len(arms), level),
+            seeds_needed=seeds if shown else _more_than(seeds, float(d), float(v), len(arms), level, float(text)),
+            with_more_text=seeds if shown else _more_than(seeds, float(d), float(v), len(arms), level),
         )
     return found
+
+
+def _more_than(seeds: int, *effect: float) -> Optional[int]:
+    """Seeds needed for a verdict that so many did not give, though four studies in five of them may have."""
+    needed = seeds_needed(*effect)
+    return None if needed is None else max(needed, seeds + 1)
 
 
 def _unknown(difference: float) -> Verdict:
     """Of one seed."""
     return Verdict(
         difference=difference,
-        low=-np.inf,
-        high=np.inf,
+        low=None,
+        high=None,
         p=None,
         adjusted_p=None,
         effect_size=None,

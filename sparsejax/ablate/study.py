@@ -31,6 +31,9 @@ POD: Mapping[str, Any] = {
 }
 """A scale for studies of models of two kinds of layers: the shape of a pretraining run of 8 chips."""
 
+TRAIN = "train/"
+"""Before the name of a figure: that of the last row of training, not of evaluation."""
+
 Figures = dict[str, float]
 """Of one run, by name."""
 
@@ -46,6 +49,14 @@ class Arm:
     multiple: int = 1  # what the solved value is a multiple of
     begin: Optional[str] = None  # the arm whose run of the same seed it begins with
     exploratory: bool = False  # gets no verdict
+
+
+SEQUENCES = {
+    **dict.fromkeys(("varies", "allow", "shown", "notes"), (str,)),
+    "seeds": (int,),
+    "budgets": (int, float),
+}
+"""Fields of a study that are tuples, and what of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,14 @@ class Study:
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # --scale=NAME → edits of every arm
 
     def __post_init__(self):
+        for name, kind in SEQUENCES.items():
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(type(each) in kind for each in value):
+                allowed = " or ".join(each.__name__ for each in kind)
+                raise RequestError(f"{name}={value!r}; allowed: a tuple of {allowed}")
+        for name, arm in self.arms.items():
+            if not isinstance(arm, Arm):
+                raise RequestError(f"arm {name!r} is {arm!r}; allowed: an Arm")
         if self.base not in self.arms:
             raise RequestError(f"base={self.base!r} is no arm; arms: {', '.join(self.arms)}")
         if len(self.arms) < 2:

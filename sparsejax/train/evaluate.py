@@ -98,13 +98,20 @@ class Evaluator:
             total = report if total is None else add(total, report)
         if total is None:
             raise RunError("the evaluation has no batch")
-        row, arrays = eval_row(config.model, total)
-        row |= {"padding_fraction": 1 - int(total.tokens) / (int(total.rows) * config.data.sequence_length)}
+        row, arrays = evaluation_row(config, self.corpus, total)
         row |= churn(self._probe, probe)
         self._probe = probe
-        if config.data.task.every_token and self.corpus.tokenizer.is_bytes:
-            row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
         return Evaluated(row=row, routing=arrays, sums=_by_batch(sums, parts))
+
+
+def evaluation_row(config: ExperimentConfig, corpus: Corpus, total: EvalReport) -> tuple[Row, Arrays]:
+    """(what `metrics.jsonl` says of a whole pass, its routing arrays) from its summed host report."""
+    row, arrays = eval_row(config.model, total)
+    places = max(int(total.rows), 1) * config.data.sequence_length
+    row = {**row, "padding_fraction": 1 - int(total.tokens) / places}
+    if config.data.task.every_token and corpus.tokenizer.is_bytes:
+        row["bits_per_byte"] = bits_per_byte(row["cross_entropy"])
+    return row, arrays
 
 
 def _by_batch(sums: list[tuple[np.ndarray, np.ndarray]], parts: int) -> Arrays:

@@ -1,13 +1,18 @@
 """Pages of studies from planted results."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
+from sparsejax.ablate.command import told as told_lines
 from sparsejax.ablate.figures import draw
 from sparsejax.ablate.page import READING, by_metric, write_page
 from sparsejax.ablate.sections import study_sections
+from sparsejax.ablate.statistics import detectable, verdicts
 
 VERDICT = dict(difference=-0.5, low=-0.7, high=-0.3, adjusted_p=0.01, effect_size=-4.0, seeds_needed=2, speed_up="1.5")
-VERDICT |= dict(with_more_text=2)
+VERDICT |= dict(with_more_text=2, p=0.01)
 
 
 def arm(values, flops, exploratory=False, **more):
@@ -52,13 +57,28 @@ def test_arms_come_best_first_with_their_verdicts(page):
     assert [row.split("`")[1] for row in rows] == ["good", "costly", "base <b>", "cheap"]
     assert "| 1.600 ± 0.141 | -0.500 [-0.700, -0.300] | better (p = 0.01) | -4.0 | 2 | 1.5 | 0.25 |" in rows[0]
     assert "exploratory" in rows[1] and "| base |" in rows[2] and "no verdict" in rows[3]
-    assert "runs that took 10 minutes" in text and "They did by 0.115." in text and "A note." in text
+    assert "runs of 10 minutes together" in text and "A note." in text
+    could = detectable(np.sqrt(0.04 / 3), 2, 1)  # a good and a base at variance 0.02 each, a costly one at 0
+    assert f"They did by 0.115, with which a difference of {could:.3f} is shown" in text
     assert "- `cheap` seed 1: failed: status 1: it <fell>" in text and "- good: axes: k" in text
 
 
 def test_a_verdict_that_its_interval_does_not_show_is_explained(page):
     assert "reaches zero" not in page(results())
     assert "reaches zero" in page(results(verdicts={"good": VERDICT | {"verdict": "better", "high": 0.1}}))
+
+
+def test_one_seed_gives_a_difference_and_nothing_else(page):
+    one = {name: arm([value], 100.0) for name, value in {"base <b>": 2.0, "good": 1.5}.items()}
+    losses = {name: np.array([[value, value]]) for name, value in {"base <b>": 2.0, "good": 1.5}.items()}
+    verdict = dataclasses.asdict(verdicts(losses, np.ones(2), "base <b>")["good"]) | {"speed_up": None}
+    found = results(arms=one, verdicts={"good": verdict}, seeds=[0])
+    told = [page(found), study_sections(found)[0].html, *told_lines(found)]
+    assert (
+        "| `good` | 1.500 | -0.500 | no difference shown |  |  |" in told[0]
+        and "good: 1.5000: no difference" in told[-1]
+    )
+    assert not any(word in text for text in told for word in ("inf", "nan", "None", "1000"))
 
 
 def test_where_higher_is_better_the_order_turns():
@@ -69,7 +89,7 @@ def test_what_a_person_wrote_stays(page, tmp_path):
     first = page(results())
     (tmp_path / "x.md").write_text(f"{first}\n{READING}\n\nMine.\n")
     text = page(results(seconds=1200.0))
-    assert "took 20 minutes" in text and text.endswith(f"\n{READING}\n\nMine.\n")
+    assert "of 20 minutes" in text and text.endswith(f"\n{READING}\n\nMine.\n")
 
 
 def test_the_front_is_of_arms_that_nothing_beats_in_both():

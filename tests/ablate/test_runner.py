@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,40 @@ def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
     # Another config for the same arm is not mixed with it.
     assert main([*words, "--config.model.d_model=64"]) == 2
     assert "holds arm a with another config: config.model.d_model was 32, is 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, words, message",
+    [
+        (
+            "metric='bits_per_bite'",
+            [],
+            "no figure of an evaluation of a;.*Did you mean 'bits_per_byte'",
+        ),
+        ("shown=('moe/drop',)", [], "shown='moe/drop' is a figure of no arm"),
+        ("size='train.stepz'", [], "size='train.stepz' is no key of any arm's config. Did you mean 'train.steps'"),
+        ("varies=('optimiser',)", [], "varies='optimiser' is no key of any arm's config. Did you mean 'optimizer'"),
+        ("", ["--config.train.seed=3"], "--config.train.seed=3 has no effect: seeds are the study's"),
+        ("", ["--launch=slrum"], "--launch=slrum: error:.*slurm"),
+    ],
+)
+def test_what_a_study_cannot_have_is_refused_before_it_runs(folder, capsys, settings, words, message):
+    arms = 'dict(a=Arm(), b=Arm(edits={"optimizer.learning_rate": 1e-4}, size="train.steps"))'
+    fields = f"question='?', config='configs/tiny.py', arms={arms}, base='a', equal='tokens'"
+    known = "" if "varies" in settings else "varies=('optimizer',), "
+    path = folder / "experiments" / "wrong.py"
+    path.write_text(f"from sparsejax.ablate import Arm, Study\nSTUDY = Study({fields}, {known}{settings})\n")
+    assert main(["ablate", str(path), f"--workdir={folder / 'runs'}", *TINY, *words, "--dry-run"]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (folder / "runs" / "a").exists()
+
+
+def test_a_figure_that_one_arm_has_may_be_shown(folder, capsys):
+    path = folder / "experiments" / "shown.py"
+    arms = "dict(a=Arm(edits={'model.pattern': 'dense'}), b=Arm(edits={'model.pattern': 'moe'}))"
+    more = "varies=('model',), shown=('moe/drop_fraction', 'train/grad_norm')"
+    fields = f"question='?', config='configs/tiny.py', arms={arms}, base='a', equal='tokens', {more}"
+    path.write_text(f"from sparsejax.ablate import Arm, Study\nSTUDY = Study({fields})\n")
+    assert main(["ablate", str(path), f"--workdir={folder / 'runs'}", *TINY, "--dry-run"]) == 0
 
 
 def test_a_failed_arm_is_told_with_its_cause_and_the_rest_go_on(folder, capsys):
