@@ -82,15 +82,16 @@ def verdicts(
             adjusted_p=float(both),
             effect_size=float(d / max(np.sqrt(v), 1e-300)),
             verdict=(BETTER if (d > 0) == higher_is_better else WORSE) if shown else UNDECIDED,
-            seeds_needed=seeds if shown else _more_than(seeds, float(d), float(v), len(arms), level, float(text)),
-            with_more_text=seeds if shown else _more_than(seeds, float(d), float(v), len(arms), level),
+            seeds_needed=seeds
+            if shown
+            else _more(seeds, seeds_needed(float(d), float(v), len(arms), level, float(text))),
+            with_more_text=seeds if shown else _more(seeds, seeds_needed(float(d), float(v), len(arms), level)),
         )
     return found
 
 
-def _more_than(seeds: int, *effect: float) -> Optional[int]:
-    """Seeds needed for a verdict that so many did not give, though four studies in five of them may have."""
-    needed = seeds_needed(*effect)
+def _more(seeds: int, needed: Optional[int]) -> Optional[int]:
+    """Than the seeds that gave no verdict, though with as many four studies in five may have one."""
     return None if needed is None else max(needed, seeds + 1)
 
 

@@ -64,7 +64,7 @@ def command_section(runs: Sequence[Run]) -> Section | Absent:
         typed = run.saved["environment"].get("command") or []
         repeat = f"python -m sparsejax train --config={saved} --workdir={again}"
         was = f"\n# it was begun by\n{shlex.join(['python', *map(str, typed)])}" if typed else ""
-        packages = run.saved["environment"].get("packages", {})
+        packages = run.saved["environment"].get("packages") or {}
         versions = ", ".join(f"{name} {version}" for name, version in packages.items())
         python = run.saved["environment"].get("python")
         told = html.escape(f"Python {python}, {versions}" if versions else "versions unknown")

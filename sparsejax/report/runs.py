@@ -32,8 +32,15 @@ class Run:
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`."""
-        return read_jsonl(self.path / "metrics.jsonl")[0]
+        """The rows of `metrics.jsonl`. Raises `RequestError` where a figure is no number."""
+        path = self.path / "metrics.jsonl"
+        rows = read_jsonl(path)[0]
+        for row in rows:
+            for key, value in row.items():
+                if key != "split" and value is not None and not isinstance(value, int | float):
+                    told = f"{path}: {key} of step {row['step']} ({row['split']}) is {value!r}"
+                    raise RequestError(f"{told}; allowed: a number or null")
+        return rows
 
     @functools.cached_property
     def saved(self) -> dict[str, Any]:
@@ -45,7 +52,11 @@ class Run:
             raise RequestError(f"{path}: could not be read: {error}") from None
         if not isinstance(found, dict):
             raise RequestError(f"{path}: not what a run writes: no JSON object")
-        return {"config": {}, "provenance": {}, "environment": {}} | found
+        parts = {"config": {}, "provenance": {}, "environment": {}} | found
+        wrong = next((name for name, part in parts.items() if not isinstance(part, dict)), None)
+        if wrong is not None:
+            raise RequestError(f"{path}: not what a run writes: {wrong} is {parts[wrong]!r}, no JSON object")
+        return parts
 
     @functools.cached_property
     def config(self) -> Optional[ExperimentConfig]:
@@ -118,7 +129,10 @@ def _check(path: Path) -> None:
             raise RequestError(f"{path}: not a folder; report needs the folder of a run")
         if not metrics.is_file():
             raise RequestError(f"{path}: not the folder of a run (it has no metrics.jsonl)")
-        if not read_jsonl(metrics)[0]:
+        rows, broken = read_jsonl(metrics)
+        if broken and not rows:
+            raise RequestError(f"{metrics}: none of its {broken} lines is a row of metrics, with a step and a split")
+        if not rows:
             raise RequestError(f"{path}: the run has no metrics yet ({metrics.name} has no row)")
     except OSError as error:
         raise RequestError(f"{path}: could not be read: {error.strerror or error}") from None

@@ -122,6 +122,15 @@ def test_variances_are_drawn_together_and_none_below_the_common_scale():
     assert df == pytest.approx(5, rel=0.1) and drawn.min() == pytest.approx(1, rel=0.1)
 
 
+def test_an_open_verdict_needs_more_seeds_than_it_had():
+    """Also where as many would mostly do, were arms alike: these differ so much that they lend each other little."""
+    apart = np.array([[-1.0], [0.0], [1.0]])
+    others = {"base": 0 * apart} | {f"arm{n}": apart * 10.0**-n for n in range(1, 5)}
+    found = [verdicts(others | {"arm": apart + shift}, np.ones(1), "base")["arm"] for shift in np.linspace(0, 12, 25)]
+    assert {each.verdict for each in found} == {UNDECIDED, WORSE}
+    assert all((each.seeds_needed or 99) > 3 for each in found if each.verdict == UNDECIDED)
+
+
 def test_seeds_needed_reach_the_power_and_no_more():
     seeds = seeds_needed(0.03, 2 * 0.02**2, ARMS)
     assert seeds is not None

@@ -100,6 +100,29 @@ def test_bad_requests_are_one_line(words, line, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.html"))
 
 
+@pytest.mark.parametrize(
+    "file, text, line",
+    [
+        ("config.json", '{"environment": null}', "config.json: not what a run writes: environment is None"),
+        ("config.json", '{"provenance": 3}', "config.json: not what a run writes: provenance is 3"),
+        ("config.json", "[]", "config.json: not what a run writes: no JSON object"),
+        (
+            "metrics.jsonl",
+            '{"step": 2, "split": "train", "cross_entropy": "low"}',
+            "cross_entropy of step 2 (train) is 'low'; allowed: a number or null",
+        ),
+        ("metrics.jsonl", '{"cross_entropy": 2.0}', "none of its 1 lines is a row of metrics"),
+    ],
+)
+def test_what_no_run_wrote_is_refused(file, text, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        run_folders.write_run(tmp_path / name)
+    (tmp_path / "a" / file).write_text(text)
+    assert line in here("report", "a").error and line in here("report", "--compare", "a", "b").error
+    assert not list(tmp_path.rglob("*.html"))
+
+
 def test_the_command_writes_into_the_first_run(tmp_path):
     path = run_folders.write_run(tmp_path / "a")
     result = here("report", path)
