@@ -17,8 +17,9 @@ from sparsejax.train.evaluate import Evaluator
 from sparsejax.train.restore import restore_variables
 
 FACTORS = (0.75, 1.0, 1.25, 2.0)
-PRESETS = {"k1": "switch", "k2": "mixtral"}
-KEY = "model.blocks.moe.capacity_factor"
+MOE = "model.blocks.moe."
+CHOICES = {"k1": {}, "k2": {f"{MOE}num_experts": 16, f"{MOE}d_ff": 128, f"{MOE}router.selection.k": 2}}
+KEY = f"{MOE}capacity_factor"
 
 
 def evaluated(run: Path) -> dict[str, float]:
@@ -42,17 +43,17 @@ STUDY = Study(
     question="How much capacity do experts need, in training and in evaluation?",
     config="configs/routing_arm.py",
     arms={
-        f"{k}-c{factor:g}": Arm(argument=preset, edits={KEY: factor})
-        for k, preset in PRESETS.items()
+        f"{k}-c{factor:g}": Arm(argument="switch", edits={**edits, KEY: factor})
+        for k, edits in CHOICES.items()
         for factor in FACTORS
     },
     base="k1-c1.25",
-    varies=("model.blocks.moe",),
-    deviation=0.02,
+    varies=(KEY, *CHOICES["k2"]),
+    deviation=0.03,
     shown=("train/moe/drop_fraction",),
     figures=evaluated,
     notes=(
-        "One of 8 experts (Switch) or two of 16 of half the width (Mixtral's weights), so that FLOPs are equal, with "
+        "One of 8 experts or two of 16 of half the width, so that FLOPs are equal, by Switch's router, with "
         "so many slots in training as a multiple of an even load. The metric has twice the slots of an even load in "
         "evaluation; the columns behind it have fewer or as many, in the same trained model.",
     ),
