@@ -5,7 +5,7 @@ one head, all of which are trained in every step (LayerSkip's weights, arXiv:240
 layer on a quarter of the tokens (Mixture-of-Depths, arXiv:2404.02258), `depths_random` draws them by lot.
 
 Run:     python -m sparsejax train --config=configs/exits_arm.py:exits --workdir=runs/exits
-Expect:  what experiments/exits.md says after 150 steps, by arm
+Expect:  what experiments/exits.md says after 600 steps, by arm
 """
 
 from sparsejax import choose, default_config
@@ -33,8 +33,8 @@ def get_config(arm: str = "exits"):
         model.select.capacity, model.select.blocks = 0.25, ("deep",)
     config.data.sequence_length, config.data.batch_size = 128, 16
     config.optimizer.learning_rate, config.optimizer.b2 = 5e-3, 0.98
-    config.optimizer.schedule.warmup_steps = 30
-    config.train.steps = 150
-    config.eval.every, config.eval.batches = 150, 32
-    config.checkpoint.every = 150
+    config.optimizer.schedule.warmup_steps = 50
+    config.train.steps = 600
+    config.eval.every, config.eval.batches = 600, 32
+    config.checkpoint.every = 600
     return config

@@ -27,7 +27,7 @@ from sparsejax.model.lm import LanguageModel
 from sparsejax.model.partial import chosen_rows, embedded, features_at, logits_at, run_layers
 from sparsejax.model.stack import Caches
 from sparsejax.nn.attention import CACHE_SPECS, KVCache
-from sparsejax.ops.exits import decaying_threshold
+from sparsejax.ops.exits import decaying_threshold, largest_two
 
 Rule = Literal["max_prob", "margin", "entropy", "state_similarity", "patience"]
 Keys = Literal["propagate", "recompute", "evict", "share", "monotone"]
@@ -103,8 +103,8 @@ def stops(
     p_BV = jnp.exp(log_p_BV)
     if rule == "entropy":
         return -(p_BV * jnp.where(p_BV > 0, log_p_BV, 0)).sum(-1) < threshold, now
-    best_B2 = jax.lax.top_k(p_BV, 2)[0]
-    confidence_B = best_B2[:, 0] - (best_B2[:, 1] if rule == "margin" else 0)
+    best_B, second_B = largest_two(p_BV)
+    confidence_B = best_B - second_B if rule == "margin" else best_B
     return (confidence_B >= threshold) & (threshold < 1), now
 
 

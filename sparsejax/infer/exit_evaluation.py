@@ -25,6 +25,7 @@ from sparsejax.infer.exit_table import ExitTable, concatenate
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import layer_cost, mean_keys
 from sparsejax.model.partial import logits_at
+from sparsejax.ops.exits import largest_two
 from sparsejax.ops.head_loss import pieces
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.record import check_corpus, check_platform
@@ -113,16 +114,16 @@ def _measured(logits: list[Array], features: tuple[Array, ...], targets_BT: Int[
     }
     for number, log_p_BTV in enumerate(log_p):
         p_BTV = jnp.exp(log_p_BTV)
-        best_BT2 = jax.lax.top_k(p_BTV, 2)[0]
+        best_BT, second_BT = largest_two(p_BTV)
         at_target = targets_BT[..., None] == jnp.arange(p_BTV.shape[-1])
         found["prediction"].append(jnp.argmax(log_p_BTV, -1).astype(jnp.float32))
         found["loss"].append(-jnp.where(at_target, log_p_BTV, 0).sum(-1))
-        found["max_prob"].append(best_BT2[..., 0])
-        found["margin"].append(best_BT2[..., 0] - best_BT2[..., 1])
+        found["max_prob"].append(best_BT)
+        found["margin"].append(best_BT - second_BT)
         found["entropy"].append(-jnp.where(p_BTV > 0, p_BTV * log_p_BTV, 0).sum(-1))
         if number == 0:
-            found["divergence"].append(jnp.full_like(best_BT2[..., 0], jnp.inf))
-            found["similarity"].append(jnp.full_like(best_BT2[..., 0], -1.0))
+            found["divergence"].append(jnp.full_like(best_BT, jnp.inf))
+            found["similarity"].append(jnp.full_like(best_BT, -1.0))
             continue
         before = log_p[number - 1]
         middle = jnp.logaddexp(log_p_BTV, before) - jnp.log(2.0)

@@ -1,7 +1,16 @@
-"""How sure a model has to be to leave early, by position."""
+"""How sure a model is, and how sure it has to be to leave early, by position."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+def largest_two(values: Float[Array, "*N V"]) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """The largest and the second largest, which are equal in a tie. `jax.lax.top_k` sorts for them: of 256 values it
+    takes ten times as long on a CPU."""
+    largest = values.max(-1, keepdims=True)
+    at_largest = values == largest
+    second = jnp.where(at_largest, -jnp.inf, values).max(-1)
+    return largest[..., 0], jnp.where(at_largest.sum(-1) > 1, largest[..., 0], second)
 
 
 def decaying_threshold(
