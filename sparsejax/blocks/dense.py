@@ -1,7 +1,7 @@
 """The dense block: every token through one feed-forward network."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,9 @@ class DenseSpec(BlockSpec):
 
     def costs(self, backbone: Backbone) -> dict[str, Cost]:
         return {"mlp": Cost.of_matrices(ffn_weights(backbone, ffn_width(backbone, self.d_ff), self.gated))}
+
+    def of_beginning(self) -> dict[str, Any]:
+        return {} if self.of_domain is None else {"of_domain": self.of_domain}
 
     def continued(self, fresh: Arrays, trained: Arrays, before: BlockSpec) -> dict[str, Array]:
         """From a mixture of experts by domain, the experts of one domain."""

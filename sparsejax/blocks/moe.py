@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -401,6 +401,9 @@ class MoESpec(BlockSpec):
 
     def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
         return self.router.controller.update(state, _moe(report), self.experts_per_token, self.free.total)
+
+    def of_beginning(self) -> dict[str, Any]:
+        return {} if self.from_dense == "copies" else {"from_dense": self.from_dense}
 
     def continued(self, fresh: Arrays, trained: Arrays, before: BlockSpec) -> dict[str, Array]:
         """From a dense block, a mixture of copies."""

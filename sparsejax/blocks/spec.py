@@ -5,7 +5,7 @@ A new kind is one file with a `BlockSpec`, and one line in `blocks.BLOCKS`; mode
 the spec and know no kind by name."""
 
 import abc
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -114,6 +114,10 @@ class BlockSpec(abc.ABC):
     def next_state(self, state: Float[Array, "*R N E"], report: Report) -> Float[Array, "*R N E"]:
         """The balancing state of its layers for the next step, from the settled report of this one."""
         return state
+
+    def of_beginning(self) -> dict[str, Any]:
+        """Settings by name that say how it begins with another run's block, and do nothing in a run that does not."""
+        return {}
 
     def continued(self, fresh: Arrays, trained: Arrays, before: "BlockSpec") -> dict[str, Array]:
         """The block's parameters, `fresh` by path, when it begins with what another run's block, of the spec `before`,

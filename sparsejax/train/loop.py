@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sparsejax.base.config import Loaded
-from sparsejax.base.errors import RunError
+from sparsejax.base.errors import ConfigError, RunError
 from sparsejax.base.processes import barrier, from_first, is_first
 from sparsejax.base.sharding import host_rows, make_mesh, mesh_platform, shard_batch, to_numpy
 from sparsejax.base.writers import Writer, open_writer
@@ -35,6 +35,12 @@ from sparsejax.train.trace import Recording
 from sparsejax.train.upcycle import begin_from, check_resumed
 from sparsejax.train.watch import Watch
 from sparsejax.train.workdir import open_workdir
+
+
+def _of_beginning(config: ExperimentConfig) -> dict[str, Any]:
+    """Settings by key that count only in a run that begins with another's parameters."""
+    blocks = config.model.blocks.items()
+    return {f"model.blocks.{name}.{key}": at for name, block in blocks for key, at in block.of_beginning().items()}
 
 
 def train(
@@ -61,9 +67,14 @@ def train(
     decided = check_platform(config, mesh)
     saving = config.checkpoint
     begun, notes = None, []
-    if init_from is not None and Checkpoints(workdir / "checkpoints", saving.every, saving.keep).steps():
+    resumed = lambda: Checkpoints(workdir / "checkpoints", saving.every, saving.keep).steps()  # noqa: E731
+    if init_from is None:
+        for key, value in _of_beginning(config).items():
+            if not resumed():
+                raise ConfigError(key, f"{value!r} has no effect without --init-from=RUN")
+    elif resumed():
         notes = [check_resumed(workdir, init_from)]
-    elif init_from is not None:
+    else:
         with jax.set_mesh(mesh):
             begun = begin_from(init_from, config, corpus, mesh)
         notes = begun.lines()

@@ -98,8 +98,14 @@ def test_a_run_of_one_domain(tmp_path):
     done = here(*arguments("train", f"--workdir={whole}", **by_domain, **SHORT))
     assert done.status == 0, done.err
     dense = {"model__blocks__moe": "dense", "model__blocks__moe__d_ff": 24, "model__blocks__moe__of_domain": 0}
+    done = here(*arguments("train", f"--workdir={alone}", **dense, **SHORT))
+    assert done.status == 2 and "blocks.moe.of_domain: 0 has no effect without --init-from=RUN" in done.error
+    assert not alone.exists()
     done = here(*arguments("train", f"--workdir={alone}", f"--init-from={whole}", **dense, **SHORT))
     assert done.status == 0, done.err
     said = json.loads((alone / "upcycling.json").read_text())
     assert said["tokens_compared"] > 0
+    longer = SHORT | {"train__steps": SHORT["train__steps"] + 1}
+    done = here(*arguments("train", f"--workdir={alone}", "--allow-config-change", **dense, **longer))
+    assert done.status == 0, done.err  # what goes on has begun already
     assert said["logit_difference"]["generate"] <= 1e-5 * said["largest_logit"]
