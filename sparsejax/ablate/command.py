@@ -53,8 +53,9 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         check_names(study, arms)
         budgets = {budget_name(study, each): at_budget(study, root, edits, each) for each in study.budgets}
         jobs = _jobs({**arms, **budgets}, study, workdir)
-        if args.launch is not None:
-            _check_launch(shlex.split(args.launch), arms[jobs[0].arm], jobs[0])
+        waiting = next((job for job in jobs if not job.done), None)
+        if args.launch is not None and waiting is not None:
+            _check_launch(shlex.split(args.launch), {**arms, **budgets}[waiting.arm], waiting)
         say = functools.partial(print, flush=True)
         for line in _plan(study, arms, flags, jobs):
             say(line)

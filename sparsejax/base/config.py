@@ -223,7 +223,7 @@ def _run_file(schema: type, file: str) -> Node:
     except RequestError as error:
         raise RequestError(f"{_line(error, path)}{error}") from None
     except Exception as error:  # the code of a config file may raise anything
-        asked = "" if arg is None else f"get_config({arg!r}) of --config={file}: "
+        asked = "" if arg is None else f"get_config({arg!r}): "
         raise RequestError(f"{_line(error, path) or f'{path}: '}{asked}{type(error).__name__}: {error}") from None
 
 

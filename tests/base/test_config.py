@@ -516,7 +516,7 @@ def test_files_that_are_no_config(write, tmp_path):
         override(file=file.replace("exp", "exq"))
     with pytest.raises(RequestError, match=r"must be FILE\.py"):
         override(file=str(tmp_path))
-    with pytest.raises(RequestError, match=r"exp\.py: TypeError: get_config\(\) takes 0"):
+    with pytest.raises(RequestError, match=r"exp\.py: get_config\('arg'\): TypeError: get_config\(\) takes 0"):
         override(file=f"{file}:arg")
     with pytest.raises(RequestError, match=r"defines no get_config"):
         override(file=write([], head="def other():"))
