@@ -3,7 +3,7 @@
 Run:  python -m sparsejax ablate experiments/altup.py --workdir=runs/altup --out=experiments
 """
 
-from sparsejax.ablate import Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 
 WIDTHS, STREAMS = (64, 72, 80, 96), (2, 4)
 ARMS = (*(f"dense_{width}" for width in WIDTHS), *(f"{kind}_{k}" for kind in ("altup", "recycled") for k in STREAMS))
@@ -15,6 +15,7 @@ STUDY = Study(
     base="dense_64",
     equal="tokens",
     varies=("model.d_model", "model.streams"),
+    scales={"pod": pod(without=("model.d_model", "model.num_heads"))},  # widths are those of the arms
     deviation=0.035,
     shown=("altup/stream_cosine", "altup/innovation"),
     timed=True,

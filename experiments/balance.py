@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsejax.ablate import Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 from sparsejax.routers import presets
 
 COMMON = {"train.accumulation": 4, "model.blocks.moe.group_size": 512, "eval.passages": 64}
@@ -57,6 +57,7 @@ STUDY = Study(
         "none": Arm(argument="mixtral", edits=COMMON, edit=nothing),
     },
     base="global",
+    scales={"pod": pod()},
     varies=("model.blocks.moe.router",),
     deviation=0.02,
     shown=("moe/load_max_over_mean", "moe/drop_fraction", "moe/dead_experts", "moe/router_entropy"),

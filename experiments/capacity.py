@@ -7,8 +7,9 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
-from sparsejax.ablate import Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 from sparsejax.base.config import load
 from sparsejax.base.sharding import make_mesh
 from sparsejax.data.corpus import open_corpus
@@ -18,8 +19,14 @@ from sparsejax.train.restore import restore_variables
 
 FACTORS = (0.75, 1.0, 1.25, 2.0)
 MOE = "model.blocks.moe."
-CHOICES = {"k1": {}, "k2": {f"{MOE}num_experts": 16, f"{MOE}d_ff": 128, f"{MOE}router.selection.k": 2}}
+KEYS = tuple(MOE + key for key in ("num_experts", "d_ff", "router.selection.k"))
 KEY = f"{MOE}capacity_factor"
+
+
+def two_of_half(config: ConfigDict) -> None:
+    """Twice as many experts of half the width, of which a token takes two."""
+    moe = config.model.blocks.moe
+    moe.num_experts, moe.d_ff, moe.router.selection.k = 16, 2 * config.model.get_ref("d_model"), 2
 
 
 def evaluated(run: Path) -> dict[str, float]:
@@ -43,12 +50,13 @@ STUDY = Study(
     question="How much capacity do experts need, in training and in evaluation?",
     config="configs/routing_arm.py",
     arms={
-        f"{k}-c{factor:g}": Arm(argument="switch", edits={**edits, KEY: factor})
-        for k, edits in CHOICES.items()
+        f"{k}-c{factor:g}": Arm(argument="switch", edit=edit, edits={KEY: factor})
+        for k, edit in {"k1": None, "k2": two_of_half}.items()
         for factor in FACTORS
     },
     base="k1-c1.25",
-    varies=(KEY, *CHOICES["k2"]),
+    varies=(KEY, *KEYS),
+    scales={"pod": pod()},
     deviation=0.03,
     shown=("train/moe/drop_fraction",),
     figures=evaluated,

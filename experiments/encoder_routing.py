@@ -3,7 +3,7 @@
 Run:  python -m sparsejax ablate experiments/encoder_routing.py --workdir=runs/encoder_routing --out=experiments
 """
 
-from sparsejax.ablate import POD, Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 
 WIDTH = "model.blocks.moe.d_ff"
 ROUTED = ("soft_moe", "expert_choice", "switch", "quantile_balanced", "hash")
@@ -19,7 +19,7 @@ STUDY = Study(
     varies=("model.pattern", "model.blocks"),
     deviation=0.02,
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "moe/dead_experts"),
-    scales={"pod": POD},
+    scales={"pod": pod()},
     notes=(
         "Masked language models of two layers of width 64 that see both ways. `dense` has networks of width 256; in "
         "the others experts take the place of the second: 8 of its width where a token takes one, 16 of half where it "

@@ -11,7 +11,7 @@ from typing import Optional
 import jax
 import numpy as np
 
-from sparsejax.ablate import Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 from sparsejax.base.config import load
 from sparsejax.base.sharding import MeshConfig, make_mesh
 from sparsejax.data.corpus import open_corpus
@@ -95,6 +95,7 @@ STUDY = Study(
     equal="tokens",
     varies=("model.repeats", "model.pattern", "model.blocks", "model.exits", "model.select"),
     deviation=0.03,
+    scales={"pod": pod(without=("model.repeats", "model.scan"))},  # layers are those of the arms
     together=decoded,
     scatter=(SPEED, BITS),
     notes=(

@@ -3,7 +3,7 @@
 Run:  python -m sparsejax ablate experiments/lookup.py --workdir=runs/lookup --out=experiments
 """
 
-from sparsejax.ablate import Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 
 ADDRESSES, CONSUMES = ("token_id", "lsh", "softmax"), ("add", "concat", "expert")
 ARMS = ("dense", *(f"{address}-{consume}" for address in ADDRESSES for consume in CONSUMES))
@@ -14,6 +14,7 @@ STUDY = Study(
     arms={name: Arm(argument=name) for name in ARMS},
     base="dense",
     varies=("model.pattern", "model.blocks", "model.memory", "optimizer.tables"),
+    scales={"pod": pod(without=("model.d_model", "model.num_heads"))},  # widths are those of the arms
     deviation=0.035,
     shown=("memory/bucket_entropy", "memory/max_load", "memory/rows_touched"),
     timed=True,

@@ -3,7 +3,7 @@
 Run:  python -m sparsejax ablate experiments/mechanisms.py --workdir=runs/mechanisms --out=experiments
 """
 
-from sparsejax.ablate import POD, Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 
 WIDTH = "model.blocks.dense.d_ff"
 ARMS = {
@@ -30,7 +30,7 @@ STUDY = Study(
     deviation=0.02,
     budgets=(0.5, 2.0),
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "select/keep_fraction", "memory/rows_touched"),
-    scales={"pod": POD},
+    scales={"pod": pod()},
     notes=(
         "`plain` has four layers of width 64. `experts`: two of 16 in every second layer; `table`: a partial expert by "
         "token id in the others; `streams`: recycled AltUp; `depths`: every second layer on an eighth of the tokens, "

@@ -5,7 +5,7 @@ Run:  python -m sparsejax ablate experiments/routing.py --workdir=runs/routing -
 
 from pathlib import Path
 
-from sparsejax.ablate import POD, Arm, Study
+from sparsejax.ablate import Arm, Study, pod
 from sparsejax.ablate.leak import leak
 
 ROUTED = ("switch", "gshard", "noisy_top_k", "expert_choice", "base", "s_base", "hash", "rl_r", "fine_grained")
@@ -31,7 +31,7 @@ STUDY = Study(
     budgets=(0.5, 2.0),
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "moe/dead_experts", "moe/router_entropy"),
     figures=leaked,
-    scales={"pod": POD},
+    scales={"pod": pod()},
     notes=(
         "`dense` has two layers of width 64 with networks of width 256; in the others experts take the place of the "
         "second network: 8 of its width where a token takes one, 16 of half where it takes two, 32 of a quarter in "

@@ -3,6 +3,6 @@
 from sparsejax.ablate import Arm, Study, grid
 """
 
-from sparsejax.ablate.study import POD, Arm, Study, grid
+from sparsejax.ablate.study import Arm, Study, grid, pod
 
-__all__ = ["POD", "Arm", "Study", "grid"]
+__all__ = ["Arm", "Study", "grid", "pod"]

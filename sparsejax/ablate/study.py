@@ -17,20 +17,6 @@ seen in it; wall time and step time are measured, all arms in turn, before the r
 UNFAIR = ("data_order", "schedule", "denominator", "evaluation", "flops", "axes")
 """Kinds of unfair pairs, each of which a study may allow; they are then flagged on its page."""
 
-POD: Mapping[str, Any] = {
-    "model.d_model": 768,
-    "model.num_heads": 12,
-    "model.repeats": 6,
-    "model.scan": True,
-    "data.sequence_length": 1024,
-    "data.batch_size": 256,
-    "train.steps": 20000,
-    "optimizer.learning_rate": 6e-4,
-    "optimizer.schedule.warmup_steps": 1000,
-    "mesh.data": 8,
-}
-"""A scale for studies of models of two kinds of layers: the shape of a pretraining run of 8 chips."""
-
 TRAIN = "train/"
 """Before the name of a figure: that of the last row of training, not of evaluation."""
 
@@ -128,6 +114,24 @@ class Study:
             known = ", ".join(self.scales) or "none"
             raise RequestError(f"--scale={scale}: no such scale; those: {known}.{did_you_mean(scale, self.scales)}")
         return tuple((key, as_text(value)) for key, value in self.scales[scale].items())
+
+
+def pod(without: Sequence[str] = ()) -> dict[str, Any]:
+    """A scale for studies of models of two kinds of layers: the shape of a pretraining run of 8 chips. `without` those
+    keys that are an arm's own."""
+    edits = {
+        "model.d_model": 768,
+        "model.num_heads": 12,
+        "model.repeats": 6,
+        "model.scan": True,
+        "data.sequence_length": 1024,
+        "data.batch_size": 256,
+        "train.steps": 20000,
+        "optimizer.learning_rate": 6e-4,
+        "optimizer.schedule.warmup_steps": 1000,
+        "mesh.data": 8,
+    }
+    return {key: value for key, value in edits.items() if key not in without}
 
 
 def as_text(value: Any) -> str:
