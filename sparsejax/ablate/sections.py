@@ -1,6 +1,7 @@
 """What a study's `report.html` shows before its runs: verdicts, what was spent for what was reached, power, flags."""
 
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _verdict_section(results: Results) -> Section:
         dots += [{"arm": name, "value": float(value)} for value in values]
     head = ["arm", html.escape(metric), "verdict", f"difference from {html.escape(base)}", "p", "seeds needed"]
     head += ["speed-up", *map(html.escape, shown_figures(results))]
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in results["notes"])
+    notes = "".join(f"<p>{_with_code(note)}</p>" for note in results["notes"])
     equal = f"<p>Equal between arms: {EQUAL[results['equal']]}. <code>{html.escape(results['command'])}</code></p>"
     power = f"<p>{html.escape(' '.join(power_lines(results)))}</p>"
     flags = "".join(f"<p>Not equal between arms: {html.escape(flag)}.</p>" for flag in results["flags"])
@@ -86,6 +87,11 @@ def _verdict_section(results: Results) -> Section:
     spec = _spec(alt.layer(points, means), {"step": 22})
     text = notes + equal + table(head, rows, 3) + power + flags + failed
     return Section("Verdicts", text, [spec], {"study": columns(dots)})
+
+
+def _with_code(note: str) -> str:
+    """A note, which is Markdown, with its names as such."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(note))
 
 
 def _marked(verdict: str) -> str:

@@ -13,12 +13,18 @@ LOOKED_AT = 400
 
 
 def alert_section(runs: Sequence[Run]) -> Section:
-    """Every trouble once, with the steps at which it held."""
-    parts = []
+    """Every trouble once, with the steps at which it held; runs without any in one line."""
+    parts, quiet = [], []
     for run in runs:
-        found = episodes(run)
-        parts += [f"<h3>{html.escape(run.name)}</h3>"] if len(runs) > 1 else []
-        parts += [_told(alerts) for alerts in found] or ['<p class="faint">No alert.</p>']
+        found, name = episodes(run), html.escape(run.name)
+        if not found:
+            quiet.append(name)
+            continue
+        parts += [f"<h3>{name}</h3>"] if len(runs) > 1 else []
+        parts += [_told(alerts) for alerts in found]
+    if quiet:
+        whose = f" in {', '.join(quiet)}" if len(runs) > 1 else ""
+        parts.append(f'<p class="faint">No alert{whose}.</p>')
     return Section("Alerts", "".join(parts))
 
 

@@ -102,6 +102,8 @@ def test_verdicts_on_the_page_are_told_by_words_and_marks_and_escaped():
     verdicts, _ = study_sections(results())
     assert "▲ better" in verdicts.html and "base &lt;b&gt;" in verdicts.html and "it &lt;fell&gt;" in verdicts.html
     assert "<b>" not in verdicts.html
+    told = study_sections(results(notes=["In `a_<b>`, and `c`."]))[0].html
+    assert "In <code>a_&lt;b&gt;</code>, and <code>c</code>." in told
 
 
 def test_variants_have_a_table_and_stand_in_the_scatter(page, tmp_path):

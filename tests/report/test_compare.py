@@ -93,3 +93,6 @@ def test_alerts_of_a_run_are_on_the_page(tmp_path):
         np.savez(path / "routing" / f"{step}.npz", **run_folders.loads(np.eye(2, 8) * 800))
     html = alert_section(open_runs([path])).html
     assert 'class="alert"' in html and "Likely cause" in html and "To try" in html
+    quiet = [run_folders.write_run(tmp_path / name) for name in "bc"]
+    html = alert_section(open_runs([path, *quiet])).html
+    assert "<h3>a</h3>" in html and "No alert in b, c." in html and "<h3>b</h3>" not in html
