@@ -2,7 +2,7 @@
 
 Run:  python -m sparsejax ablate experiments/expert_scaling.py --workdir=runs/expert_scaling --out=experiments
       python -m sparsejax ablate experiments/expert_scaling.py --workdir=runs/expert_scaling_32 --scale=width_32
-Fit:  python -m sparsejax.ablate.scaling runs/expert_scaling*/expert_scaling.json --out=experiments
+Fit:  python -m sparsejax.ablate.scaling experiments/expert_scaling*.json --out=experiments
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +41,8 @@ STUDY = Study(
         "width_128": {"model.d_model": 128, "model.num_heads": 8},
     },
     notes=(
-        "The second of two layers of width 64 has so many experts of width 256, one of which a token meets, and "
-        "nothing is dropped: the routers that Clark et al. compare.",
+        "The second of two layers has so many experts of four times the model's width (64, or 32 with "
+        "`--scale=width_32`), one of which a token meets, and nothing is dropped: the routers that "
+        "Clark et al. compare.",
     ),
 )

@@ -276,22 +276,25 @@ def main(words: Sequence[str]) -> int:
         raise RequestError(str(error)) from None
     print("\n".join(lines(found)))
     if args.out is not None:
-        _keep(args.out, args.results[0].stem, cells, found, studies[0]["metric"])
+        _keep(args.out, [file.stem for file in args.results], cells, found, studies[0]["metric"])
     return 0
 
 
-def _keep(folder: Path, study: str, cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str) -> None:
-    name = f"{study}_law"
+def _keep(
+    folder: Path, names: Sequence[str], cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str
+) -> None:
+    name = f"{names[0]}_law"
+    pages = " and ".join(f"[{each}]({each}.md)" for each in dict.fromkeys(names))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out={folder}: {error.strerror}") from None
     _draw(folder / f"{name}.svg", cells, found, metric)
     text = [
-        f"# The law of Clark et al. (arXiv:2202.01169), fitted to {study}",
+        f"# The law of Clark et al. (arXiv:2202.01169), fitted to {names[0]}",
         "",
         "log L = a log N + b log Ê + c log N · log Ê + d; N: parameters of the dense model that computes as much.",
-        f"`python -m sparsejax.ablate.scaling` made it of [the study's]({study}.md) means over seeds; 95 % intervals.",
+        f"`python -m sparsejax.ablate.scaling` made it of the means over seeds of {pages}; 95 % intervals.",
         "",
         *lines(found),
         "",
