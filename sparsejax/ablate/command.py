@@ -43,25 +43,26 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
     """Runs what is not run yet and writes `NAME.json`, `NAME.md`, its figures and `report.html`. 1 if a run failed."""
     jax.config.update("jax_platforms", "cpu")  # the runs' own processes take the accelerators
     study = chosen(load_study(args.study), args.arms, args.seeds)
-    if SEED in dict(overrides):
-        given = f"--config.{SEED}={dict(overrides)[SEED]}"
-        raise RequestError(f"{given} has no effect: seeds are the study's; --seeds=N,N,… sets them")
+    seed = dict(overrides).get(SEED)
+    if seed is not None:
+        raise RequestError(f"--config.{SEED}={seed} has no effect: seeds are the study's; --seeds=N,N,… sets them")
     root, edits = args.study.absolute().parents[1], (*study.edits_of(args.scale), *overrides)
     with open_workdir(args.workdir) as workdir:
         arms = _sized(study, root, edits, workdir)
         flags = refuse(unfair(study, arms), study.allow)
         check_names(study, arms)
         budgets = {budget_name(study, each): at_budget(study, root, edits, each) for each in study.budgets}
-        jobs = _jobs({**arms, **budgets}, study, workdir)
+        every = {**arms, **budgets}
+        jobs = _jobs(every, study, workdir)
         waiting = next((job for job in jobs if not job.done), None)
         if args.launch is not None and waiting is not None:
-            _check_launch(shlex.split(args.launch), {**arms, **budgets}[waiting.arm], waiting)
+            _check_launch(shlex.split(args.launch), every[waiting.arm], waiting)
         say = functools.partial(print, flush=True)
         for line in _plan(study, arms, flags, jobs):
             say(line)
         if args.dry_run:
             return 0
-        _write_configs({**arms, **budgets}, workdir)
+        _write_configs(every, workdir)
         failed: Mapping[tuple[str, int], str] = {}
         if args.launch is None:
             slots = args.jobs or _slots(max(total(arm.config.model).parameters for arm in arms.values()))
@@ -149,11 +150,16 @@ def _check_launch(words: Sequence[str], arm: Resolved, job: Job) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(arm.text)
-        flags = [f"--config={file}", f"--workdir={job.workdir}"]
-        command = [sys.executable, "-m", "sparsejax", "launch", *words, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        _launched(f"--launch={shlex.join(words)}", [*words, f"--config={file}", f"--workdir={job.workdir}"])
+
+
+def _launched(about: str, words: Sequence[str]) -> str:
+    """What `launch` printed. Raises `RequestError`, which begins with `about`, where it refuses."""
+    command = [sys.executable, "-m", "sparsejax", "launch", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RequestError(f"--launch={shlex.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+        raise RequestError(f"{about}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
 
 
 def _launch(jobs: Sequence[Job], words: Sequence[str]) -> None:
@@ -167,12 +173,9 @@ def _launch(jobs: Sequence[Job], words: Sequence[str]) -> None:
         elif job.begin is not None and not job.begin.done:
             print(f"{job.name} waits for {job.begin.name}, with which it begins")
         else:
-            command = [sys.executable, "-m", "sparsejax", "launch", *words, *job.flags, "--submit"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RequestError(f"--launch: {job.name}: {(done.stderr.strip() or done.stdout.strip())}")
-            mark.write_text(done.stdout)
-            print(f"submitted {job.name}: {done.stdout.strip()}")
+            said = _launched(f"--launch: {job.name}", [*words, *job.flags, "--submit"])
+            mark.write_text(said)
+            print(f"submitted {job.name}: {said.strip()}")
 
 
 def _plan(study: Study, arms: Mapping[str, Resolved], flags: Sequence[Unfair], jobs: Sequence[Job]) -> list[str]:

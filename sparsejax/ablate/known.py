@@ -12,13 +12,14 @@ from sparsejax.base.errors import RequestError, did_you_mean
 from sparsejax.base.sharding import MeshConfig, make_mesh, shard_batch
 from sparsejax.data.corpus import open_corpus
 from sparsejax.data.loader import eval_batches
+from sparsejax.report.compare import TIMES
 from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.evaluate import evaluation_row
 from sparsejax.train.state import Variables, abstract_model
 from sparsejax.train.step import make_eval_step
 
 SPENT = frozenset({"tokens", "flops", "learning_rate", "nonfinite_steps", "seconds"})
-OF_TRAINING = frozenset({"grad_norm", "window_steps", "step_seconds", "tokens_per_second", "data_wait_fraction"})
+OF_TRAINING = TIMES | {"grad_norm", "window_steps"}
 LATER = frozenset({"memory/churn"})
 """What only a second evaluation has."""
 
@@ -27,9 +28,8 @@ def check_names(study: Study, arms: Mapping[str, Resolved]) -> None:
     """Raises `RequestError` for a metric that the base does not evaluate, or a figure to show that no arm has."""
     base = evaluated_names(arms[study.base].config)
     if study.metric not in base:
-        known = ", ".join(sorted(base))
         raise RequestError(
-            f"metric={study.metric!r} is no figure of an evaluation of {study.base}; those: {known}."
+            f"metric={study.metric!r} is no figure of an evaluation of {study.base}; those: {', '.join(sorted(base))}."
             f"{did_you_mean(study.metric, base)}"
         )
     missing, known = set(study.shown), set()

@@ -63,12 +63,13 @@ def matched(study: Study, root: Path, overrides: Overrides, measure: Measure) ->
 
 def _check_keys(study: Study, arms: Mapping[str, Resolved]) -> None:
     """Raises `RequestError` for a key of the study that is none of any arm's."""
-    known = {key for arm in arms.values() for key in leaves(arm.config)}
+    keys = {name: leaves(arm.config) for name, arm in arms.items()}
+    known = {key for its in keys.values() for key in its}
     groups = {key[:place] for key in known for place, letter in enumerate(key) if letter == "."}
-    for name, arm in study.arms.items():
-        its = leaves(arms[name].config)
-        if arm.size is not None and arm.size not in its:
-            raise RequestError(f"arm {name}: size={arm.size!r} is no key of its config.{did_you_mean(arm.size, its)}")
+    for name, its in keys.items():
+        size = study.arms[name].size
+        if size is not None and size not in its:
+            raise RequestError(f"arm {name}: size={size!r} is no key of its config.{did_you_mean(size, its)}")
     if study.size is not None and study.size not in known:
         raise RequestError(f"size={study.size!r} is no key of any arm's config.{did_you_mean(study.size, known)}")
     for key in study.varies:

@@ -73,7 +73,7 @@ def verdicts(
     found = {}
     columns = (arms, differences, errors, between, of_text, p, adjusted)
     for arm, d, error, v, text, each, both in zip(*columns, strict=True):
-        shown = both < level
+        shown, needed = both < level, functools.partial(seeds_needed, float(d), float(v), len(arms), level)
         found[arm] = Verdict(
             difference=float(d),
             low=float(d - critical * error),
@@ -82,10 +82,8 @@ def verdicts(
             adjusted_p=float(both),
             effect_size=float(d / max(np.sqrt(v), 1e-300)),
             verdict=(BETTER if (d > 0) == higher_is_better else WORSE) if shown else UNDECIDED,
-            seeds_needed=seeds
-            if shown
-            else _more(seeds, seeds_needed(float(d), float(v), len(arms), level, float(text))),
-            with_more_text=seeds if shown else _more(seeds, seeds_needed(float(d), float(v), len(arms), level)),
+            seeds_needed=seeds if shown else _more(seeds, needed(float(text))),
+            with_more_text=seeds if shown else _more(seeds, needed()),
         )
     return found
 

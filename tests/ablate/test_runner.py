@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from sparsejax.ablate.known import evaluated_names
+from sparsejax.base.config import load
+from sparsejax.base.writers import read_jsonl
 from sparsejax.cli import main
+from sparsejax.train.config import ExperimentConfig
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"train.steps": 4, "train.log_every": 2, "checkpoint.every": 2, "eval.batches": 2}
@@ -94,6 +98,10 @@ def test_a_study_runs_and_a_second_call_does_nothing(folder, capsys):
     assert without_times(results(folder)) == without_times(found)
     assert (folder / "runs" / "rates.md").read_text() == page + "\n## Reading\n\nWords of mine.\n"
     assert (folder / "experiments" / "rates.calls").read_text() == "a b\n" * 2
+    config = load(ExperimentConfig, str(folder / "runs" / "a" / "config.json")).config
+    rows = read_jsonl(folder / "runs" / "a" / "0" / "metrics.jsonl")[0]
+    names = {key for row in rows if row["split"] == "eval" for key in row}
+    assert evaluated_names(config) == names - {"step", "split"}
     # Another config for the same arm is not mixed with it.
     assert main([*words, "--config.model.d_model=64"]) == 2
     assert "holds arm a with another config: config.model.d_model was 32, is 64" in capsys.readouterr().err
