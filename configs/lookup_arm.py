@@ -6,7 +6,7 @@ rows, as many as there are ids, so that what differs is how one of them is chose
 expert of rank 4, 512.
 
 Run:     python -m sparsejax train --config=configs/lookup_arm.py:token_id-add --workdir=runs/token_id-add
-Expect:  2.8 to 3.2 bits per byte after 150 steps, by arm as in experiments/lookup.md
+Expect:  2.8 to 3.2 bits per byte after 600 steps, by arm as in experiments/lookup.md
 """
 
 from bisect import bisect_right
@@ -36,10 +36,10 @@ def get_config(arm: str = "token_id-add"):
     model.pattern, model.repeats = ("dense", "dense"), 1
     config.data.sequence_length, config.data.batch_size = 128, 16
     config.optimizer.learning_rate, config.optimizer.b2 = 5e-3, 0.98
-    config.optimizer.schedule.warmup_steps = 20
-    config.train.steps, config.train.log_every = 150, 50
-    config.eval.every, config.eval.batches = 150, 64
-    config.checkpoint.every = 150
+    config.optimizer.schedule.warmup_steps = 50
+    config.train.steps, config.train.log_every = 600, 50
+    config.eval.every, config.eval.batches = 600, 64
+    config.checkpoint.every = 600
     budget = flops_at(config, 256)
     if arm != "dense":
         address, consume = arm.split("-")

@@ -13,6 +13,7 @@ STUDY = Study(
     config="configs/lookup_arm.py",
     arms={name: Arm(argument=name) for name in ARMS},
     base="dense",
+    seeds=(0, 1, 2, 3),
     varies=("model.pattern", "model.blocks", "model.memory", "optimizer.tables"),
     scales={"pod": pod(without=("model.d_model", "model.num_heads"))},  # widths are those of the arms
     deviation=0.035,

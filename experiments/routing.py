@@ -26,6 +26,7 @@ STUDY = Study(
         "thor": Arm(argument="thor", size="train.steps"),
     },
     base="dense",
+    seeds=(0, 1, 2, 3, 4),
     varies=("model.pattern", "model.blocks", "train.consistency"),
     deviation=0.02,
     budgets=(0.5, 2.0),
