@@ -18,6 +18,7 @@ STUDY = Study(
     varies=("model.d_model", "model.streams"),
     scales={"pod": pod(without=("model.d_model", "model.num_heads"))},  # widths are those of the arms
     deviation=0.035,
+    effect=0.05,
     shown=("altup/stream_cosine", "altup/innovation"),
     timed=True,
     notes=(

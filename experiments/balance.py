@@ -60,6 +60,7 @@ STUDY = Study(
     scales={"pod": pod()},
     varies=("model.blocks.moe.router",),
     deviation=0.02,
+    effect=0.05,
     shown=("moe/load_max_over_mean", "moe/drop_fraction", "moe/dead_experts", "moe/router_entropy"),
     figures=specialised,
     notes=(

@@ -58,6 +58,7 @@ STUDY = Study(
     varies=(KEY, *KEYS),
     scales={"pod": pod()},
     deviation=0.03,
+    effect=0.05,
     shown=("train/moe/drop_fraction",),
     figures=evaluated,
     notes=(

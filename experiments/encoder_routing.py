@@ -18,6 +18,7 @@ STUDY = Study(
     metric="cross_entropy",
     varies=("model.pattern", "model.blocks"),
     deviation=0.02,
+    effect=0.035,
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "moe/dead_experts"),
     scales={"pod": pod()},
     notes=(

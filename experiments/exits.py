@@ -95,6 +95,7 @@ STUDY = Study(
     equal="tokens",
     varies=("model.repeats", "model.pattern", "model.blocks", "model.exits", "model.select"),
     deviation=0.03,
+    effect=0.05,
     scales={"pod": pod(without=("model.repeats", "model.scan"))},  # layers are those of the arms
     together=decoded,
     scatter=(SPEED, BITS),

@@ -35,6 +35,7 @@ STUDY = Study(
     base="dense",
     varies=("model.pattern", "model.blocks"),
     deviation=0.03,
+    effect=0.05,
     shown=("moe/load_max_over_mean", "moe/dead_experts"),
     scales={
         "width_32": {"model.d_model": 32, "model.num_heads": 2},

@@ -17,6 +17,7 @@ STUDY = Study(
     varies=("model.pattern", "model.blocks", "model.memory", "optimizer.tables"),
     scales={"pod": pod(without=("model.d_model", "model.num_heads"))},  # widths are those of the arms
     deviation=0.035,
+    effect=0.05,
     shown=("memory/bucket_entropy", "memory/max_load", "memory/rows_touched"),
     timed=True,
     notes=(

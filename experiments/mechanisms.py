@@ -28,6 +28,7 @@ STUDY = Study(
     varies=("model.pattern", "model.blocks", "model.memory", "model.streams", "model.select", "model.exits",
             "optimizer.tables"),
     deviation=0.02,
+    effect=0.05,
     budgets=(0.5, 2.0),
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "select/keep_fraction", "memory/rows_touched"),
     scales={"pod": pod()},

@@ -29,6 +29,7 @@ STUDY = Study(
     seeds=(0, 1, 2, 3, 4),
     varies=("model.pattern", "model.blocks", "train.consistency"),
     deviation=0.02,
+    effect=0.05,
     budgets=(0.5, 2.0),
     shown=("moe/drop_fraction", "moe/load_max_over_mean", "moe/dead_experts", "moe/router_entropy"),
     figures=leaked,

@@ -96,6 +96,7 @@ STUDY = Study(
             "optimizer.schedule", "optimizer.learning_rate"),
     allow=("schedule",),
     deviation=0.02,
+    effect=0.02,
     scales={"wide": {"model.d_model": 512, "model.num_heads": 8, "data.batch_size": 192, "mesh.data": 8}},
     together=evaluated,
     scatter=(SPEED, RIGHT),

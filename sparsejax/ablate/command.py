@@ -2,25 +2,30 @@
 
 import argparse
 import functools
-import glob
-import os
 import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from sparsejax.ablate.arms import Overrides, Resolved, flops_per_token, resolve
+from sparsejax.ablate.cluster import Cluster
 from sparsejax.ablate.fairness import Unfair, refuse, unfair
 from sparsejax.ablate.figures import draw
 from sparsejax.ablate.known import check_names
+from sparsejax.ablate.machine import slots
 from sparsejax.ablate.match import BY_LEDGER, Measure, at_budget, matched
-from sparsejax.ablate.page import interval, standing, values_of, without_result, write_page
-from sparsejax.ablate.results import collected, measured, stated_power, text_of
+from sparsejax.ablate.page import (
+    interval,
+    seeds_for_effect,
+    standing,
+    values_of,
+    verdict_words,
+    without_result,
+    write_page,
+)
+from sparsejax.ablate.results import collected, flags_of_runs, measured, stated_power, text_of
 from sparsejax.ablate.runner import Job, run_all
 from sparsejax.ablate.sections import write_report
 from sparsejax.ablate.study import Study, chosen, load_study
@@ -33,10 +38,6 @@ from sparsejax.train.config import ExperimentConfig
 from sparsejax.train.workdir import open_workdir
 
 SEED = "train.seed"
-BYTES_PER_PARAMETER = 16
-"""Of a run on the processor: parameters, gradients and two moments in float32."""
-BYTES_PER_RUN = 2 * 2**30
-"""Of a run beside them: the program, the compiler, activations."""
 
 
 def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
@@ -47,6 +48,10 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
     if seed is not None:
         raise RequestError(f"--config.{SEED}={seed} has no effect: seeds are the study's; --seeds=N,N,… sets them")
     root, edits = args.study.absolute().parents[1], (*study.edits_of(args.scale), *overrides)
+    if args.launch is not None and study.equal not in BY_LEDGER:
+        raise RequestError(
+            f"--launch: equal={study.equal!r} is measured by this process; call ablate without it, inside of a job"
+        )
     with open_workdir(args.workdir) as workdir:
         arms = _sized(study, root, edits, workdir)
         flags = refuse(unfair(study, arms), study.allow)
@@ -54,29 +59,46 @@ def ablate_command(args: argparse.Namespace, overrides: Sequence[tuple[str, str]
         budgets = {budget_name(study, each): at_budget(study, root, edits, each) for each in study.budgets}
         every = {**arms, **budgets}
         jobs = _jobs(every, study, workdir)
+        stem = args.study.stem if args.scale is None else f"{args.study.stem}_{args.scale}"
+        cluster = None if args.launch is None else Cluster(shlex.split(args.launch), stem, jobs)
         waiting = next((job for job in jobs if not job.done), None)
-        if args.launch is not None and waiting is not None:
-            _check_launch(shlex.split(args.launch), every[waiting.arm], waiting)
+        if cluster is not None and waiting is not None:
+            cluster.check(waiting, every[waiting.arm].text)
         say = functools.partial(print, flush=True)
         for line in _plan(study, arms, flags, jobs):
             say(line)
         if args.dry_run:
             return 0
         _write_configs(every, workdir)
-        failed: Mapping[tuple[str, int], str] = {}
-        if args.launch is None:
-            slots = args.jobs or _slots(max(total(arm.config.model).parameters for arm in arms.values()))
-            failed = run_all(jobs, slots, say, check=lambda job: measured(study, job.workdir))
+        if cluster is None:
+            runs = args.jobs or slots(max(total(arm.config.model).parameters for arm in arms.values()))
+            failed = run_all(jobs, runs, say, check=_Check(study, jobs, say))
         else:
-            _launch(jobs, shlex.split(args.launch))
+            failed = cluster.run(say)
         command = "python -m sparsejax " + shlex.join(args.words)
-        times = _times(arms, arms[study.base], workdir) if study.timed else {}
+        # The machine that hands runs to a cluster is not the one that they take their time on.
+        times = _times(arms, arms[study.base], workdir) if study.timed and cluster is None else {}
         results = collected(study, command, arms, budgets, jobs, failed, flags, times)
-        _write(args.study.stem, results, workdir, args.out)
+        _write(stem, results, workdir, args.out)
         write_report(workdir / "report.html", results, jobs)
         for line in told(results):
             say(line)
     return 1 if failed else 0
+
+
+class _Check:
+    """Looks at each run as it ends: a metric that it lacks ends the study, and an unfair pair is told at once."""
+
+    def __init__(self, study: Study, jobs: Sequence[Job], say: Callable[[str], None]):
+        self.study, self.jobs, self.say = study, jobs, say
+        self.told: set[Unfair] = set()
+
+    def __call__(self, job: Job) -> None:
+        measured(self.study, job.workdir)
+        for each in flags_of_runs(self.study, [one for one in self.jobs if one.seed == job.seed]):
+            if each not in self.told:
+                self.told.add(each)
+                self.say(f"flagged: {each}" + ("" if each.kind in self.study.allow else "; it gets no verdict"))
 
 
 def budget_name(study: Study, times: float) -> str:
@@ -136,48 +158,6 @@ def _write_configs(arms: Mapping[str, Resolved], workdir: Path) -> None:
             write_atomically(path, arm.text.encode())
 
 
-def _slots(parameters: int) -> int:
-    """Runs at once: one where there are accelerators, as each takes all of them; else by cores and memory."""
-    if any(glob.glob(each) for each in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")):
-        return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fits = memory // (BYTES_PER_PARAMETER * parameters + BYTES_PER_RUN)
-    return max(1, min(len(os.sched_getaffinity(0)), fits))
-
-
-def _check_launch(words: Sequence[str], arm: Resolved, job: Job) -> None:
-    """Raises `RequestError` where no such job can be made of this one, a run of this arm."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        file.write_text(arm.text)
-        _launched(f"--launch={shlex.join(words)}", [*words, f"--config={file}", f"--workdir={job.workdir}"])
-
-
-def _launched(about: str, words: Sequence[str]) -> str:
-    """What `launch` printed. Raises `RequestError`, which begins with `about`, where it refuses."""
-    command = [sys.executable, "-m", "sparsejax", "launch", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RequestError(f"{about}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
-
-
-def _launch(jobs: Sequence[Job], words: Sequence[str]) -> None:
-    """Hands the runs that are not done to a cluster, once each: a file beside a run's folder says that it has been."""
-    for job in jobs:
-        mark = job.workdir.with_name(f"{job.seed}.submitted")
-        if job.done:
-            continue
-        if mark.is_file():
-            print(f"{job.name} has been submitted; remove {mark} to submit it again")
-        elif job.begin is not None and not job.begin.done:
-            print(f"{job.name} waits for {job.begin.name}, with which it begins")
-        else:
-            said = _launched(f"--launch: {job.name}", [*words, *job.flags, "--submit"])
-            mark.write_text(said)
-            print(f"submitted {job.name}: {said.strip()}")
-
-
 def _plan(study: Study, arms: Mapping[str, Resolved], flags: Sequence[Unfair], jobs: Sequence[Job]) -> list[str]:
     """What is going to be compared, before anything runs."""
     lines = [study.question, f"equal: {study.equal}; metric: {study.metric}; base: {study.base}"]
@@ -198,6 +178,11 @@ def _plan(study: Study, arms: Mapping[str, Resolved], flags: Sequence[Unfair], j
             f"power: {len(study.seeds)} seeds show a difference of {power['detectable']:.4f} in {study.metric} "
             f"four times in five, if runs deviate by {study.deviation:g}"
         )
+        if study.effect is not None:
+            lines.append(
+                f"power: less than {study.effect:g} would not matter; to show that much takes "
+                f"{seeds_for_effect(power)} seeds, and arms that stay open with fewer are exploratory"
+            )
     done = sum(job.done for job in jobs)
     return [*lines, f"{len(jobs)} runs, {done} of them done"]
 
@@ -221,6 +206,6 @@ def told(results: Mapping[str, Any]) -> list[str]:
         if verdict is None:
             why = standing(results, name)
         else:
-            why = f"{verdict['verdict']} ({interval(verdict, '+.4f')})"
+            why = f"{verdict_words(results, verdict)} ({interval(verdict, '+.4f')})"
         lines.append(f"{name}: {mean}: {why}")
     return lines + [f"  {name} seed {seed}: {why}" for name, seed, why in without_result(results)]

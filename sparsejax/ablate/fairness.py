@@ -65,12 +65,11 @@ def unfair_runs(base: Path, run: Path, arm: str) -> list[Unfair]:
     found = []
     for name in ("targets", "padding_fraction"):
         if before.get(name) != now.get(name):
-            found.append(
-                Unfair("denominator", arm, f"{name} of the evaluation was {now.get(name)}, not {before.get(name)}")
-            )
+            text = f"{name} of the evaluation was {now.get(name)}, not {before.get(name)}"
+            found.append(Unfair("denominator", arm, text))
     for which, text in (("corpus", "evaluation"), ("flops_convention", "flops")):
-        if None not in (first.get(which), second.get(which)) and first[which] != second[which]:
-            found.append(Unfair(text, arm, f"{which} is {second.get(which)}, not {first.get(which)}"))
+        if first[which] is None or first[which] != second[which]:  # what is not recorded is not known to be equal
+            found.append(Unfair(text, arm, f"{which} is {second[which]}, not {first[which]}"))
     return found
 
 

@@ -1,16 +1,21 @@
 """The result page of a study, as Markdown: what was compared, how, what was found. What a person wrote is kept."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsejax.ablate.statistics import UNDECIDED, detectable
+from sparsejax.ablate.match import TOLERANCE
+from sparsejax.ablate.statistics import MOST_SEEDS, UNDECIDED, detectable
 from sparsejax.base.writers import write_atomically
 
 READING = "## Reading"
 """Heading of what a person writes; all from it on stays when the page is written anew."""
+OUTDATED = "*The figures above are not those that this was written of.*"
+"""Under that heading, until the person takes it away."""
 
 EQUAL = {
     "active_flops": "active FLOPs of the whole training",
@@ -26,15 +31,37 @@ Results = Mapping[str, Any]
 
 def write_page(path: Path, results: Results) -> None:
     """Writes the page beside its figure `NAME.svg`, which `figures.draw` makes."""
-    _, found, reading = path.read_text().partition(READING) if path.is_file() else ("", "", "")
-    text = "\n".join(_lines(results, path.stem)) + "\n"
+    before, found, reading = path.read_text().partition(READING) if path.is_file() else ("", "", "")
+    mark = f"<!-- figures {_fingerprint(results)} -->"
+    if found and "<!-- figures" in before and mark not in before and OUTDATED not in reading:
+        reading = f"\n\n{OUTDATED}{reading}"
+    text = "\n".join([*_lines(results, path.stem), "", mark]) + "\n"
     write_atomically(path, (text + (f"\n{found}{reading}" if found else "")).encode())
+
+
+def _fingerprint(results: Results) -> str:
+    """Of what was found, times aside."""
+    metric = results["metric"]
+    every = {name: values_of(arm, metric).tolist() for name, arm in {**results["arms"], **results["budgets"]}.items()}
+    verdicts = {name: verdict["verdict"] for name, verdict in results["verdicts"].items()}
+    return hashlib.sha256(json.dumps([every, verdicts]).encode()).hexdigest()[:12]
 
 
 def values_of(arm: Mapping[str, Any], name: str) -> np.ndarray:
     """A figure of every finished run that has it."""
     runs = (run["figures"] for run in arm["runs"].values() if run["status"] == "done")
     return np.array([figures[name] for figures in runs if name in figures])
+
+
+def differences(base: Mapping[str, Any], arm: Mapping[str, Any], name: str) -> np.ndarray:
+    """Of a figure, arm − base, of every seed with which both have it."""
+    figures = lambda which: {  # noqa: E731
+        seed: run["figures"][name]
+        for seed, run in which["runs"].items()
+        if run["status"] == "done" and name in run["figures"]
+    }
+    first, second = figures(base), figures(arm)
+    return np.array([second[seed] - first[seed] for seed in second if seed in first])
 
 
 def by_metric(results: Results) -> list[str]:
@@ -54,7 +81,7 @@ def costs_of(arm: Mapping[str, Any]) -> dict[str, float]:
 
 def pareto(results: Results, spent: str) -> dict[str, tuple[float, float, bool]]:
     """Arm, or the base at another budget → (what was spent on it, mean of the metric, whether it is on the Pareto
-    front: none that spent no more is better)."""
+    front: none that spent no more is better, where what the study makes equal within 1 % counts as equal)."""
     metric, sign = results["metric"], -1 if results["higher_is_better"] else 1
     every = {**results["arms"], **results["budgets"]}
     found = {
@@ -62,7 +89,9 @@ def pareto(results: Results, spent: str) -> dict[str, tuple[float, float, bool]]
         for name, arm in every.items()
         if values_of(arm, metric).size
     }
-    beaten = lambda cost, mean: any(c <= cost and sign * m < sign * mean for c, m in found.values())  # noqa: E731
+    beaten = lambda cost, mean: any(  # noqa: E731
+        c <= cost * (1 + TOLERANCE) and sign * m < sign * mean for c, m in found.values()
+    )
     return {name: (cost, mean, not beaten(cost, mean)) for name, (cost, mean) in found.items()}
 
 
@@ -123,7 +152,7 @@ def _arms(results: Results) -> list[str]:
             judged = ["", standing(results, name), "", ""]
         else:
             p = "" if verdict["adjusted_p"] is None else f" (p = {verdict['adjusted_p']:.2g})"
-            judged = [interval(verdict), verdict["verdict"] + p, _or_none(verdict["effect_size"], "+.1f")]
+            judged = [interval(verdict), verdict_words(results, verdict) + p, _or_none(verdict["effect_size"], "+.1f")]
             judged.append(seeds_cell(verdict))
         row = [f"`{name}`", spread(values_of(arm, metric)), *judged]
         if faster:
@@ -140,16 +169,39 @@ def shown_figures(results: Results) -> list[str]:
     return [name for name in names if name not in (results["metric"], "seconds")]
 
 
+def verdict_words(results: Results, verdict: Mapping[str, Any]) -> str:
+    """The verdict, and of one that is open whether it says anything."""
+    if verdict["verdict"] != UNDECIDED:
+        return verdict["verdict"]
+    if verdict["exploratory"]:
+        return f"{UNDECIDED}: exploratory"
+    return f"{UNDECIDED}, less than {results['power']['effect']:g}"
+
+
 def _verdicts_explained(results: Results) -> Iterator[str]:
     yield "Verdicts are paired by seed and by batch of the evaluation, with variances lent between arms; intervals hold"
-    yield "together at 95 %, p-values are Holm's. *Seeds needed* would show a difference of that size four times in"
-    yield "five."
+    yield "together at 95 %, p-values are Holm's. Where no arm differs, 5 % of studies say that one does, or 8 % where"
+    yield "the runs of one arm deviate eight times as much as others'. *Seeds needed* would show a difference of that"
+    yield "size four times in five."
+    if any(verdict["exploratory"] for verdict in results["verdicts"].values()):
+        effect = results["power"]["effect"]
+        less = "" if effect is None else f", nor that it is less than {effect:g}, which is what would matter"
+        yield f"An *exploratory* arm is not decided by these runs: they show no difference{less}."
     if any(_reaches_zero(verdict) for verdict in results["verdicts"].values()):
         yield "Holm's correction is the milder one: it shows a difference here whose interval reaches zero."
     if any(verdict.get("speed_up") for verdict in results["verdicts"].values()):
         yield "*Effective speed-up* is the compute that the base needs for the arm's loss over the arm's own, by whole"
-        yield f"trainings of the base: {_words([*results['budgets'], results['base']])}."
+        means = [(name, spread(values_of(arm, results["metric"]))) for name, arm in _trainings(results)]
+        yield f"trainings of the base: {', '.join(f'`{name}` {mean}' for name, mean in means)}."
     yield from power_lines(results)
+
+
+def _trainings(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Those of the base that have a finished run, the shortest first."""
+    every = {**results["budgets"], results["base"]: results["arms"][results["base"]]}
+    for name in sorted(every, key=lambda name: every[name]["training_flops"]):
+        if values_of(every[name], results["metric"]).size:
+            yield name, every[name]
 
 
 def _reaches_zero(verdict: Mapping[str, Any]) -> bool:
@@ -163,6 +215,9 @@ def power_lines(results: Results) -> Iterator[str]:
     if power["detectable"] is not None:
         yield f"Stated before the runs: {power['seeds']} seeds show a difference of {power['detectable']:.3f} four"
         yield f"times in five if runs deviate by {power['deviation']:g} and the text of the evaluation adds nothing."
+        if power["effect"] is not None:
+            needed = seeds_for_effect(power)
+            yield f"Less than {power['effect']:g} would not matter; to show that much takes {needed} seeds."
         yield _came(results)
     elif len(results["seeds"]) > 1:
         yield f"Before the runs it was not known by how much they deviate. {_came(results)}"
@@ -190,9 +245,12 @@ def _sizes(results: Results) -> Iterator[str]:
         numbers = (arm["flops_per_token"] / 1e6, arm["parameters"] / 1e6, arm["active_parameters"] / 1e6)
         time = [] if arm["step_time"] is None else [f"{arm['step_time']:.2f}"]
         rows.append([f"`{name}`", *(f"{number:.3f}" for number in numbers), str(arm["steps"]), *time, sized])
-    time = ["time of a step, of the base's"] if any(len(row) > 6 for row in rows) else []
+    timed = any(len(row) > 6 for row in rows)
+    time = ["time of a step, of the base's"] if timed else []
     head = ("arm", "MFLOPs per token, forward", "parameters, millions", "active", "steps", *time, "solved to be equal")
     yield from table(head, rows)
+    if timed:
+        yield from ("", "Steps were timed in turn with the base's; what else the machine did is in these times.")
 
 
 def _troubles(results: Results) -> Iterator[str]:
@@ -204,17 +262,23 @@ def _troubles(results: Results) -> Iterator[str]:
         yield from ("", head, "", *(f"- {flag}" for flag in results["flags"]))
 
 
+def seeds_for_effect(power: Mapping[str, Any]) -> str:
+    return f"over {MOST_SEEDS}" if power["seeds_needed"] is None else str(power["seeds_needed"])
+
+
 def _came(results: Results) -> str:
-    """The deviation of one run, pooled over arms, and what that lets the study show, as sentences."""
-    found = [values_of(arm, results["metric"]) for arm in results["arms"].values()]
-    variances = [values.var(ddof=1) for values in found if values.size > 1]
-    if not variances:
-        return "No arm has two runs yet."
-    deviation, judged = float(np.sqrt(np.mean(variances))), len(results["verdicts"])
-    if not judged or deviation == 0:
-        return f"They did by {deviation:.3f}."
-    shown = detectable(deviation, len(results["seeds"]), judged)
-    return f"They did by {deviation:.3f}, with which a difference of {shown:.3f} is shown four times in five."
+    """How differences from the base deviate between seeds, pooled over the arms that were judged, and what that and the
+    text of the evaluation let the study show, as a sentence."""
+    metric, base, verdicts = results["metric"], results["arms"][results["base"]], results["verdicts"]
+    apart = [differences(base, results["arms"][name], metric) for name in verdicts]
+    variances = [each.var(ddof=1) for each in apart if each.size > 1]
+    if not variances or not any(variances):
+        return "No arm can be judged yet."
+    variance = float(np.mean(variances))
+    text = float(np.mean([verdict["of_text"] for verdict in verdicts.values()]))
+    shown = detectable(variance, len(results["seeds"]), len(verdicts), text=text)
+    deviate = f"Differences from `{results['base']}` deviate by {np.sqrt(variance):.3f} between seeds"
+    return f"{deviate}, which with that text shows one of {shown:.3f} four times in five."
 
 
 def seeds_cell(verdict: Mapping[str, Any]) -> str:

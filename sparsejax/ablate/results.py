@@ -1,20 +1,23 @@
 """What the runs of a study found: the figures of each, and the verdicts on arms. `NAME.json` keeps it."""
 
+import ast
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+from scipy import stats
 
 from sparsejax.ablate.arms import Resolved, costs
 from sparsejax.ablate.fairness import Unfair, unfair_runs
-from sparsejax.ablate.page import values_of
+from sparsejax.ablate.page import differences, values_of
 from sparsejax.ablate.runner import Job
 from sparsejax.ablate.speed_up import speed_up
-from sparsejax.ablate.statistics import Verdict, detectable, verdicts
+from sparsejax.ablate.statistics import Verdict, detectable, seeds_needed, verdicts
 from sparsejax.ablate.study import TRAIN, Figures, Study
 from sparsejax.base.config import diff
 from sparsejax.base.errors import RequestError
@@ -51,11 +54,9 @@ def measured(study: Study, run: Path) -> Figures:
 
 def _kept(study: Study, run: Path) -> Figures:
     """The study's own figures of a run, found once."""
-    path = run.with_name(f"{run.name}.figures.json")
-    if not path.is_file():
-        assert study.figures is not None
-        write_atomically(path, json.dumps(study.figures(run)).encode())
-    return json.loads(path.read_text())
+    assert study.figures is not None
+    find = study.figures
+    return _once(run.with_name(f"{run.name}.figures.json"), [written_as(find)], lambda: find(run))
 
 
 def by_batch(study: Study, run: Path, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,19 +84,15 @@ def judged(study: Study, jobs: Sequence[Job], without: Sequence[str] = ()) -> di
         whole = lambda run: [np.average(run[0], weights=run[1])]  # noqa: E731
         losses = {name: np.array([whole(run) for run in each]) for name, each in runs.items()}
         weights = np.ones(1)
-    return verdicts(losses, weights, study.base, higher_is_better=study.higher_is_better)
+    return verdicts(losses, weights, study.base, higher_is_better=study.higher_is_better, effect=study.effect)
 
 
 def flags_of_runs(study: Study, jobs: Sequence[Job]) -> list[Unfair]:
-    """What the finished runs of each arm tell beside those of the base."""
-    by_name = {(job.arm, job.seed): job for job in jobs if job.done}
-    found = []
-    for name in study.arms:
-        for seed in study.seeds:
-            base, run = by_name.get((study.base, seed)), by_name.get((name, seed))
-            if name != study.base and base is not None and run is not None:
-                found += unfair_runs(base.workdir, run.workdir, name)
-    return list({str(each): each for each in found}.values())
+    """What the finished runs of each arm tell beside those of the base, each once."""
+    bases = {job.seed: job for job in jobs if job.arm == study.base and job.done}
+    others = [job for job in jobs if job.arm in study.arms and job.arm != study.base and job.seed in bases and job.done]
+    found = [each for job in others for each in unfair_runs(bases[job.seed].workdir, job.workdir, job.arm)]
+    return list(dict.fromkeys(found))
 
 
 def collected(
@@ -158,29 +155,51 @@ def collected(
 def _speed_up(
     study: Study, arms: Mapping[str, Any], longer: Mapping[str, Any], name: str, verdict: Verdict
 ) -> Optional[str]:
-    """As text, with its interval: what the verdict's gives; '>' and '<' beyond the base's budgets. None where those
-    cannot tell."""
-    found = [(arm["training_flops"], values_of(arm, study.metric)) for arm in (arms[study.base], *longer.values())]
-    known = [(flops, float(values.mean())) for flops, values in found if values.size]
-    if len(known) < 2 or study.higher_is_better or verdict.low is None or verdict.high is None:
+    """As text, with its interval: what the ends of the verdict's give, by the base's losses at its budgets as they are
+    or as they may be; '>' and '<' beyond those budgets. None where they cannot tell."""
+    base = arms[study.base]
+    budgets = [arm for arm in longer.values() if values_of(arm, study.metric).size]
+    if not budgets or study.higher_is_better or verdict.low is None or verdict.high is None:
         return None
-    flops, losses = zip(*known, strict=True)  # the base's own first: there is no verdict without it
-    told = []
-    for apart in (verdict.difference, verdict.high, verdict.low):
-        try:
-            ratio, bound = speed_up(flops, losses, arms[name]["training_flops"], losses[0] + apart)
-        except ValueError:
-            return None
-        told.append(f"{bound} {ratio:.2f}".strip())
-    return f"{told[0]} [{told[1]}, {told[2]}]"
+    own, spent = float(values_of(base, study.metric).mean()), arms[name]["training_flops"]
+    flops = [base["training_flops"], *(arm["training_flops"] for arm in budgets)]
+    apart = np.array([values_of(arm, study.metric).mean() - own for arm in budgets])
+    reach = _reach([differences(base, arm, study.metric) for arm in budgets])
+    at = lambda difference, shift: speed_up(flops, [own, *(own + apart + shift)], spent, own + difference)  # noqa: E731
+    try:
+        found = at(verdict.difference, 0.0)
+        low = min(at(verdict.high, shift) for shift in (-reach, 0.0, reach))
+        high = max(at(verdict.low, shift) for shift in (-reach, 0.0, reach))
+    except ValueError:
+        return None
+    least, middle, most = (f"{bound} {ratio:.2f}".strip() for ratio, bound in (low, found, high))
+    return f"{middle} [{least}, {most}]"
+
+
+def _reach(apart: Sequence[np.ndarray], level: float = 0.05) -> float:
+    """Half the interval of the mean of such differences between seeds, by their common variance."""
+    several = [each for each in apart if each.size > 1]
+    if not several:
+        return 0.0
+    left = sum(each.size - 1 for each in several)
+    variance = sum(each.var(ddof=1) * (each.size - 1) for each in several) / left
+    return float(stats.t.isf(level / 2, left) * np.sqrt(variance / min(each.size for each in several)))
 
 
 def stated_power(study: Study) -> dict[str, Any]:
     """What the study can show, as known before it runs."""
     arms = sum(not arm.exploratory for name, arm in study.arms.items() if name != study.base)
-    deviation, seeds = study.deviation, len(study.seeds)
-    shown = None if deviation is None or seeds < 2 or arms == 0 else detectable(deviation, seeds, arms)
-    return {"deviation": deviation, "arms": arms, "seeds": seeds, "detectable": shown}
+    seeds, effect = len(study.seeds), study.effect
+    told = {"deviation": study.deviation, "arms": arms, "seeds": seeds, "effect": effect}
+    if study.deviation is None or arms == 0:
+        return told | {"detectable": None, "seeds_needed": None}
+    # Runs of two arms with the same seed are taken as independent, which is the worst that pairing can be.
+    variance = 2 * study.deviation**2
+    shown = None if seeds < 2 else detectable(variance, seeds, arms)
+    return told | {
+        "detectable": shown,
+        "seeds_needed": None if effect is None else seeds_needed(effect, variance, arms),
+    }
 
 
 def _together(study: Study, jobs: Sequence[Job]) -> Mapping[str, Figures]:
@@ -189,11 +208,25 @@ def _together(study: Study, jobs: Sequence[Job]) -> Mapping[str, Figures]:
     if study.together is None or study.base not in runs:
         return {}
     path = runs[study.base].parents[1] / f"together.{runs[study.base].name}.json"
+    find = study.together
+    return _once(path, [written_as(find), *runs], lambda: find(runs))
+
+
+def _once(path: Path, of: Sequence[str], find: Callable[[], Any]) -> Any:
+    """What is found, kept in a file, and found anew only when it is of something else."""
     known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.get("arms") != list(runs):
-        known = {"arms": list(runs), "figures": study.together(runs)}
+    if known.get("of") != list(of):
+        known = {"of": list(of), "figures": find()}
         write_atomically(path, json.dumps(known).encode())
     return known["figures"]
+
+
+def written_as(function: Callable[..., Any]) -> str:
+    """Of the code of a study's function: changes with its file, except for the STUDY itself and for comments."""
+    body = ast.parse(Path(function.__code__.co_filename).read_text()).body
+    is_study = lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STUDY"  # noqa: E731
+    code = "\n".join(ast.unparse(node) for node in body[1:] if not is_study(node))
+    return hashlib.sha256(f"{function.__name__}\n{code}".encode()).hexdigest()[:16]
 
 
 def _variant(name: str, joint: Mapping[int, Mapping[str, Figures]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from sparsejax.base.writers import read_jsonl
+from sparsejax.launch.state import last_words
 
 PATIENCE = 3
 """Times that a run may be killed by a signal without having gone further before it counts as failed."""
@@ -84,6 +85,7 @@ def run_all(
             for job in [*todo]:
                 if job.begin is not None and (job.begin.arm, job.begin.seed) in failed:
                     failed[job.arm, job.seed] = f"the run that it begins with, {job.begin.name}, failed"
+                    progress.gave_up(job)
                     todo.remove(job)
                 elif len(running) < slots and (job.begin is None or job.begin in ended):
                     todo.remove(job)
@@ -94,10 +96,11 @@ def run_all(
                     continue
                 running.remove(each)
                 job, went = each.job, each.job.step() > each.step
+                progress.seconds += time.monotonic() - each.begun
                 if status == 0 and job.done:
                     ended.add(job)
                     check(job)
-                    say(f"{progress.finished(job, time.monotonic() - each.begun)} {job.name}")
+                    say(f"{progress.finished(job)} {job.name}")
                     continue
                 kills[job] = (0 if went else kills.get(job, 0)) + 1
                 # A run that stopped by itself with status 0 obeyed a signal that asked it to.
@@ -105,6 +108,7 @@ def run_all(
                     todo.insert(0, job)
                     continue
                 failed[job.arm, job.seed] = _cause(job, status)
+                progress.gave_up(job)
                 say(f"failed: {job.name}: {failed[job.arm, job.seed]}")
             time.sleep(POLL)
     finally:
@@ -133,31 +137,29 @@ def _start(job: Job) -> _Running:
 
 def _held(job: Job) -> bool:
     """Whether it was refused because an earlier process of the same run is still saving."""
-    return "another trainer holds" in _last_line(job)
-
-
-def _last_line(job: Job) -> str:
-    lines = job.log.read_text(errors="replace").splitlines() if job.log.is_file() else []
-    told = [line for line in lines if line.startswith(("error:", "failed:"))]
-    return told[-1] if told else (lines[-1] if lines else "it said nothing")
+    return "another trainer holds" in last_words(job.log)
 
 
 def _cause(job: Job, status: int) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name} {PATIENCE} times without going further"
-    return f"status {status}: {_last_line(job)}"
+    return f"status {status}: {last_words(job.log)}"
 
 
 class _Progress:
-    """How far a study is, and how long it will still take, by the steps that finished runs took."""
+    """How far a study is, and how long it will still take, by the steps that ended runs made and the seconds of their
+    processes."""
 
     def __init__(self, jobs: Sequence[Job], slots: int):
         self.left = {(job.arm, job.seed): job.steps - job.step() for job in jobs}
         self.count, self.slots, self.steps, self.seconds = len(jobs), slots, 0, 0.0
 
-    def finished(self, job: Job, seconds: float) -> str:
+    def gave_up(self, job: Job) -> None:
+        """Of a run that failed, or will never begin: it takes no more time, and the steps that it made count."""
+        self.steps += max(0, self.left.pop((job.arm, job.seed)) - (job.steps - job.step()))
+
+    def finished(self, job: Job) -> str:
         self.steps += self.left.pop((job.arm, job.seed))
-        self.seconds += seconds
         left = sum(self.left.values()) * self.seconds / max(self.steps, 1) / self.slots
         minutes, rest = divmod(round(left), 60)
         return f"[{self.count - len(self.left)}/{self.count}, {minutes // 60}:{minutes % 60:02d}:{rest:02d} left]"

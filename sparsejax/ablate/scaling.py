@@ -180,7 +180,7 @@ def _losses(study: Mapping[str, Any], arm: Mapping[str, Any]) -> list[float]:
 
 def lines(found: Mapping[str, Law]) -> list[str]:
     """The laws as Markdown. Deviations are of a cell's mean log loss."""
-    limited = any(law.limits for law in found.values())
+    limited = limited_by(found)
     rows = []
     for name, law in found.items():
         told = {key: f"{v:+.4f} [{low:+.4f}, {high:+.4f}]" for key, (v, low, high) in law.coefficients.items()}
@@ -193,6 +193,11 @@ def lines(found: Mapping[str, Law]) -> list[str]:
     ends = ("E_start", "E_max") if limited else ()
     head = ["router", *NAMES, *ends, "deviation from the law", "of seeds", "cells"]
     return table(head, rows)
+
+
+def limited_by(found: Mapping[str, Law]) -> bool:
+    """Whether the laws saturate."""
+    return any(law.limits for law in found.values())
 
 
 def _draw(path: Path, cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str) -> None:
@@ -284,6 +289,7 @@ def _keep(
     folder: Path, names: Sequence[str], cells: Mapping[str, Cells], found: Mapping[str, Law], metric: str
 ) -> None:
     name = f"{names[0]}_law"
+    e = "Ê" if limited_by(found) else "E"
     pages = " and ".join(f"[{each}]({each}.md)" for each in dict.fromkeys(names))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +299,8 @@ def _keep(
     text = [
         f"# The law of Clark et al. (arXiv:2202.01169), fitted to {names[0]}",
         "",
-        "log L = a log N + b log Ê + c log N · log Ê + d; N: parameters of the dense model that computes as much.",
+        f"log L = a log N + b log {e} + c log N · log {e} + d; N: parameters of the dense model that computes as much,",
+        f"{'Ê: experts, with E_start and E_max' if limited_by(found) else 'E: experts, without saturation'}.",
         f"`python -m sparsejax.ablate.scaling` made it of the means over seeds of {pages}; 95 % intervals.",
         "",
         *lines(found),

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from sparsejax.ablate.page import (
     spread,
     standing,
     values_of,
+    verdict_words,
     without_result,
 )
 from sparsejax.ablate.runner import Job
+from sparsejax.ablate.statistics import BETTER, UNDECIDED, WORSE
 from sparsejax.report.charts import columns
 from sparsejax.report.page import write_page
 from sparsejax.report.section import Section, Spec
@@ -61,7 +63,7 @@ def _verdict_section(results: Results) -> Section:
             cells += [standing(results, name), "", "", "", ""]
         else:
             p = "" if verdict["adjusted_p"] is None else f"{verdict['adjusted_p']:.2g}"
-            cells += [_marked(verdict["verdict"]), interval(verdict), p]
+            cells += [_marked(results, verdict), interval(verdict), p]
             cells += [seeds_cell(verdict), verdict.get("speed_up") or ""]
         for each in shown_figures(results):
             found = values_of(arm, each)
@@ -94,9 +96,9 @@ def _with_code(note: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(note))
 
 
-def _marked(verdict: str) -> str:
+def _marked(results: Results, verdict: Mapping[str, Any]) -> str:
     """A verdict that is not told by colour alone."""
-    return {"better": "▲ better", "worse": "▼ worse"}.get(verdict, "· no difference shown")
+    return f"{ {BETTER: '▲', WORSE: '▼', UNDECIDED: '·'}[verdict['verdict']] } {verdict_words(results, verdict)}"
 
 
 def _spent_section(results: Results) -> Section:
@@ -120,7 +122,8 @@ def _spent_section(results: Results) -> Section:
             x=f"{key}:Q", y="value:Q", text="arm:N"
         )
         specs.append(_spec(alt.layer(dots, labels), 300))
-    return Section("What was spent for it", "", specs, data)
+    text = "<p>On the Pareto front, costs within 1 % count as equal. Seconds are of runs that shared the machine.</p>"
+    return Section("What was spent for it", text, specs, data)
 
 
 def _spec(chart: Any, height: Any) -> Spec:

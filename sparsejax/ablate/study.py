@@ -63,6 +63,8 @@ class Study:
     metric: str = "bits_per_byte"  # of the evaluation rows in metrics.jsonl
     higher_is_better: bool = False
     deviation: Optional[float] = None  # of the metric between seeds, if known before: for the power stated beforehand
+    effect: Optional[float] = None  # the smallest difference of the metric that would matter: arms of which the runs
+    # tell neither that they differ nor that they do so by less are exploratory
     budgets: tuple[float, ...] = ()  # the base is also trained for so many times its steps: for effective speed-ups
     allow: tuple[str, ...] = ()  # kinds of unfair pairs (UNFAIR) that are flagged and not refused
     shown: tuple[str, ...] = ()  # further figures of the last evaluation for the page's table
@@ -97,6 +99,10 @@ class Study:
             raise RequestError(f"seeds={self.seeds}: at least one, each once")
         if self.arms[self.base].exploratory:
             raise RequestError(f"base={self.base!r} is exploratory; it is what the others are compared with")
+        for name in ("deviation", "effect"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RequestError(f"{name}={value!r}; allowed: None, or more than 0, in the metric's unit")
         if any(budget <= 0 or budget == 1 for budget in self.budgets):
             raise RequestError(f"budgets={self.budgets}: positive, and not 1, which is the base itself")
         for name, arm in self.arms.items():

@@ -14,6 +14,8 @@ from sparsejax.launch import jobset, local, slurm, tpu_vm
 from sparsejax.launch.job import Rendered, Request
 from sparsejax.train.config import ExperimentConfig
 
+WAITING = ("local", "tpu-vm")
+"""Targets whose job, submitted, ends when the training does; the others hand it over."""
 RENDER = {"local": local.render, "slurm": slurm.render, "jobset": jobset.render, "tpu-vm": tpu_vm.render}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,58 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from sparsejax.ablate.fairness import Unfair
 from sparsejax.ablate.known import evaluated_names
+from sparsejax.ablate.results import _once, written_as
+from sparsejax.ablate.runner import Job, _Progress
 from sparsejax.base.config import load
 from sparsejax.base.writers import read_jsonl
 from sparsejax.cli import main
 from sparsejax.train.config import ExperimentConfig
 
-ROOT = Path(__file__).parents[2]
-SETTINGS = {"train.steps": 4, "train.log_every": 2, "checkpoint.every": 2, "eval.batches": 2}
-TINY = [f"--config.{key}={value}" for key, value in SETTINGS.items()] + ["--config.optimizer.schedule.warmup_steps=1"]
-STUDY = """
-from pathlib import Path
-
-from sparsejax.ablate import Arm, Study
-
-
-def joint(runs):
-    with open(Path(__file__).with_suffix(".calls"), "a") as calls:
-        print(*runs, file=calls)
-    return {{name: {{"arms_of_seed": len(runs)}} for name in runs}} | {{"cut": {{"arms_of_seed": 0.5}}}}
-
-
-STUDY = Study(
-    question="Which learning rate?",
-    config="configs/tiny.py",
-    arms={{{arms}}},
-    base="a",
-    varies=("optimizer.learning_rate", "train.max_nonfinite"),
-    seeds={seeds},
-    together=joint,
-    timed={timed},
-)
-"""
-ARMS = '"a": Arm(), "b": Arm(edits={"optimizer.learning_rate": 1e-4})'
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Of a study in a project of its own."""
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    return tmp_path
-
-
-def write_study(folder: Path, arms: str = ARMS, seeds: str = "(0, 1)", timed: bool = False) -> list[str]:
-    """The words of its command."""
-    path = folder / "experiments" / "rates.py"
-    path.write_text(STUDY.format(arms=arms, seeds=seeds, timed=timed))
-    return ["ablate", str(path), f"--workdir={folder / 'runs'}", *TINY]
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "runs" / "rates.json").read_text())
+from projects import ARMS, ROOT, TINY, results, write_study
 
 
 def without_times(found):
@@ -159,31 +118,6 @@ def test_a_failed_arm_is_told_with_its_cause_and_the_rest_go_on(folder, capsys):
     assert "failed: nan seed 0" in capsys.readouterr().out
 
 
-def test_a_cluster_is_given_every_run_once(folder, capsys, monkeypatch):
-    """Its scheduler is a program that takes any job and says so."""
-    (folder / "bin").mkdir()
-    (folder / "bin" / "sbatch").write_text(f"#!/bin/sh\ncat >> {folder}/jobs\necho Submitted batch job 7\n")
-    (folder / "bin" / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
-    words = [*write_study(folder, seeds="(0,)"), "--launch=slurm --nodes=1"]
-    assert main(words) == 0
-    assert "submitted b seed 0: Submitted batch job 7" in capsys.readouterr().out
-    jobs = (folder / "jobs").read_text()
-    for arm in "ab":
-        assert f"--config={folder}/runs/{arm}/config.json" in jobs and f"--workdir={folder}/runs/{arm}/0" in jobs
-    assert main(words) == 0
-    assert f"remove {folder}/runs/b/0.submitted to submit it again" in capsys.readouterr().out
-    assert (folder / "jobs").read_text() == jobs
-    assert results(folder)["arms"]["b"]["runs"]["0"] == {"status": "waiting", "cause": "at step 0 of 4"}
-    (folder / "runs" / "b" / "0.submitted").unlink()
-    assert main([*words[:-1], "--launch=slurm --no-such-flag"]) == 2
-    assert "--launch=slurm --no-such-flag: error: unknown flag" in capsys.readouterr().err
-    (folder / "bin" / "sbatch").write_text("#!/bin/sh\necho the queue is closed >&2; exit 1\n")
-    assert main(words) == 2
-    assert "--launch: b seed 0: " in capsys.readouterr().err and not (folder / "runs" / "b" / "0.submitted").exists()
-    assert (folder / "jobs").read_text() == jobs
-
-
 def test_a_metric_that_runs_lack_ends_the_study_after_the_first(folder, capsys, monkeypatch):
     """Evaluation may give null for what it has a name for."""
     monkeypatch.setattr("sparsejax.ablate.command.check_names", lambda study, arms: None)
@@ -194,6 +128,47 @@ def test_a_metric_that_runs_lack_ends_the_study_after_the_first(folder, capsys, 
         assert main([*words, "--jobs=1"]) == 2
         assert "metric='accuracy_of_mine' is no figure of" in capsys.readouterr().err
         assert (folder / "runs" / "a" / "0").exists() and not (folder / "runs" / "b" / "0").exists()
+
+
+def test_an_unfair_pair_of_runs_is_told_as_soon_as_both_are_done(folder, capsys, monkeypatch):
+    """Of runs whose evaluations counted other targets; the arm gets no verdict."""
+    pair = [Unfair("denominator", "b", "targets of the evaluation was 9, not 10")]
+    monkeypatch.setattr("sparsejax.ablate.results.unfair_runs", lambda base, run, arm: pair if arm == "b" else [])
+    arms = f'{ARMS}, "c": Arm(edits={{"optimizer.learning_rate": 1e-4}})'
+    assert main([*write_study(folder, arms, "(0, 1)"), "--jobs=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [place for place, line in enumerate(lines) if "denominator: targets" in line]
+    assert len(told) == 1 and lines[told[0]].endswith("it gets no verdict")
+    assert told[0] < next(place for place, line in enumerate(lines) if line.endswith("c seed 0"))
+    found = results(folder)
+    assert set(found["verdicts"]) == {"c"} and found["flags"] == [str(pair[0])]
+
+
+def test_what_is_left_is_told_by_what_the_steps_before_took(tmp_path):
+    jobs = [Job(arm=arm, seed=0, config=tmp_path, workdir=tmp_path / arm, steps=10) for arm in "abcd"]
+    progress = _Progress(jobs, slots=2)
+    progress.seconds = 40.0
+    assert progress.finished(jobs[0]) == "[1/4, 0:01:00 left]"
+    progress.seconds += 20  # of a process that made no step
+    progress.gave_up(jobs[1])
+    assert progress.finished(jobs[2]) == "[3/4, 0:00:15 left]"
+
+
+def test_figures_are_found_anew_when_their_code_is_another(tmp_path):
+    path = tmp_path / "study.py"
+
+    def written(text: str) -> str:
+        path.write_text(f'"""A study."""\n{text}\n')
+        return written_as(runpy.run_path(str(path))["figures"])
+
+    code = "N = 1\n\ndef figures(run):\n    return N\n"
+    first = written(code + "STUDY = 1")
+    assert written(f"# why\n{code}STUDY = 2") == first
+    assert first not in (written(code.replace("N = 1", "N = 2")), written(code.replace("return N", "return N + 1")))
+    found = []
+    for of in ("a", "a", "b"):
+        assert _once(tmp_path / "x.json", [of], lambda: found.append(of) or len(found)) == len(found)
+    assert found == ["a", "b"]
 
 
 @pytest.mark.slow
@@ -222,7 +197,7 @@ def test_a_real_cluster_runs_what_this_machine_would(folder, capsys):
     "more, message",
     [
         (["--arms=c"], "--arms=c: no such arm; those: a, b"),
-        (["--scale=huge"], "--scale=huge: no such scale; those: none"),
+        (["--scale=huge"], "--scale=huge: no such scale; those: wide"),
         (["--seeds=x"], "'x' is not N,N"),
         (["--config.data.nmae=x"], "no such key"),
         (["--jobs=0"], "0"),

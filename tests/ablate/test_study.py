@@ -43,6 +43,8 @@ def kinds(a_study: Study) -> list[str]:
         ({"budgets": ("2",)}, "allowed: a tuple of int or float"),
         ({"arms": {"base": Arm(), "arm": "x"}}, "arm 'arm' is 'x'; allowed: an Arm"),
         ({"budgets": (1.0,)}, "not 1, which is the base itself"),
+        ({"effect": 0.0}, "effect=0.0; allowed: None, or more than 0"),
+        ({"deviation": -0.1}, "deviation=-0.1; allowed: None, or more than 0"),
         ({"arms": {"base": Arm(exploratory=True), "arm": Arm()}}, "is exploratory"),
         ({"arms": {"base": Arm(), "a/b": Arm()}}, "a name has letters"),
         ({"arms": {"base": Arm(begin="arm"), "arm": Arm()}}, "begin='arm' is no arm before it"),
@@ -174,6 +176,23 @@ def test_every_kind_of_unfair_pair_is_found(edits, kind):
     assert found == [kind]
 
 
+@pytest.mark.parametrize(
+    "config, argument, edits",
+    [
+        ("configs/routing_arm.py", "encoder_dense", {"data.task.rate": 0.3}),
+        ("configs/tokens_arm.py", "full", {"model.head.pool": "first"}),
+    ],
+)
+def test_other_targets_are_another_denominator(config, argument, edits):
+    """Also where the study names the key: what counts in a loss is no axis."""
+    base, arm = Arm(argument=argument), Arm(argument=argument, edits=edits)
+    pair = study(base=base, arm=arm, config=config, varies=tuple(edits))
+    assert kinds(pair) == ["denominator"]
+    found = unfair(pair, {name: resolve(pair, ROOT, name) for name in pair.arms})
+    with pytest.raises(RequestError, match=f"unfair: arm arm: denominator: config.{next(iter(edits))} is .*, not "):
+        refuse(found, ())
+
+
 def test_what_a_study_names_is_no_unfair_pair():
     assert kinds(study(arm=Arm(edits={"model.d_model": 64}), varies=("model",))) == []
     assert kinds(study()) == []
@@ -203,6 +222,8 @@ def a_run(path: Path, corpus="a", convention="b", **row) -> Path:
         ({"padding_fraction": 0.1}, "denominator"),
         ({"corpus": "c"}, "evaluation"),
         ({"convention": "c"}, "flops"),
+        ({"corpus": None}, "evaluation"),
+        ({"convention": None}, "flops"),
         ({}, None),
     ],
 )
