@@ -180,7 +180,7 @@ def verdict_words(results: Results, verdict: Mapping[str, Any]) -> str:
 
 def _verdicts_explained(results: Results) -> Iterator[str]:
     yield "Verdicts are paired by seed and by batch of the evaluation, with variances lent between arms; intervals hold"
-    yield "together at 95 %, p-values are Holm's. Where no arm differs, 5 % of studies say that one does, or 8 % where"
+    yield "together at 95 %, p-values are Holm's. Where no arm differs, 5 % of studies say that one does, or 9 % where"
     yield "the runs of one arm deviate eight times as much as others'. *Seeds needed* would show a difference of that"
     yield "size four times in five."
     if any(verdict["exploratory"] for verdict in results["verdicts"].values()):

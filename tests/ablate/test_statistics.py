@@ -62,11 +62,11 @@ def test_studies_without_a_difference_give_few_wrong_verdicts(deviations, more):
         ([1.0] * 4, 2, 0.05),
         ([1.0] * 7, 5, 0.05),
         ([0.5, 1.0, 2.0, 1.5, 1.0, 0.5, 1.0], 3, 0.05),
-        ([1.0] * 6 + [4.0], 3, 0.05),
-        # What their docstring and pages say of the two cases that are more often wrong.
+        # What a docstring and pages say of the cases that are more often wrong.
         ([1.0] * 3, 2, 0.056),
-        ([1.0] * 6 + [8.0], 3, 0.075),
-        ([1.0] * 12 + [8.0], 3, 0.075),
+        ([1.0] * 6 + [4.0], 3, 0.057),
+        ([1.0] * 6 + [8.0], 3, 0.085),
+        ([1.0] * 12 + [8.0], 3, 0.085),
     ],
 )
 def test_wrong_verdicts_are_as_rare_as_pages_say(deviations, seeds, most):
@@ -161,7 +161,7 @@ def test_variances_are_drawn_together_and_none_below_the_common_scale():
     rng = np.random.default_rng(4)
     same = rng.chisquare(2, size=200) / 2
     drawn, df = moderated(same, 2)
-    assert df == pytest.approx(6 * 200 / 202) and drawn.min() == pytest.approx(same.mean())
+    assert df == 6 and drawn.min() == pytest.approx(same.mean())
     assert np.allclose(drawn, np.maximum((4 * same.mean() + 2 * same) / 6, same.mean()))
     priors = 3.0 / rng.chisquare(3, size=4000)  # a prior of 3 degrees of freedom and scale 1
     drawn, df = moderated(priors * rng.chisquare(2, size=4000) / 2, 2)
