@@ -13,7 +13,6 @@ STUDY = Study(
     config="configs/altup_arm.py",
     arms={name: Arm(argument=name) for name in ARMS},
     base="dense_64",
-    seeds=(0, 1, 2, 3),
     equal="tokens",
     varies=("model.d_model", "model.streams"),
     scales={"pod": pod(without=("model.d_model", "model.num_heads"))},  # widths are those of the arms
