@@ -6,7 +6,7 @@ rows, as many as there are ids, so that what differs is how one of them is chose
 expert of rank 4, 512.
 
 Run:     python -m sparsejax train --config=configs/lookup_arm.py:token_id-add --workdir=runs/token_id-add
-Expect:  2.8 to 3.2 bits per byte after 600 steps, by arm as in experiments/lookup.md
+Expect:  2.2 to 2.4 bits per byte after 600 steps, by arm as in experiments/lookup.md
 """
 
 from bisect import bisect_right

@@ -26,7 +26,6 @@ STUDY = Study(
         "thor": Arm(argument="thor", size="train.steps"),
     },
     base="dense",
-    seeds=(0, 1, 2, 3),
     varies=("model.pattern", "model.blocks", "train.consistency"),
     deviation=0.02,
     effect=0.05,

@@ -465,7 +465,17 @@ def of_selection() -> dict[str, Row]:
     given = narrow | {"model.select": "mixture_of_depths"}
     found["model.select.gate (mixture_of_depths)"] = row("sigmoid", evaluation, **given)
     found["model.select.serving (mixture_of_depths)"] = row("router", parameters, **given)
-    return found | {"model.select.serving_loss (mixture_of_depths)": row(0.5, gradients, **given)}
+    found["model.select.serving_loss (mixture_of_depths)"] = row(0.5, gradients, **given)
+    tied = {"model.blocks.narrow": "dense", "model.pattern": "(narrow,)", "model.tied_repeats": "true"}
+    for kind in ("mixture_of_recursions", "random_recursions"):
+        given = tied | {"model.repeats": 3, "model.scan": "false", "model.select": kind}
+        for key, value in {"capacity": 0.6, "execution": "masked"}.items():
+            found[f"model.select.{key} ({kind})"] = row(value, gradients, **given)
+        found[f"model.select.blocks ({kind})"] = row("(narrow,)", "tests/blocks/test_recursion.py::TestConfig")
+    given = given | {"model.select": "mixture_of_recursions"}
+    found["model.select.gate (mixture_of_recursions)"] = row("raw", evaluation, **given)
+    found["model.select.serving (mixture_of_recursions)"] = row("router", parameters, **given)
+    return found | {"model.select.serving_loss (mixture_of_recursions)": row(0.5, gradients, **given)}
 
 
 TABLE: dict[str, Row] = {

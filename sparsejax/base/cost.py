@@ -36,8 +36,12 @@ class Cost:
 
     def every_kth(self, k: float) -> "Cost":
         """Of the same parameters when they see every k-th token alone, and those only each other."""
-        less = {name: getattr(self, name) / k for name in ("per_token", "routed", "gathered")}
-        return dataclasses.replace(self, **less, per_key=self.per_key / k**2)
+        return self.of_some(1 / k, 1 / k**2)
+
+    def of_some(self, tokens: float, pairs: float) -> "Cost":
+        """Of the same parameters when they see this part of the tokens alone, and of the pairs of them."""
+        less = {name: getattr(self, name) * tokens for name in ("per_token", "routed", "gathered")}
+        return dataclasses.replace(self, **less, per_key=self.per_key * pairs)
 
     def flops(self, keys: float, row_length: float) -> float:
         """Of one token that attends to `keys` keys in every layer, forward, none of its pairs being dropped; with its

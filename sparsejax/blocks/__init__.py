@@ -13,6 +13,7 @@ from sparsejax.blocks.layer_routing import LayerRouting
 from sparsejax.blocks.light_heavy import LightHeavySpec
 from sparsejax.blocks.merged import MergedSpec
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.recursion import MixtureOfRecursions, RandomRecursions
 from sparsejax.blocks.selection import MixtureOfDepths, RandomTokens
 from sparsejax.blocks.sequence import AveragePooling, SequenceAltUp, StrideAndSkip
 from sparsejax.blocks.skim import NoSkim
@@ -51,6 +52,8 @@ SELECTIONS = Registry(
         "none": EveryToken,
         "mixture_of_depths": MixtureOfDepths,
         "random": RandomTokens,
+        "mixture_of_recursions": MixtureOfRecursions,
+        "random_recursions": RandomRecursions,
         "d_llm": LayerRouting,
         "coda": ConditionalAdapters,
     },

@@ -1,7 +1,7 @@
 """What chooses the tokens that a layer computes on: a learned router with a causal form of its choice, or a lot."""
 
 import abc
-from typing import Literal
+from typing import Any, Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -44,22 +44,26 @@ def hidden_width(d_model: int) -> int:
 class Router(Chooser):
     """r = wᵀ x, in float32, with what predicts from a token alone whether it is among the best of its row."""
 
-    def __init__(self, key: PRNGKeyArray, width: int, gate: Gate, predicts: bool):
+    def __init__(self, key: PRNGKeyArray, width: int, gate: Gate, predicts: bool, numbers: int = 1):
         keys = jax.random.split(key, 3)
-        score = lambda key, width: to_numbers(key, width, 1)  # noqa: E731
+        score = lambda key, width: to_numbers(key, width, numbers)  # noqa: E731
         self.weight = score(keys[0], width)
         self.hidden = to_numbers(keys[1], width, hidden_width(width)) if predicts else None
         self.prediction = score(keys[2], hidden_width(width)) if predicts else None
         self.kind: Gate = gate
 
     def scores(self, x_BTD, context):
-        return self.weight(x_BTD.astype(jnp.float32))[..., 0]
+        return self._own(self.weight(x_BTD.astype(jnp.float32)), context)
 
     def causal(self, x_BTD, scores_BT, context):
         if self.hidden is None or self.prediction is None:
             return scores_BT
         seen_BTD = jax.lax.stop_gradient(x_BTD).astype(jnp.float32)  # the model does not learn to be predictable
-        return self.prediction(jax.nn.gelu(self.hidden(seen_BTD)))[..., 0]
+        return self._own(self.prediction(jax.nn.gelu(self.hidden(seen_BTD))), context)
+
+    def _own(self, numbers_BTN: Float[Array, "B T N"], context: Context) -> Float[Array, "B T"]:
+        """That of this layer."""
+        return numbers_BTN[..., 0]
 
     def gate(self, scores_BT, valid_BT):
         if self.kind == "raw":
@@ -78,13 +82,17 @@ class Lot(Chooser):
     def __init__(self, capacity: float):
         self.capacity = capacity
 
+    def _drawn_for(self, context: Context) -> tuple[Any, Optional[PRNGKeyArray]]:
+        """(what the lots of evaluation depend on beside the position, the key of those of training)."""
+        return context.layer, context.key
+
     def scores(self, x_BTD, context):
-        batch = context.batch
+        batch, (which, key) = context.batch, self._drawn_for(context)
         seed_BT = jnp.broadcast_to(batch.positions, batch.tokens.shape).astype(jnp.uint32)
-        number = jnp.asarray(context.layer, jnp.uint32)
-        if context.mode == "train" and context.key is not None:
+        number = jnp.asarray(which, jnp.uint32)
+        if context.mode == "train" and key is not None:
             order_T = jnp.arange(batch.tokens.shape[1], dtype=jnp.uint32)
-            number = jax.random.bits(context.key, (), jnp.uint32)
+            number = jax.random.bits(key, (), jnp.uint32)
             seed_BT = batch.rows.astype(jnp.uint32)[:, None] * jnp.uint32(0x9E3779B1) + order_T
         return uniform(seed_BT, number, 0x5E1EC7)
 

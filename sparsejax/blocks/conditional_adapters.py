@@ -37,13 +37,15 @@ class ConditionalAdapters(SoftChoice, SelectedTokens):
 
     looks_ahead = True
 
-    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> "AdaptedBlock":
+    def around(
+        self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]
+    ) -> "AdaptedBlock":
         return AdaptedBlock(block, key, backbone, self)
 
-    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone, layers: int) -> dict[str, Cost]:
         weights = backbone.d_model * (2 * self.adapter + (self.by == "learned"))
         norm = Cost(parameters=backbone.d_model, active=backbone.d_model)
-        return super().costs(of_block, backbone) | {"selection": Cost.of_matrices(weights), "norm": norm}
+        return super().costs(of_block, backbone, layers) | {"selection": Cost.of_matrices(weights), "norm": norm}
 
     def check_cached(self) -> None:
         message = "coda chooses among tokens that are not there yet; allowed in generation: mixture_of_depths, d_llm"

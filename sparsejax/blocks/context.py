@@ -15,6 +15,7 @@ from sparsejax.memory.layer import MemoryCache
 from sparsejax.nn.attention import KVCache
 from sparsejax.nn.table import Given, Reader
 from sparsejax.ops.halting import Halted
+from sparsejax.ops.selection import Recursing
 from sparsejax.ops.skim import Survivors
 from sparsejax.ops.streams import Streams
 
@@ -22,9 +23,9 @@ Mode = Literal["train", "eval", "generate"]
 """train: noise, training capacity. eval: no noise, evaluation capacity. generate: no noise, a slot for every token."""
 
 
-Hidden = Float[Array, "B T D"] | Streams | Survivors | Halted
+Hidden = Float[Array, "B T D"] | Streams | Survivors | Halted | Recursing
 """What goes from layer to layer: one residual stream, several, that of the tokens that are left, or one with outputs of
-tokens that have halted."""
+tokens that have halted, or with the tokens that go on from recursion to recursion."""
 
 
 @dataclass(frozen=True, kw_only=True)

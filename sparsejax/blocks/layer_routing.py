@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sparsejax.base.cost import Cost
 from sparsejax.base.errors import ConfigError
@@ -62,13 +62,15 @@ class LayerRouting(Tokens):
     def unused(self) -> dict[str, str]:
         return {} if self.coefficient else {"target": "coefficient=0: nothing asks for it"}
 
-    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> "RoutedBlock":
+    def around(
+        self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]
+    ) -> "RoutedBlock":
         return RoutedBlock(block, LayerRouter(key, backbone, self), self, backbone.causal)
 
     def empty_cache(self, rows: int, d_model: int) -> dict[str, Array]:
         return {"written": jnp.zeros(rows, jnp.int32, out_sharding=P(BATCH_AXES))}
 
-    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone, layers: int) -> dict[str, Cost]:
         matrices = Cost.of_matrices(self.hidden * (backbone.d_model + 1))
         return of_block | {"selection": matrices + Cost(parameters=self.hidden + 1, active=self.hidden + 1)}
 
@@ -114,9 +116,11 @@ class RoutedBlock(SelectedBlock):
     def __init__(self, block: nnx.Module, router: LayerRouter, settings: LayerRouting, causal: bool):
         self.block, self.chooser, self.settings, self.causal = block, router, settings, causal
 
-    def _decide(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Decision, SelectionReport]:
+    def _decide(
+        self, x_BTD: Float[Array, "B T D"], context: Context, alive_BT: Bool[Array, "B T"]
+    ) -> tuple[Decision, SelectionReport]:
         batch, settings = context.batch, self.settings
-        valid_BT, first_BT = batch.segments > 0, batch.positions < settings.always
+        valid_BT, first_BT = alive_BT, batch.positions < settings.always
         odds_BT, keys = self.chooser(x_BTD), None
         if context.mode == "train" and context.key is not None:
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(context.key, batch.rows)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class SelectedTokens(Tokens):
     def empty_cache(self, rows: int, d_model: int) -> dict[str, Array]:
         return {"written": jnp.zeros(rows, jnp.int32, out_sharding=P(BATCH_AXES))}
 
-    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone, layers: int) -> dict[str, Cost]:
         return {name: cost.every_kth(1 / self.capacity) for name, cost in of_block.items()}
 
     looks_ahead = False
@@ -74,11 +74,13 @@ class ScoredTokens(SelectedTokens, abc.ABC):
     """Ways with a `Chooser`, which has a causal form of its choice."""
 
     @abc.abstractmethod
-    def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> Chooser:
+    def chooser(self, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]) -> Chooser:
         """What chooses the tokens of a layer."""
 
-    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> "SelectedBlock":
-        return SelectedBlock(block, self.chooser(key, backbone), self)
+    def around(
+        self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]
+    ) -> "SelectedBlock":
+        return SelectedBlock(block, self.chooser(key, backbone, layers), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +110,13 @@ class MixtureOfDepths(ScoredTokens):
     def looks_ahead(self) -> bool:
         return self.serving == "top_k"
 
-    def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> Router:
+    def chooser(self, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]) -> Router:
         return Router(key, backbone.d_model, self.gate, predicts=self.serving == "predictor")
 
-    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone, layers: int) -> dict[str, Cost]:
         hidden = hidden_width(backbone.d_model) if self.serving == "predictor" else 0
         weights = backbone.d_model + hidden * (backbone.d_model + 1)
-        return super().costs(of_block, backbone) | {"selection": Cost.of_matrices(weights)}
+        return super().costs(of_block, backbone, layers) | {"selection": Cost.of_matrices(weights)}
 
     def losses(self, report: Report, totals: Totals) -> dict[str, Float[Array, ""]]:
         found = report.selection
@@ -131,7 +133,7 @@ class MixtureOfDepths(ScoredTokens):
 class RandomTokens(ScoredTokens):
     """The control: as many tokens, drawn by lot; in evaluation and generation by a hash of layer and position."""
 
-    def chooser(self, key: PRNGKeyArray, backbone: Backbone) -> Lot:
+    def chooser(self, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]) -> Lot:
         return Lot(self.capacity)
 
 
@@ -141,47 +143,54 @@ class SelectedBlock(nnx.Module):
     def __init__(self, block: nnx.Module, chooser: Chooser, settings: SelectedTokens):
         self.block, self.chooser, self.settings = block, chooser, settings
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: Context, cache: Optional[BlockCache] = None
-    ) -> BlockOutput:
+    def __call__(self, x: Any, context: Context, cache: Optional[BlockCache] = None) -> BlockOutput:
+        return self._on_chosen(x, context, cache, context.batch.segments > 0)[0]
+
+    def _on_chosen(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: Context,
+        cache: Optional[BlockCache],
+        alive_BT: Bool[Array, "B T"],
+    ) -> tuple[BlockOutput, Decision]:
+        """Chosen among the tokens that are `alive`."""
         with jax.named_scope("select"):
-            decision, report = self._decide(x_BTD, context)
+            decision, report = self._decide(x_BTD, context, alive_BT)
         if decision.slots is not None and self.settings.execution == "compact":
             out = self._compact(x_BTD, decision, context)
         else:
             out = self._masked(x_BTD, decision, context, cache)
         kept_BT = decision.chosen if context.record else None
-        return dataclasses.replace(out, report=dataclasses.replace(out.report, selection=report, kept=kept_BT))
+        return dataclasses.replace(
+            out, report=dataclasses.replace(out.report, selection=report, kept=kept_BT)
+        ), decision
 
-    def _decide(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Decision, SelectionReport]:
+    def _decide(
+        self, x_BTD: Float[Array, "B T D"], context: Context, alive_BT: Bool[Array, "B T"]
+    ) -> tuple[Decision, SelectionReport]:
         chooser, valid_BT = self.chooser, context.batch.segments > 0
-        length = x_BTD.shape[1]
         scores_BT = chooser.scores(x_BTD, context)
         logits_BT = chooser.causal(x_BTD, scores_BT, context)
-        best_BK, best_BT = self._best(scores_BT, valid_BT, length)
+        best_BK, best_BT = self._best(scores_BT, alive_BT, context)
         ahead = context.mode == "train" or self.settings.looks_ahead
-        chosen_BT = best_BT if ahead else (logits_BT > 0) & valid_BT
-        gate_BT = chooser.gate(scores_BT, valid_BT)
+        chosen_BT = best_BT if ahead else (logits_BT > 0) & alive_BT
+        gate_BT = chooser.gate(scores_BT, alive_BT)
         surprise_BT = optax.sigmoid_binary_cross_entropy(logits_BT, best_BT.astype(jnp.float32))
         count = lambda true_BT: true_BT.sum(dtype=jnp.int32)  # noqa: E731
         report = SelectionReport(
             tokens=count(valid_BT),
             chosen=count(chosen_BT),
-            agreed=count(valid_BT & (best_BT == (logits_BT > 0))),
+            agreed=count(valid_BT & (best_BT == ((logits_BT > 0) & alive_BT))),
             gate_sum=jnp.sum(jnp.where(chosen_BT, gate_BT, 0)),
-            surprise_sum=jnp.sum(jnp.where(valid_BT, surprise_BT, 0)),
+            surprise_sum=jnp.sum(jnp.where(alive_BT, surprise_BT, 0)),
         )
         return Decision(chosen=chosen_BT, gate=gate_BT, slots=best_BK if ahead else None), report
 
-    def _best(self, scores_BT: Array, valid_BT: Array, length: int) -> tuple[Int[Array, "B K"], Bool[Array, "B T"]]:
-        k = self.settings.slots(length)
-
-        def local(scores_BT: Array, valid_BT: Array) -> tuple[Array, Array]:
-            token_BK = best_tokens(scores_BT, valid_BT, k)
-            return token_BK, members(token_BK, length)
-
-        run = on_each_device(local, (ROWS, ROWS), (ROWS, ROWS))
-        return run(jax.lax.stop_gradient(scores_BT), valid_BT)
+    def _best(
+        self, scores_BT: Array, alive_BT: Array, context: Context
+    ) -> tuple[Optional[Int[Array, "B K"]], Bool[Array, "B T"]]:
+        """The k best of those alive, and which they are."""
+        return best_of_rows(scores_BT, alive_BT, self.settings.slots(scores_BT.shape[1]))
 
     def _compact(self, x_BTD: Float[Array, "B T D"], decision: Decision, context: Context) -> BlockOutput:
         """The block on as many tokens as are chosen."""
@@ -215,6 +224,15 @@ class SelectedBlock(nnx.Module):
         new_BTD = jnp.where(chosen_BT[..., None], new_BTD, x_BTD)
         after = None if out.cache is None else dataclasses.replace(out.cache, written=written_B)
         return dataclasses.replace(out, x=new_BTD, cache=after)
+
+
+def best_of_rows(scores_BT: Array, alive_BT: Array, k: int) -> tuple[Int[Array, "B K"], Bool[Array, "B T"]]:
+    def local(scores_BT: Array, alive_BT: Array) -> tuple[Array, Array]:
+        token_BK = best_tokens(scores_BT, alive_BT, k)
+        return token_BK, members(token_BK, scores_BT.shape[1])
+
+    run = on_each_device(local, (ROWS, ROWS), (ROWS, ROWS))
+    return run(jax.lax.stop_gradient(scores_BT), alive_BT)
 
 
 def gated(x: Float[Array, "B S D"], y: Hidden, gate: Float[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -100,7 +100,9 @@ class EveryKth(Tokens, abc.ABC):
     def sharing(self) -> Sharing:
         """Of one layer."""
 
-    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> "SequenceBlock":
+    def around(
+        self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]
+    ) -> "SequenceBlock":
         return SequenceBlock(block, self.sharing(), self)
 
     def room(self, length: int, cached: bool = False) -> int:
@@ -109,7 +111,7 @@ class EveryKth(Tokens, abc.ABC):
     def empty_cache(self, rows: int, d_model: int) -> dict[str, Array]:
         return {"anchor": jnp.zeros((rows, d_model), jnp.float32, out_sharding=P(BATCH_AXES, None))}
 
-    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone, layers: int) -> dict[str, Cost]:
         return {name: cost.every_kth(self.stride) for name, cost in of_block.items()}
 
 
@@ -121,8 +123,8 @@ class SequenceAltUp(EveryKth):
     def sharing(self) -> Correction:
         return Correction()
 
-    def costs(self, of_block, backbone):
-        return super().costs(of_block, backbone) | {"sequence": Cost(parameters=3, active=3)}
+    def costs(self, of_block, backbone, layers):
+        return super().costs(of_block, backbone, layers) | {"sequence": Cost(parameters=3, active=3)}
 
 
 @dataclass(frozen=True, kw_only=True)

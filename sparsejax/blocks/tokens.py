@@ -14,10 +14,10 @@ from sparsejax.base.cost import Cost
 from sparsejax.base.reports import Decisions, Report
 from sparsejax.base.sharding import BATCH_AXES, on_each_device
 from sparsejax.base.structs import Batch
-from sparsejax.blocks.context import Context, Totals
+from sparsejax.blocks.context import Context, Hidden, Totals
 from sparsejax.nn.backbone import Backbone
 from sparsejax.ops.anchors import at
-from sparsejax.ops.selection import put
+from sparsejax.ops.selection import Recursing, put
 
 NOWHERE = 2**30
 """A place beyond the end of every cache."""
@@ -28,9 +28,13 @@ class Tokens:
 
     blocks: tuple[str, ...] = ()
 
-    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone) -> nnx.Module:
-        """`block`, run on some tokens."""
+    def around(self, block: nnx.Module, key: PRNGKeyArray, backbone: Backbone, layers: tuple[int, ...]) -> nnx.Module:
+        """`block`, run on some tokens. `layers`: numbers of the layers with its spec."""
         return block
+
+    def entered(self, x: Hidden, batch: Batch) -> Hidden:
+        """What a layer is given of what the one below gives."""
+        return x.x if isinstance(x, Recursing) else x
 
     def room(self, length: int, cached: bool = False) -> int:
         """Tokens that the block has room for, of `length` in a row; cached, of one document."""
@@ -40,8 +44,8 @@ class Tokens:
         """What a `BlockCache` holds of these layers, beside what their blocks put there, before there is a token."""
         return {}
 
-    def costs(self, of_block: dict[str, Cost], backbone: Backbone) -> dict[str, Cost]:
-        """Component → cost of a layer, from that of its block on every token."""
+    def costs(self, of_block: dict[str, Cost], backbone: Backbone, layers: int) -> dict[str, Cost]:
+        """Component → cost of a layer, from that of its block on every token, in the mean of so many layers."""
         return of_block
 
     needs_dense = False

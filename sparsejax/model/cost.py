@@ -89,7 +89,8 @@ def forward_flops(
 def layer_costs(config: ModelConfig, block: str) -> dict[str, Cost]:
     """Component → cost of one layer with this block spec."""
     of_block = _attention(config) | config.blocks[block].costs(config)
-    of_layer = config.tokens_of(block).costs(of_block, config)
+    alike = sum(layer.block == block for layer in config.layers)
+    of_layer = config.tokens_of(block).costs(of_block, config, alike)
     return of_layer | config.skim.costs(config) | config.halting.costs(config) | config.streams.costs(config)
 
 

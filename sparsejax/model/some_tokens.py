@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Optional
 
 from sparsejax.base.errors import ConfigError, did_you_mean
-from sparsejax.blocks import HALTINGS, SKIMS
+from sparsejax.blocks import HALTINGS, SELECTIONS, SKIMS
 from sparsejax.blocks.halting import TokenHalting
+from sparsejax.blocks.recursion import Recursions
 from sparsejax.blocks.skim import Skimming
 from sparsejax.blocks.streams import OneStream
 from sparsejax.blocks.tokens import EveryToken, Tokens
@@ -18,6 +19,7 @@ def check_some_tokens(config: "ModelConfig") -> None:
     _check_tokens(config, "sequence", config.sequence)
     _check_tokens(config, "select", config.select)
     _check_apart(config)
+    _check_recursions(config)
     _check_skim(config)
     _check_exits(config)
     _check_halting(config)
@@ -56,6 +58,24 @@ def _check_apart(config: "ModelConfig") -> None:
     if both is not None:
         message = f"{both} computes on every k-th token by model.sequence already; allowed: other blocks"
         raise ConfigError("select.blocks", message)
+
+
+def _check_recursions(config: "ModelConfig") -> None:
+    if not isinstance(config.select, Recursions):
+        return
+    name = SELECTIONS.name_of(config.select)
+    own = [block for block in dict.fromkeys(config.positions.values()) if names(config.select, block)]
+    around = (*config.prefix, *config.suffix) if config.pattern else ()  # unrolled, its recursions are in the prefix
+    if not config.tied_repeats or len(own) != 1 or config.pattern not in ((own[0],), ()) or own[0] in around:
+        message = (
+            f"{name}: one block is its recursions; it goes with tied_repeats=true and a pattern of that block alone"
+        )
+        raise ConfigError("select", f"{message}, which no layer of prefix or suffix is (select.blocks names it)")
+    if not isinstance(config.streams, OneStream) or config.exits.depths or config.layer_dropout:
+        raise ConfigError("select", f"{name} goes with streams=none, exits=none and layer_dropout=0")
+    if config.select.execution == "compact" and config.pattern and (config.scan or config.remat != "none"):
+        message = "compact: every recursion has a shape of its own; it goes with scan=false and remat=none"
+        raise ConfigError("select.execution", f"{message}, execution=masked with all")
 
 
 def _check_skim(config: "ModelConfig") -> None:

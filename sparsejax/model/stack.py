@@ -16,6 +16,7 @@ from sparsejax.base.sharding import BATCH_AXES
 from sparsejax.base.structs import Batch, struct
 from sparsejax.blocks.context import BlockCache, BlockOutput, Context, Hidden, Mode
 from sparsejax.blocks.lookups import build_lookups
+from sparsejax.blocks.tokens import EveryToken
 from sparsejax.model.config import EMBEDDING, Layer, ModelConfig
 from sparsejax.model.exits import rescaled
 from sparsejax.model.tables import NOTHING_READ, Into, Prefetched, readers
@@ -82,6 +83,7 @@ class Stack(nnx.Module):
         x = run.blocks(self.prefix, "prefix", x, 0)
         x = run.units(x, len(self.prefix))
         x = run.blocks(self.suffix, "suffix", x, self.config.num_layers - len(self.suffix))
+        x = EveryToken().entered(x, context.batch)
         return StackOutput(x=x, reports=run.reports, caches=run.caches, reads=run.reads, states=run.at_exits())
 
     def block(self, layer: Layer) -> nnx.Module:
@@ -120,7 +122,8 @@ class _Pass:
         context = self.context
         for i, block in enumerate(blocks):
             position, here = f"{where}_{i}", first_layer + i
-            pool = self.stack.pool(self.config.positions[position])
+            name = self.config.positions[position]
+            x, pool = self.config.tokens_of(name).entered(x, context.batch), self.stack.pool(name)
             into = None if self.into is None else self.into.get(position)
             reading = readers(self.config, self.tables, self.prefetched, position, here, into)
             call = _remat(
@@ -151,6 +154,7 @@ class _Pass:
         units, config = self.stack.units, self.config
         if units is None:
             return x
+        x = config.tokens_of(config.pattern[0]).entered(x, self.context.batch)  # a scan carries what it is given
         first_of = lambda repeat: first_layer + len(config.pattern) * repeat  # noqa: E731
         stacked = lambda given: {p: v for p, v in given.items() if p.startswith("pattern")} if given else None  # noqa: E731
 
@@ -208,11 +212,13 @@ def _build_all(key: PRNGKeyArray, where: str, config: ModelConfig) -> list[nnx.M
 
 def _build(key: PRNGKeyArray, position: str, config: ModelConfig) -> nnx.Module:
     """The block of a position, with its lookup layers, run on its tokens and joined to the residual."""
-    block: Any = config.blocks[config.positions[position]].build(key, config)
+    name = config.positions[position]
+    block: Any = config.blocks[name].build(key, config)
     memory = config.memories_at(position)
     if memory:
         block.memories = build_lookups(jax.random.fold_in(key, 2), memory, config, config.vocab_size)
-    block = config.tokens_of(config.positions[position]).around(block, jax.random.fold_in(key, 3), config)
+    alike = tuple(layer.index for layer in config.layers if layer.block == name)
+    block = config.tokens_of(name).around(block, jax.random.fold_in(key, 3), config, alike)
     block = config.skim.around(block, jax.random.fold_in(key, 4), config)
     block = config.halting.around(block, jax.random.fold_in(key, 5), config)
     layers = tuple(layer.index for layer in config.layers if layer.position == position)

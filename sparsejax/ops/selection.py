@@ -6,6 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sparsejax.base.structs import struct
+
+
+@struct
+class Recursing:
+    """A row on its way through recursions of one block."""
+
+    x: Float[Array, "B T D"]
+    alive: Bool[Array, "B T"]  # tokens that the recursion before computed on; in the first, all
+
 
 def best_tokens(scores_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"], k: int) -> Int[Array, "B K"]:
     """The k best of each row's valid tokens, sorted by place; T where there are fewer. Of equal scores the first wins.
@@ -14,6 +24,12 @@ def best_tokens(scores_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"], k:
     length = scores_BT.shape[1]
     scores_BK, token_BK = jax.lax.top_k(jnp.where(valid_BT, scores_BT.astype(jnp.float32), -jnp.inf), k)
     return jnp.sort(jnp.where(jnp.isfinite(scores_BK), token_BK, length), axis=1)
+
+
+def among_best(scores_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"], k: Int[Array, ""]) -> Bool[Array, "B T"]:
+    """Which tokens are those of `best_tokens`, for a k that is known only when it runs."""
+    order_BT = jnp.argsort(jnp.where(valid_BT, -scores_BT.astype(jnp.float32), jnp.inf), axis=1, stable=True)
+    return (jnp.argsort(order_BT, axis=1) < k) & valid_BT
 
 
 def members(token_BK: Int[Array, "B K"], length: int) -> Bool[Array, "B T"]:

@@ -9,8 +9,10 @@ from flax import nnx
 from jax.extend.core import Var
 from jaxtyping import Array
 
+from sparsejax.base.errors import ConfigError
 from sparsejax.base.structs import Batch
 from sparsejax.blocks.context import Totals
+from sparsejax.model.config import ModelConfig
 from sparsejax.model.tables import Into, row_zeros
 from sparsejax.ops.head_loss import pieces
 from sparsejax.plan.abstract import device_bytes, device_shape
@@ -38,8 +40,7 @@ def saved_for_backward(
 def residuals(config: ExperimentConfig, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> list[Any]:
     """The types, with shardings, of the residuals of `jax.vjp` as traced; arrays of the state and the batch are left
     out, and nothing is there twice. Needs the mesh to be set."""
-    # Unrolled, the layers' own slices of the stacked parameters would pass for something that is kept.
-    graph, _, _ = abstract_model(dataclasses.replace(config.model, scan=True))
+    graph, slices = _traced(config.model, state.params)
 
     def residuals_of(params: nnx.State, model_state: nnx.State, arrays: dict[str, Array]) -> Any:
         microbatch = Batch(**{name: rows[0] for name, rows in arrays.items()})
@@ -58,7 +59,19 @@ def residuals(config: ExperimentConfig, state: TrainState, batch: dict[str, jax.
     jaxpr = jax.make_jaxpr(residuals_of)(state.params, state.model_state, batch).jaxpr
     inputs = set(jaxpr.invars)
     kept = dict.fromkeys(var for var in jaxpr.outvars if isinstance(var, Var) and var not in inputs)
-    return [var.aval for var in kept]
+    found: list[Any] = [var.aval for var in kept]
+    return [each for each in found if (each.shape, each.dtype) not in slices]
+
+
+def _traced(model: ModelConfig, params: nnx.State) -> tuple[Any, set[tuple[tuple[int, ...], Any]]]:
+    """(the model that is traced, (shape, dtype) of what is none of its residuals). Unrolled, layers' own slices of the
+    stacked parameters would pass for something that is kept; models whose layers have shapes of their own are never
+    scanned, and what looks like such a slice is left out."""
+    try:
+        return abstract_model(dataclasses.replace(model, scan=True))[0], set()
+    except ConfigError:
+        stacked = [variable for path, variable in nnx.to_flat_state(params) if path[:2] == ("stack", "units")]
+        return abstract_model(model)[0], {(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stacked)}
 
 
 def buffers(config: ExperimentConfig) -> dict[str, int]:

@@ -143,7 +143,7 @@ def test_gates_learn_what_the_layer_does_to_their_own_token():
     settings, rng = dataclasses.replace(ROUTING, always=1), np.random.default_rng(0)
     x = rng.normal(size=(ROWS, LENGTH, 16)).astype(np.float32)
     with on_mesh(ONE_DEVICE) as mesh:
-        block = settings.around(DenseSpec(d_ff=24).build(jax.random.key(0), BASE), jax.random.key(1), BASE)
+        block = settings.around(DenseSpec(d_ff=24).build(jax.random.key(0), BASE), jax.random.key(1), BASE, (0,))
         context = Context(batch=put_batch(ARRAYS, mesh), mode="train")
         block.chooser.bias[...] = jnp.float32(-0.1)
         graph, variables = nnx.split(block)
@@ -164,7 +164,7 @@ def test_what_is_skipped_is_not_seen():
     settings, rng = model(always=1).select, np.random.default_rng(0)
     x = rng.normal(size=(ROWS, LENGTH, 16)).astype(np.float32)
     with on_mesh(ONE_DEVICE) as mesh:
-        block = settings.around(DenseSpec(d_ff=24).build(jax.random.key(0), BASE), jax.random.key(1), BASE)
+        block = settings.around(DenseSpec(d_ff=24).build(jax.random.key(0), BASE), jax.random.key(1), BASE, (0,))
         block.chooser.bias[...] = jnp.float32(-0.1)
         context = Context(batch=put_batch(ARRAYS, mesh), mode="eval")
         skips = REAL & ~(np.asarray(block.chooser(jnp.asarray(x))) > 0) & (ARRAYS["positions"] > 0)

@@ -54,7 +54,7 @@ CODA = ConditionalAdapters(capacity=0.3, adapter=6, **CONVERGED)
 def build(settings, backbone=BACKBONE):
     if isinstance(settings, LightHeavySpec):
         return lambda key: settings.build(key, backbone)
-    return lambda key: settings.around(DenseSpec(d_ff=12).build(key, backbone), key, backbone)
+    return lambda key: settings.around(DenseSpec(d_ff=12).build(key, backbone), key, backbone, (0,))
 
 
 @functools.cache

@@ -51,7 +51,7 @@ DEPTHS = MixtureOfDepths(capacity=0.4)
 
 
 def build(settings):
-    return lambda key: settings.around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE)
+    return lambda key: settings.around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE, (0,))
 
 
 PARAMS = host_params(build(DEPTHS))
@@ -170,7 +170,7 @@ def test_lots_are_as_many_and_differ_from_layer_to_layer_and_step_to_step():
     def chosen(mode, key, layer):
         with on_mesh(ONE_DEVICE) as mesh:
             context = Context(batch=put_batch(arrays, mesh), mode=mode, key=jax.random.key(key), layer=layer)
-            return np.asarray(lot.chooser(jax.random.key(0), BACKBONE).scores(put_rows(x, mesh), context)) < 0.25
+            return np.asarray(lot.chooser(jax.random.key(0), BACKBONE, (0,)).scores(put_rows(x, mesh), context)) < 0.25
 
     first = chosen("eval", 0, 0)
     assert np.array_equal(first, chosen("eval", 1, 0)) and abs(first.mean() - 0.25) < 0.05

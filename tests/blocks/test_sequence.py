@@ -42,7 +42,7 @@ X = np.random.default_rng(1).normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float3
 
 
 def build(settings):
-    return lambda key: settings.around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE)
+    return lambda key: settings.around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE, (0,))
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def compiled(settings):
     return jax.jit(call)
 
 
-PARAMS = host_params(lambda key: SequenceAltUp().around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE))
+PARAMS = host_params(lambda key: SequenceAltUp().around(DenseSpec(d_ff=16).build(key, BACKBONE), key, BACKBONE, (0,)))
 
 
 def run(settings, x=X, arrays=ARRAYS, alpha=(1.0, 0.0), beta=1.0):

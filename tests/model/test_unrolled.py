@@ -9,6 +9,7 @@ from flax import nnx
 from sparsejax.blocks.altup import AltUp
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.recursion import MixtureOfRecursions
 from sparsejax.memory.config import MEMORIES
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.lm import LanguageModel, init_caches
@@ -21,6 +22,13 @@ BLOCKS = {"dense": DenseSpec(d_ff=32), "moe": MoESpec(num_experts=4, d_ff=32, po
 CONFIGS = {
     "plain": ModelConfig(**SHAPE, blocks=BLOCKS),
     "tied": ModelConfig(**SHAPE, blocks=BLOCKS, pattern=("dense",), tied_repeats=True),
+    "recursions": ModelConfig(
+        **SHAPE | {"suffix": ("dense",), "pattern": ("deep",)},
+        blocks={"dense": DenseSpec(d_ff=32), "deep": DenseSpec(d_ff=24)},
+        tied_repeats=True,
+        scan=False,
+        select=MixtureOfRecursions(blocks=("deep",)),
+    ),
     "altup": ModelConfig(**SHAPE, blocks=BLOCKS, streams=AltUp(streams=2)),
     "lookup": ModelConfig(**SHAPE, blocks=BLOCKS, memory={"lookup": MEMORIES["lookup"](blocks=("dense",))}),
 }

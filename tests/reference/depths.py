@@ -29,3 +29,20 @@ def mixture_of_depths(x, block, scores, valid, k, kind):
     for place, t in enumerate(chosen):
         y[t] = x[t] + gate[t] * contribution[place]
     return y
+
+
+def mixture_of_recursions(x, block, scores, valid, slots, kind):
+    """One row of Mixture-of-Recursions (arXiv:2507.10524), by expert choice: in recursion r the `slots[r]` best of the
+    tokens that recursion r − 1 computed on. `block(x, places)` of chosen tokens, `scores(x, r)` of a row's states.
+    Returns (the row after the last recursion, which tokens each recursion computed on)."""
+    alive, chosen_of = valid.copy(), []
+    for r, k in enumerate(slots):
+        found = scores(x, r)
+        chosen = best(found, alive, k)
+        gate, y = gate_of(kind, found, alive), x.copy()
+        contribution = block(x[chosen], chosen) - x[chosen]
+        for place, t in enumerate(chosen):
+            y[t] = x[t] + gate[t] * contribution[place]
+        x, alive = y, np.isin(np.arange(len(x)), chosen)
+        chosen_of.append(alive)
+    return x, np.array(chosen_of)
