@@ -5,7 +5,7 @@
 with, by FLOPs or by the time of a step.
 
 Run:     python -m sparsejax train --config=configs/altup_arm.py:recycled_2 --workdir=runs/recycled_2
-Expect:  2.7 to 3.1 bits per byte after 450 steps, by arm as in experiments/altup.md
+Expect:  2.2 to 2.4 bits per byte after 450 steps, by arm as in experiments/altup.md
 """
 
 from sparsejax import default_config

@@ -152,6 +152,18 @@ def test_choosing_from_the_whole_row_sees_the_future_and_the_predictors_do_not()
     assert not changed(RandomRecursions(), "eval")
 
 
+def test_evaluation_keeps_rows_and_documents_apart_and_draws_nothing():
+    other, length = X.copy(), ARRAYS["segments"][0]
+    other[1] = -X[1]
+    first_document = length == length[0]
+    other[0, first_document] = -X[0, first_document]
+    settings = MixtureOfRecursions()
+    before, after = run(settings, X, "eval")[0][0], run(settings, other, "eval")[0][0]
+    assert np.array_equal(before[0, ~first_document], after[0, ~first_document])
+    assert not np.array_equal(before[0, first_document], after[0, first_document])
+    assert np.array_equal(before, run(settings, X, "eval", key=1)[0][0])
+
+
 def test_predictors_learn_what_their_recursion_chooses_and_teach_the_model_nothing():
     """Of tokens that are still there; a token that an earlier recursion left is no lesson."""
     (_, reports), _ = run(MixtureOfRecursions())

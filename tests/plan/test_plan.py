@@ -17,6 +17,7 @@ from sparsejax.base.sharding import shard_batch
 from sparsejax.base.structs import LOADED
 from sparsejax.blocks.dense import DenseSpec
 from sparsejax.blocks.moe import MoESpec
+from sparsejax.blocks.recursion import MixtureOfRecursions
 from sparsejax.data.config import DataConfig
 from sparsejax.model.config import ModelConfig
 from sparsejax.ops.capacity import capacity
@@ -148,6 +149,17 @@ def test_what_is_kept_for_the_backward_pass_follows_mesh_and_remat(small):
     assert 0 < sum(remat.values()) < one["saved_for_backward"] / 2
     assert f"float32{list(experts)}" not in remat and f"float32{list(experts[1:])}" not in remat  # no parameters
     assert sum(small.layouts[0].saved_largest.values()) <= one["saved_for_backward"]
+
+
+def test_what_layers_with_shapes_of_their_own_keep_is_near_that_of_equal_ones():
+    """Recursions on all tokens, unrolled, beside scanned ones: no slice of a parameter passes for what is kept."""
+    given = dict(pattern=("dense",), repeats=3, tied_repeats=True, scan=False)
+    wide, kept = dataclasses.replace(SMALL, data=DataConfig(batch_size=16, sequence_length=64)), {}
+    for least, execution in ((1.0, "masked"), (1.0, "compact"), (0.2, "compact")):
+        select = MixtureOfRecursions(capacity=least, execution=execution)
+        kept[least, execution] = sum(size for _, size in saved_by(with_model(wide, **given, select=select)))
+    assert kept[1.0, "compact"] == pytest.approx(kept[1.0, "masked"], rel=0.25)
+    assert kept[0.2, "compact"] < 0.7 * kept[1.0, "compact"]
 
 
 def saved_by(config):
