@@ -106,19 +106,27 @@ def test_recursions_compute_what_the_equations_say(gate):
     slots = settings.slots_of(LENGTH, 3)
     assert slots == (12, 8, 4)
     weight = dict(nnx.to_flat_state(PARAMS))[("chooser", "weight", "weight")][...]
+    surprise = np.zeros(3)
     for row in range(ROWS):
+        logits = []
 
         def block(x, places, row=row):
             taken = {n: a[row : row + 1, places] if a.ndim == 2 else a[row : row + 1] for n, a in ARRAYS.items()}
             return plain()(x[None], taken)[0]
 
-        scores = lambda x, r: x @ weight[:, r]  # noqa: E731
+        def scores(x, r, logits=logits):
+            logits.append(x @ weight[:, r])
+            return logits[-1]
+
         expected, chosen = mixture_of_recursions(X[row], block, scores, VALID[row], slots, gate)
         assert_close(y[row], expected.astype(np.float32), 2e-5)
         assert np.array_equal(np.stack([kept[row] for _, kept in reports]), chosen)
+        alive = np.stack([VALID[row], *chosen[:-1]])
+        surprise += np.sum(np.logaddexp(0, np.where(chosen, -np.array(logits), logits)), axis=1, where=alive)
     real = VALID.sum(1)
     assert [report.chosen for report, _ in reports] == [np.minimum(real, k).sum() for k in slots]
     assert all(report.tokens == VALID.sum() for report, _ in reports)
+    assert [report.surprise_sum for report, _ in reports] == pytest.approx(surprise, rel=1e-5)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -185,6 +193,14 @@ def test_lots_are_nested_as_many_as_asked_for_and_differ_by_step():
         batch, chooser = put_batch(arrays, mesh), lots.chooser(jax.random.key(0), BACKBONE, LAYERS)
         contexts = [Context(batch=batch, mode="eval", layer=layer) for layer in LAYERS]
         scores = [chooser.scores(None, context) for context in contexts]
+        assert np.array_equal(scores[0], scores[2]), "a lot is the token's, not the layer's"
+        trained = [
+            chooser.scores(
+                None, Context(batch=batch, mode="train", layer=n, key=jax.random.key(n), step_key=jax.random.key(9))
+            )
+            for n in LAYERS
+        ]
+        assert np.array_equal(trained[0], trained[2]) and not np.array_equal(trained[0], scores[0])
         shares = [float((chooser.causal(None, s, c) > 0).mean()) for s, c in zip(scores, contexts)]
     assert shares == pytest.approx([1, 0.625, 0.25], abs=0.05)
 

@@ -154,12 +154,12 @@ def test_what_is_kept_for_the_backward_pass_follows_mesh_and_remat(small):
 def test_what_layers_with_shapes_of_their_own_keep_is_near_that_of_equal_ones():
     """Recursions on all tokens, unrolled, beside scanned ones: no slice of a parameter passes for what is kept."""
     given = dict(pattern=("dense",), repeats=3, tied_repeats=True, scan=False)
-    wide, kept = dataclasses.replace(SMALL, data=DataConfig(batch_size=16, sequence_length=64)), {}
+    wide, kept = with_model(SMALL, d_model=64), {}
     for least, execution in ((1.0, "masked"), (1.0, "compact"), (0.2, "compact")):
         select = MixtureOfRecursions(capacity=least, execution=execution)
         kept[least, execution] = sum(size for _, size in saved_by(with_model(wide, **given, select=select)))
     assert kept[1.0, "compact"] == pytest.approx(kept[1.0, "masked"], rel=0.25)
-    assert kept[0.2, "compact"] < 0.7 * kept[1.0, "compact"]
+    assert kept[0.2, "compact"] < 0.75 * kept[1.0, "compact"]
 
 
 def saved_by(config):
