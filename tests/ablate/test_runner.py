@@ -115,7 +115,8 @@ def test_a_failed_arm_is_told_with_its_cause_and_the_rest_go_on(folder, capsys):
     # What begins with a trained model is ahead of what does not.
     assert runs["on"]["figures"]["bits_per_byte"] < runs["a"]["figures"]["bits_per_byte"]
     assert "`nan` seed 0: failed: status 1" in (folder / "runs" / "rates.md").read_text()
-    assert "failed: nan seed 0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "failed: nan seed 0" in out and "[4/4, 0:00:00 left] on seed 0" in out
 
 
 def test_a_metric_that_runs_lack_ends_the_study_after_the_first(folder, capsys, monkeypatch):
