@@ -143,7 +143,7 @@ def _lines(results: Results, name: str) -> Iterator[str]:
 def _arms(results: Results) -> list[str]:
     metric, base, shown = results["metric"], results["base"], shown_figures(results)
     verdicts = results["verdicts"]
-    faster = any(verdict.get("speed_up") for verdict in verdicts.values())
+    faster = has_speed_up(results)
     head = ["arm", metric.replace("_", " "), f"difference from `{base}`", "verdict", "effect size", "seeds needed"]
     rows = []
     for name in by_metric(results):
@@ -156,7 +156,7 @@ def _arms(results: Results) -> list[str]:
             judged.append(seeds_cell(verdict))
         row = [f"`{name}`", spread(values_of(arm, metric)), *judged]
         if faster:
-            row.append("" if verdict is None else verdict.get("speed_up") or "")
+            row.append("" if verdict is None else verdict["speed_up"] or "")
         row += [f"{values_of(arm, each).mean():.3g}" if values_of(arm, each).size else "" for each in shown]
         rows.append(row)
     return table([*head, *(["effective speed-up"] if faster else []), *shown], rows)
@@ -189,11 +189,16 @@ def _verdicts_explained(results: Results) -> Iterator[str]:
         yield f"An *exploratory* arm is not decided by these runs: they show no difference{less}."
     if any(_reaches_zero(verdict) for verdict in results["verdicts"].values()):
         yield "Holm's correction is the milder one: it shows a difference here whose interval reaches zero."
-    if any(verdict.get("speed_up") for verdict in results["verdicts"].values()):
+    if has_speed_up(results):
         yield "*Effective speed-up* is the compute that the base needs for the arm's loss over the arm's own, by whole"
         means = [(name, spread(values_of(arm, results["metric"]))) for name, arm in _trainings(results)]
         yield f"trainings of the base: {', '.join(f'`{name}` {mean}' for name, mean in means)}."
     yield from power_lines(results)
+
+
+def has_speed_up(results: Results) -> bool:
+    """Whether any verdict tells how much of the base's compute it is worth."""
+    return any(verdict["speed_up"] for verdict in results["verdicts"].values())
 
 
 def _trainings(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:

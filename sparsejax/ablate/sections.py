@@ -12,6 +12,7 @@ from sparsejax.ablate.page import (
     EQUAL,
     Results,
     by_metric,
+    has_speed_up,
     interval,
     pareto,
     power_lines,
@@ -54,27 +55,28 @@ def study_sections(results: Results) -> list[Section]:
 
 def _verdict_section(results: Results) -> Section:
     metric, base, names = results["metric"], results["base"], by_metric(results)
+    faster = has_speed_up(results)
     rows, dots = [], []
     for name in names:
         arm, verdict = results["arms"][name], results["verdicts"].get(name)
         values = values_of(arm, metric)
         cells = [f"<strong>{html.escape(name)}</strong>" if name == base else html.escape(name), spread(values)]
         if verdict is None:
-            cells += [standing(results, name), "", "", "", ""]
+            cells += [standing(results, name), "", "", "", *([""] if faster else [])]
         else:
             p = "" if verdict["adjusted_p"] is None else f"{verdict['adjusted_p']:.2g}"
             cells += [_marked(results, verdict), interval(verdict), p]
-            cells += [seeds_cell(verdict), verdict.get("speed_up") or ""]
+            cells += [seeds_cell(verdict), *([verdict["speed_up"] or ""] if faster else [])]
         for each in shown_figures(results):
             found = values_of(arm, each)
             cells.append(f"{found.mean():.3g}" if found.size else "")
         rows.append(cells)
         dots += [{"arm": name, "value": float(value)} for value in values]
     head = ["arm", html.escape(metric), "verdict", f"difference from {html.escape(base)}", "p", "seeds needed"]
-    head += ["speed-up", *map(html.escape, shown_figures(results))]
+    head += [*(["effective speed-up"] if faster else []), *map(html.escape, shown_figures(results))]
     notes = "".join(f"<p>{_with_code(note)}</p>" for note in results["notes"])
     equal = f"<p>Equal between arms: {EQUAL[results['equal']]}. <code>{html.escape(results['command'])}</code></p>"
-    power = f"<p>{html.escape(' '.join(power_lines(results)))}</p>"
+    power = f"<p>{_with_code(' '.join(power_lines(results)))}</p>"
     flags = "".join(f"<p>Not equal between arms: {html.escape(flag)}.</p>" for flag in results["flags"])
     failed = "".join(
         f'<div class="alert"><strong>{html.escape(name)}, seed {seed}</strong>: {html.escape(why)}</div>'

@@ -75,6 +75,10 @@ def test_power_is_told_before_the_runs_and_as_they_came(page):
     assert "Less than 0.05 would not matter; to show that much takes 90 seeds" in text
     could = detectable(0.1**2 / 2, 2, 1, text=0.01)
     assert f"deviate by 0.071 between seeds, which with that text shows one of {could:.3f} four times in five" in text
+    html = study_sections(found)[0].html
+    assert "Differences from <code>base &lt;b&gt;</code> deviate" in html and "effective speed-up" in html
+    found["verdicts"]["good"]["speed_up"] = None
+    assert not any("speed-up" in each for each in (page(found), study_sections(found)[0].html))
 
 
 def test_an_open_arm_says_whether_anything_is_known(page):
