@@ -215,6 +215,11 @@ def a_run(path: Path, corpus="a", convention="b", **row) -> Path:
     return path
 
 
+def test_what_no_run_recorded_is_not_known_to_be_equal(tmp_path):
+    pair = [a_run(tmp_path / name, corpus=None, convention=None) for name in ("base", "arm")]
+    assert [each.kind for each in unfair_runs(*pair, "arm")] == ["evaluation", "flops"]
+
+
 @pytest.mark.parametrize(
     "differs, kind",
     [
