@@ -115,6 +115,9 @@ class BlockSpec(abc.ABC):
         """The balancing state of its layers for the next step, from the settled report of this one."""
         return state
 
+    of_domain: Optional[int] = None
+    """The one domain on which it begins as another run's block; None: on all."""
+
     def of_beginning(self) -> dict[str, Any]:
         """Settings by name that say how it begins with another run's block, and do nothing in a run that does not."""
         return {}

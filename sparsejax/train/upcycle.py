@@ -5,12 +5,12 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from sparsejax.base.config import load
 from sparsejax.base.errors import RequestError
@@ -19,7 +19,6 @@ from sparsejax.base.sharding import host_rows, shard_batch
 from sparsejax.base.structs import Batch
 from sparsejax.base.writers import json_values, write_atomically
 from sparsejax.blocks.context import Mode
-from sparsejax.blocks.dense import DenseSpec
 from sparsejax.data.corpus import Corpus
 from sparsejax.data.loader import eval_batches
 from sparsejax.memory.address import Fixed, Running
@@ -50,9 +49,12 @@ class Begun:
     def lines(self) -> list[str]:
         """What the terminal shows."""
         receipt = self.receipt
+        begun = f"begun from checkpoint {receipt['step']} of {receipt['run']}"
+        if not receipt["tokens_compared"]:
+            return [begun, "not compared with that run: the validation split has no token of this domain (of_domain)"]
         differences = [f"{receipt['logit_difference'][mode]:.3g} {words}" for mode, words in MODES.items()]
         return [
-            f"begun from checkpoint {receipt['step']} of {receipt['run']}",
+            begun,
             f"largest difference of a logit from that run's: {', '.join(differences)} "
             f"(largest logit: {receipt['largest_logit']:.3g}; {receipt['tokens_compared']} tokens)",
         ]
@@ -106,8 +108,10 @@ def begin_from(run: Path, config: ExperimentConfig, corpus: Corpus, mesh: jax.sh
 
         state = jax.block_until_ready(run_once(begin, sources))
     receipt = {"run": str(run.absolute()), "step": step, "tokens": progress["tokens"]}
-    batch = _some_batch(config, corpus, mesh)
-    return Begun(state=state, receipt=receipt | _compared(config.model, state.variables, before.model, trained, batch))
+    domain = next((block.of_domain for block in config.model.blocks.values() if block.of_domain is not None), None)
+    batch, real_BT = _some_batch(config, corpus, mesh, domain)
+    compared = _compared(config.model, state.variables, before.model, trained, batch, real_BT)
+    return Begun(state=state, receipt=receipt | compared)
 
 
 def with_addresses(fresh: nnx.State, trained: nnx.State, new: Collection[str] = ()) -> nnx.State:
@@ -133,28 +137,38 @@ def _of_run(run: Path, config: ExperimentConfig) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(before, remat="none", remat_names=(), **how))
 
 
-def _some_batch(config: ExperimentConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> Batch:
-    """The first microbatch of an evaluation."""
+def _some_batch(
+    config: ExperimentConfig, corpus: Corpus, mesh: jax.sharding.Mesh, domain: Optional[int]
+) -> tuple[Batch, Bool[Array, "B T"]]:
+    """The first microbatch of an evaluation that has tokens of the domain (None: of any), or else the last, and where
+    it has them."""
     rows, parts = host_rows(mesh, config.microbatch_size, 1), config.train.accumulation
-    data = eval_batches(corpus, config.data, config.data.batch_size, 1, rows, parts)
+    data = eval_batches(corpus, config.data, config.data.batch_size, None, rows, parts)
     with contextlib.closing(data):
-        return Batch(**{name: array[0] for name, array in shard_batch(next(data), mesh, 1).items()})
+        for arrays in data:
+            batch = Batch(**{name: array[0] for name, array in shard_batch(arrays, mesh, 1).items()})
+            real_BT = batch.segments > 0
+            real_BT = real_BT if domain is None else real_BT & (batch.domains == domain)
+            if real_BT.any():  # of all processes' rows
+                break
+    return batch, real_BT
 
 
 def _compared(
-    config: ModelConfig, variables: Variables, before: ModelConfig, trained: Variables, batch: Batch
+    config: ModelConfig,
+    variables: Variables,
+    before: ModelConfig,
+    trained: Variables,
+    batch: Batch,
+    real_BT: Bool[Array, "B T"],
 ) -> dict[str, Any]:
-    """The largest difference between the two models' logits on a batch, for each way to give slots, without noise."""
+    """The largest difference between the two models' logits on these tokens of a batch, for each way to give slots,
+    without noise."""
     graphs = abstract_model(config)[0], abstract_model(before)[0]
-    domains = [block.of_domain for block in config.blocks.values() if isinstance(block, DenseSpec)]
-    domain = next((domain for domain in domains if domain is not None), None)
-
-    def compared(batch: Batch) -> Array:
-        return (batch.segments > 0) if domain is None else (batch.segments > 0) & (batch.domains == domain)
 
     @jax.jit
-    def compare(now: Variables, then: Variables, batch: Batch) -> tuple[dict[str, Array], Array]:
-        real_BT1 = compared(batch)[..., None]
+    def compare(now: Variables, then: Variables, batch: Batch, real_BT: Array) -> tuple[dict[str, Array], Array]:
+        real_BT1 = real_BT[..., None]
         logits = lambda graph, of, mode: jnp.where(  # noqa: E731
             real_BT1, nnx.merge(graph, of.params, of.model_state)(batch, mode=mode).logits, 0
         )
@@ -163,9 +177,9 @@ def _compared(
         }
         return differences, jnp.abs(logits(graphs[1], then, "generate")).max()
 
-    differences, largest = jax.block_until_ready(compare(variables, trained, batch))
+    differences, largest = jax.block_until_ready(compare(variables, trained, batch, real_BT))
     return {
-        "tokens_compared": int(compared(batch).sum()),
+        "tokens_compared": int(real_BT.sum()),
         "logit_difference": {mode: float(each) for mode, each in differences.items()},
         "largest_logit": float(largest),
     }

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.base.config import load
 from sparsejax.base.errors import ConfigError, RequestError
 from sparsejax.blocks.context import Context
 from sparsejax.blocks.dense import DenseFeedForward, DenseSpec
 from sparsejax.blocks.moe import MoELayer, MoESpec
 from sparsejax.blocks.one_domain import network_of_domain
+from sparsejax.data.corpus import open_corpus
+from sparsejax.data.loader import eval_batches
 from sparsejax.model.config import ModelConfig
 from sparsejax.nn.mlp import MLP
 from sparsejax.routers import presets
@@ -21,12 +25,15 @@ from sparsejax.routers.document_logits import DomainLogits
 from sparsejax.routers.tables import ByDomain, Hash
 from sparsejax.routers.top_k import TopK
 from sparsejax.routers.weights import Constant, Raw
+from sparsejax.train.config import ExperimentConfig
+from sparsejax.train.upcycle import _some_batch
 
 from runs import arguments, here
 from support import ONE_DEVICE, assert_close, host_batch, host_params, on_mesh, put_batch, to_numpy
 
 BACKBONE = ModelConfig(d_model=8, num_heads=2)
 X = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
+CONFIG = str(Path(__file__).parents[2] / "configs" / "tiny.py")
 SHORT = {"train__steps": 1, "optimizer__schedule__warmup_steps": 0}
 MOE = MoESpec(num_experts=4, d_ff=6)
 ROUTERS = {
@@ -109,3 +116,20 @@ def test_a_run_of_one_domain(tmp_path):
     done = here(*arguments("train", f"--workdir={alone}", "--allow-config-change", **dense, **longer))
     assert done.status == 0, done.err  # what goes on has begun already
     assert said["logit_difference"]["generate"] <= 1e-5 * said["largest_logit"]
+    # Of a domain that has no text in the validation split, there is nothing to compare.
+    nobody = dense | {"model__blocks__moe__of_domain": 9999}
+    done = here(*arguments("train", f"--workdir={tmp_path / 'nobody'}", f"--init-from={whole}", **nobody, **SHORT))
+    assert done.status == 0 and "not compared with that run" in done.out, done.err
+
+
+def test_what_is_compared_has_tokens_of_the_domain():
+    """Also where the evaluation begins with text of others."""
+    config = load(ExperimentConfig, CONFIG).config
+    corpus = open_corpus(config.data)
+    batches = list(eval_batches(corpus, config.data, config.data.batch_size))
+    of_batch = [np.unique(each["domains"][each["segments"] > 0]) for each in batches]
+    later = next(domain for domains in of_batch for domain in domains if domain not in of_batch[0])
+    with on_mesh(ONE_DEVICE) as mesh:
+        batch, compared = _some_batch(config, corpus, mesh, int(later))
+        assert compared.any() and np.array_equal(compared, (batch.segments > 0) & (batch.domains == later))
+        assert np.array_equal(_some_batch(config, corpus, mesh, None)[1], batches[0]["segments"] > 0)
