@@ -27,7 +27,7 @@ from sparsejax.infer.sampling import Sampling
 from sparsejax.model.config import ModelConfig
 from sparsejax.model.cost import mean_keys, total
 from sparsejax.train.state import Variables
-from sparsejax.train.timing import interleaved
+from sparsejax.train.timing import Step, interleaved
 
 from model_step import model_step
 from timing import quartiles
@@ -66,6 +66,12 @@ def calibrated(params: nnx.State, shares: Sequence[float]) -> nnx.State:
     return nnx.from_flat_state([(path, of(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
 
 
+def chosen(step: Step, variables: Variables) -> float:
+    """Share of the tokens that the predictors choose, in the layers that have one."""
+    found = [report.selection for report in step.eval_step(variables, step.batch).reports.values() if report.selection]
+    return sum(int(each.chosen.sum()) for each in found) / sum(int(each.tokens.sum()) for each in found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
@@ -87,11 +93,12 @@ def main() -> None:
             for name, generate in generators.items():
                 took = generate(variables[name], prompt, flags.tokens, seed=turn).decode_seconds
                 decode[name] += [took] if turn else []
+        shares = {name: chosen(steps[name], variables[name]) for name in BASES}
         seconds = interleaved(steps, flags.rounds)
     keys = mean_keys(PLAIN, flags.length)
     for name, base in BASES.items():
         work = total(MODELS[name]).flops(keys, flags.length) / total(MODELS[base]).flops(keys, flags.length)
-        print(f"{name} / {base}: median [quartiles]; FLOPs {work:.3f}")
+        print(f"{name} / {base}: median [quartiles]; FLOPs {work:.3f}; decoding, {shares[name]:.3f} of tokens chosen")
         for what, took in (("step", seconds), ("decode", decode)):
             ratio = quartiles(np.asarray(took[name]) / np.asarray(took[base]))
             of_tokens = 1 if what == "step" else flags.tokens
