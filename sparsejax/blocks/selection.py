@@ -237,7 +237,7 @@ def best_of_rows(scores_BT: Array, alive_BT: Array, k: int) -> tuple[Int[Array, 
 
 def gated(x: Float[Array, "B S D"], y: Hidden, gate: Float[Array, "B S"]) -> Float[Array, "B S D"]:
     """x + gate · (y − x), exactly y where the gate is 1."""
-    assert not isinstance(y, tuple)  # a residual of several streams is around this
+    assert isinstance(y, jax.Array)  # a residual of several streams is around this
     gate = gate[..., None]
     return (gate * y.astype(jnp.float32) + (1 - gate) * x.astype(jnp.float32)).astype(x.dtype)
 
