@@ -52,12 +52,12 @@ LARGE_BLOCK = 512
 
 
 def common_slots(pairs: int, num_experts: int) -> int:
-    """Slots that every expert has: 1.25 standard deviations of uniform routing above the mean load, a multiple of 8;
+    """Slots that every expert has: half a standard deviation of uniform routing above the mean load, a multiple of 8;
     none when there are fewer pairs than experts, many of which then need not be read."""
     mean = pairs / num_experts
     if mean < 1:
         return 0
-    return min(pairs, 8 * math.ceil((mean + 1.25 * math.sqrt(mean)) / 8))
+    return min(pairs, 8 * math.ceil((mean + 0.5 * math.sqrt(mean)) / 8))
 
 
 def grouped_experts(
